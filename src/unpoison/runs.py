@@ -1,0 +1,144 @@
+"""What a method needs to know about the run it is part of, and the folder that makes a run resumable."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from unpoison.errors import RunFolderMismatchError, UsageError
+from unpoison.results import write_atomically
+
+T = TypeVar("T")
+_INPUTS = "run.json"
+_FINISHED = "finished.json"
+
+
+class Progress(Protocol):
+    """Where a method tells how far it is. The command line draws it; libraries may ignore it."""
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, weight: int = 1, unit: str = ""
+    ) -> Iterator[T]:
+        """Yield ``items`` and count each as ``weight`` units of ``total``."""
+        ...
+
+    def log(self, message: str) -> None: ...
+
+
+class Silent:
+    """The default progress: none."""
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, weight: int = 1, unit: str = ""
+    ) -> Iterator[T]:
+        yield from items
+
+    def log(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFolder:
+    """A folder that remembers the inputs of its run and the steps that are done.
+
+    Nothing in it is ever deleted; files appear whole or not at all.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path, inputs: Mapping[str, Any]) -> RunFolder:
+        """Create the folder, or continue in it when it was begun with the same ``inputs``.
+
+        Raises UsageError for a folder that holds anything else or cannot be written,
+        RunFolderMismatchError with the difference for one begun with other inputs.
+        """
+        wanted = msgspec.json.decode(msgspec.json.encode(dict(inputs), enc_hook=str))
+        marker = path / _INPUTS
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if marker.exists():
+                _check_same(path, msgspec.json.decode(marker.read_bytes()), wanted)
+            elif any(entry for entry in path.iterdir() if not entry.name.endswith(".partial")):
+                raise UsageError(
+                    f"{path} is not empty and was not begun by unpoison.",
+                    hint="Choose another -o folder; nothing there was touched.",
+                )
+            else:
+                write_atomically(marker, msgspec.json.format(msgspec.json.encode(wanted), indent=2))
+            (path / "steps").mkdir(exist_ok=True)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise UsageError(
+                f"{path} cannot be written: {error.strerror}.",
+                hint="Choose an -o folder that you may write to.",
+            ) from error
+        return cls(path=path)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / _FINISHED).exists()
+
+    def finish(self) -> None:
+        """Mark the run as complete: the same command then only shows its result."""
+        write_atomically(self.path / _FINISHED, b"{}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Carries the accelerator, the seed, progress, the cache folder and (optionally) the resumable run folder."""
+
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    seed: int = 0
+    progress: Progress = field(default_factory=Silent)
+    cache: Path | None = None
+    folder: RunFolder | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def generator(self, *stream: object) -> torch.Generator:
+        """A CPU generator of its own for each named stream: order of use never changes a draw."""
+        return torch.Generator().manual_seed(self.seed_of(*stream))
+
+    def seed_of(self, *stream: object) -> int:
+        """A 63-bit seed derived from the run's seed and the stream's name."""
+        digest = hashlib.blake2b(repr((self.seed, *stream)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def step(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``compute()``, or what an earlier, interrupted run of the same folder stored for this step."""
+        if self.folder is None:
+            return compute()
+        path = self.folder.path / "steps" / f"{name}.safetensors"
+        if path.exists():
+            try:
+                stored = load(path.read_bytes())
+            except SafetensorError:
+                self.progress.log(f"{path.name} is damaged and is computed again")
+            else:
+                self.progress.log(f"{name}: continued from {path.name}")
+                return stored
+        result = {key: value.contiguous() for key, value in compute().items()}
+        write_atomically(path, save(result))
+        return result
+
+
+def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    difference = [
+        f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if difference:
+        raise RunFolderMismatchError(str(path), difference)

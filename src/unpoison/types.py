@@ -1,0 +1,97 @@
+"""Named-axis tensor types and the two Protocols that every method is written against.
+
+Axes: ``b`` batch, ``h w`` pixels, ``c`` classes, ``d`` embedding or feature width, ``n`` samples of a set.
+Images are RGB in [0, 1]; each model applies its own normalisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Images = Float[Tensor, "b 3 h w"]
+Logits = Float[Tensor, "b c"]
+Labels = Int[Tensor, " b"]
+Embeddings = Float[Tensor, "b d"]
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """An image classifier: images in [0, 1] at ``image_size`` pixels to logits over ``class_names``."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width, in pixels, of the images that ``logits`` takes."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The trainable network; methods set its mode and hand its parameters to an optimiser."""
+        ...
+
+    def logits(self, images: Images) -> Logits: ...
+
+    def features(self, images: Images) -> Embeddings:
+        """Input of the last linear layer."""
+        ...
+
+    def head(self) -> nn.Linear:
+        """The last linear layer itself."""
+        ...
+
+    def copy(self) -> Self:
+        """A deep copy: training it leaves this one untouched."""
+        ...
+
+    def fresh(self, seed: int) -> Self:
+        """The same architecture with newly drawn weights."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """State dict under the keys and dtypes of the checkpoint it came from."""
+        ...
+
+
+@runtime_checkable
+class ImageTextModel(Protocol):
+    """A CLIP-like model: both towers give L2-normalised embeddings of one space."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor on the cosine before the softmax (100 for OpenAI's CLIP)."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the weights, the tokenizer and the preprocessing."""
+        ...
+
+    def preprocess(self, images: Sequence[object]) -> Images:
+        """PIL images of any size and mode to one batch in [0, 1] at ``image_size``."""
+        ...
+
+    def encode_images(self, images: Images) -> Embeddings:
+        """Unit embeddings of images in [0, 1] (normalisation happens inside)."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Embeddings: ...
+
+    def truncated(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the tokenizer cuts each text off."""
+        ...
+
+
+Device = torch.device
