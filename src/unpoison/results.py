@@ -1,6 +1,6 @@
 """What every step hands to the next: frozen, versioned, to and from disk.
 
-source -> ``SampleScores`` (parquet) -> ``Split`` (parquet) -> ``Purification`` (json) -> ``Evaluation`` (json) -> report.
+source -> SampleScores (parquet) -> Split (parquet) -> Purification (json) -> Evaluation (json) -> report.
 Every file carries its schema's name and version; a file of another version is refused (``SchemaVersionError``).
 """
 
@@ -286,9 +286,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _check_schema(name: str, expected: str, schema: object, version: object) -> None:
     if schema != expected:
-        raise ResultError(
-            f"{name}: expected {expected}, found {schema}.", hint="Give the file that the step wrote."
-        )
+        raise ResultError(f"{name}: expected {expected}, found {schema}.", hint="Give the file that the step wrote.")
     if version != SCHEMA_VERSION:
         raise SchemaVersionError(
             f"{name}: schema version {version}, this version reads {SCHEMA_VERSION}.",
@@ -321,9 +319,7 @@ def _read_table(path: Path, schema: str) -> tuple[pa.Table, dict[str, Any]]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise ResultError(
-            f"{path}: not a readable parquet file ({error}).", hint="Repeat the step."
-        ) from error
+        raise ResultError(f"{path}: not a readable parquet file ({error}).", hint="Repeat the step.") from error
     metadata = table.schema.metadata or {}
     version = metadata.get(b"schema_version", b"0").decode()
     _check_schema(
