@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ from jaxtyping import Float, Int, Int8
 from unpoison.errors import ResultError, SchemaVersionError
 
 SCHEMA_VERSION = 1
+
+Result = TypeVar("Result")
 
 Region = Int8[np.ndarray, " n"]
 CLEAN, MIXED, SUSPECT, SKIPPED = 0, 1, 2, -1
@@ -76,7 +78,7 @@ class SampleScores:
         _write_table(path, "sample-scores", columns, header)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> SampleScores:
         table, header = _read_table(path, "sample-scores")
         axes = {
             name.removeprefix("score."): table[name].to_numpy()
@@ -148,7 +150,7 @@ class Split:
         _write_table(path, "split", columns, header)
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Split:
         table, header = _read_table(path, "split")
         codes = {name: code for code, name in REGION_NAMES.items()}
         estimate = header["estimate"]
@@ -169,7 +171,7 @@ class _JsonResult:
         write_atomically(path, msgspec.json.format(to_json(self), indent=2))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls: type[Result], path: Path) -> Result:
         return from_json(path.read_bytes(), cls, name=str(path))
 
 
@@ -250,7 +252,6 @@ class DatasetScan(_JsonResult):
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-Result = TypeVar("Result")
 _SCHEMAS = {Evaluation: "evaluation", Purification: "purification", DatasetScan: "dataset-scan"}
 
 
