@@ -1,0 +1,45 @@
+"""Training augmentation on whole batches: one gather per batch, an explicit generator, nothing per image."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from unpoison.errors import ConfigError
+from unpoison.types import Images
+
+
+def random_crop(
+    images: Images, padding: int, generator: torch.Generator, *, fill: Literal["reflect", "zero"] = "reflect"
+) -> Images:
+    """Each image shifted by up to ``padding`` pixels each way; the margin is mirrored or black.
+
+    Shifts are uniform over the (2 padding + 1)^2 windows and drawn on the generator's device, so that the same seed
+    gives the same crops wherever the images live. Raises ConfigError for a padding that the images cannot mirror.
+    """
+    batch, _, height, width = images.shape
+    if padding < 0 or (fill == "reflect" and padding >= min(height, width)):
+        raise ConfigError(
+            f"expected a crop padding from 0 to {min(height, width) - 1} for {height}x{width} images, got {padding}.",
+            hint="Lower the padding, or fill with zeros.",
+        )
+    if padding == 0 or batch == 0:
+        return images
+    margins = (padding,) * 4
+    padded = functional.pad(images, margins, mode="reflect") if fill == "reflect" else functional.pad(images, margins)
+    shifts = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=generator.device)
+    top, left = shifts.to(images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    samples = torch.arange(batch, device=images.device)[:, None, None]
+    # Channels last in the index, so that one gather moves whole pixels.
+    windows = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]]
+    return windows.permute(0, 3, 1, 2)
+
+
+def random_flip(images: Images, generator: torch.Generator) -> Images:
+    """Each image mirrored left to right with probability one half."""
+    flipped = torch.rand(images.shape[0], generator=generator, device=generator.device) < 0.5
+    return torch.where(flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
