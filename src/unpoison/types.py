@@ -7,7 +7,7 @@ Images are RGB in [0, 1]; each model applies its own normalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -46,11 +46,11 @@ class Classifier(Protocol):
         """The last linear layer itself."""
         ...
 
-    def copy(self) -> Self:
+    def copy(self) -> Classifier:
         """A deep copy: training it leaves this one untouched."""
         ...
 
-    def fresh(self, seed: int) -> Self:
+    def fresh(self, seed: int) -> Classifier:
         """The same architecture with newly drawn weights."""
         ...
 

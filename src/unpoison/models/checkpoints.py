@@ -284,12 +284,16 @@ def _first_import(path: Path) -> str | None:
         return None
 
 
-def _open_pickle(path: Path) -> io.BufferedIOBase:
+def _open_pickle(path: Path) -> io.BytesIO:
+    """The pickle of a file or of the archive that it is; its first 64 MiB, where every import has its place."""
+    limit = 64 * 1024**2
     if not zipfile.is_zipfile(path):
-        return path.open("rb")
+        with path.open("rb") as file:
+            return io.BytesIO(file.read(limit))
     with zipfile.ZipFile(path) as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return io.BytesIO(archive.read(name))
+        with archive.open(name) as entry:
+            return io.BytesIO(entry.read(limit))
 
 
 def _check_dense(path: Path, weights: Mapping[str, Tensor]) -> None:

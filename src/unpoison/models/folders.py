@@ -1,0 +1,112 @@
+"""Model folders that nobody has vouched for: looked through before a library opens anything in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from unpoison.errors import ModelError, UnsafeCheckpointError
+from unpoison.models.checkpoints import check_safetensors
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_MAX_JSON_BYTES = 64 * 1024**2
+_PATTERNS = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse what could run code, fetch something else or read outside the folder; look at every weights header.
+
+    Raises UnsafeCheckpointError for links that leave the folder, for a config that asks for code of its own
+    (``auto_map``, kernels from a hub), and for weights that exist as pickles only; ModelError for damage.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    for name in names:
+        path = file_inside(folder, name)
+        if path.suffix == ".safetensors":
+            check_safetensors(path)
+        elif path.suffix == ".json":
+            _check_config(path)
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise UnsafeCheckpointError(
+            f"{folder}: the weights are a pickle only ({pickled[0]}). Nothing of it was loaded.",
+            hint="Where you trust its author, save the model again with save_pretrained, which writes safetensors.",
+        )
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """``folder / name``. Raises UnsafeCheckpointError for a name or a link that leads out of the folder.
+
+    Links of the hub's cache layout (snapshots/REVISION -> blobs) stay inside the same model and are fine.
+    """
+    path = folder / name
+    real, home = path.resolve(), folder.resolve()
+    inside = real.is_relative_to(home)
+    cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
+    if name != Path(name).name or not (inside or cached):
+        raise UnsafeCheckpointError(
+            f"{folder}: {name!r} leads out of the folder, to {real}.",
+            hint="Replace the link by the file itself if you trust it.",
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of at most 64 MiB. Raises ModelError."""
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ModelError(f"{path}: larger than {_MAX_JSON_BYTES:,} bytes.", hint="This is no usual config file.")
+    try:
+        body = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: damaged, not JSON ({error}).", hint="Fetch the file again.") from error
+    if not isinstance(body, dict):
+        raise ModelError(f"{path}: expected an object, found {type(body).__name__}.", hint="Fetch the file again.")
+    return body
+
+
+def find_model_folder(model: str | Path) -> Path:
+    """The folder that ``model`` names, or the local snapshot of the hub id that it is. Raises ModelError."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if isinstance(model, Path) or folder.exists() or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"{model}: there is no such model folder.", hint="Give a folder or a hub id (OWNER/NAME).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+    except Exception as error:  # the hub client raises errors of several libraries for one thing: it is not to be had
+        raise ModelError(
+            f"{model}: no such folder, and the hub could not give a model of this name ({type(error).__name__}).",
+            hint="Check the spelling and the network, or download the model and give its folder.",
+        ) from error
+
+
+def _check_config(path: Path) -> None:
+    body = read_json(path)
+    stack: list[Any] = [body]
+    while stack:
+        entry = stack.pop()
+        if isinstance(entry, list):
+            stack.extend(entry)
+        elif isinstance(entry, dict):
+            if "auto_map" in entry:
+                _refuse(path, "auto_map")
+            for key, value in entry.items():
+                # A name with a slash makes transformers fetch a compiled kernel of that name and run it.
+                if str(key).endswith("attn_implementation") and "/" in str(value):
+                    _refuse(path, str(key))
+            stack.extend(entry.values())
+    weight_map = body.get("weight_map", {}) if path.name.endswith(".index.json") else {}
+    for name in set(weight_map.values()) if isinstance(weight_map, dict) else ():
+        file_inside(path.parent, str(name))
+
+
+def _refuse(path: Path, key: str) -> None:
+    raise UnsafeCheckpointError(
+        f"{path}: {key} asks for code from elsewhere, so nothing was loaded.",
+        hint="Use a model of a built-in architecture, or wrap the network yourself in Python.",
+    )
