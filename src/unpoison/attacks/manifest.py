@@ -1,0 +1,117 @@
+"""The manifest of a poisoning: the ground truth of an experiment, one JSON file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+from jaxtyping import Int
+
+from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.errors import ConfigError, LabelRangeError, ResultError, SchemaVersionError
+from unpoison.results import write_atomically
+
+SCHEMA = "unpoison/poisoning"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisoning:
+    """The manifest. ``rate`` is the share of the whole source, in (0, 1]; the three lists belong together row by row.
+
+    ``mode``: all-to-one (samples outside the target class get trigger and target label), all-to-all (any sample gets
+    the trigger and the next class as its label), clean-label (samples of the target class get the trigger),
+    clean-image (samples outside the target class get the target label, no pixel changes).
+    """
+
+    trigger: str
+    config: dict[str, Any]
+    seed: int
+    mode: str
+    target: int
+    target_name: str
+    rate: float
+    ids: tuple[str, ...]
+    original_labels: tuple[int, ...]
+    new_labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+    source: str
+    source_size: int
+    source_fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not len(self.ids) == len(self.original_labels) == len(self.new_labels):
+            raise ResultError(
+                f"poisoning: {len(self.ids)} ids, {len(self.original_labels)} original and {len(self.new_labels)} "
+                "new labels; expected as many of each.",
+                hint="Plan the poisoning again.",
+            )
+        outside = [
+            label
+            for label in (self.target, *self.original_labels, *self.new_labels)
+            if not 0 <= label < len(self.class_names)
+        ]
+        if outside:
+            raise LabelRangeError(
+                f"poisoning: label {outside[0]} is outside the {len(self.class_names)} classes.",
+                hint=f"Use a label from 0 to {len(self.class_names) - 1}.",
+            )
+
+    @property
+    def all_to_all(self) -> bool:
+        return self.mode == "all-to-all"
+
+    def make_trigger(self) -> Trigger:
+        """Raises UnknownMethodError, ConfigError when the manifest names what this version does not have."""
+        trigger = make_trigger(self.trigger, self.config)
+        check_mode(self.trigger, trigger, self.mode)
+        return trigger
+
+    def attack_labels(self, labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """What the attacker wants for triggered samples of the true ``labels``: the target, or the next class."""
+        if self.all_to_all:
+            return (labels + 1) % len(self.class_names)
+        return np.full_like(labels, self.target)
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as one JSON object."""
+        write_atomically(path, msgspec.json.format(self._encoded(), indent=2))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Raises ResultError for a file that is not a manifest, SchemaVersionError, LabelRangeError."""
+        try:
+            body = msgspec.json.decode(path.read_bytes())
+        except (OSError, msgspec.DecodeError) as error:
+            raise ResultError(f"{path}: not a readable manifest ({error}).", hint="Give a manifest.json.") from error
+        found = body.pop("schema", None) if isinstance(body, dict) else type(body).__name__
+        if found != SCHEMA:
+            raise ResultError(
+                f"{path}: expected {SCHEMA}, found {found}.",
+                hint="Give the manifest.json that `unpoison attack` wrote.",
+            )
+        version = body.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}.",
+                hint="Plan the poisoning again with this version, or install the version that wrote the file.",
+            )
+        try:
+            poisoning = msgspec.convert(body, cls)
+        except msgspec.ValidationError as error:
+            raise ResultError(f"{path}: {error}.", hint="Plan the poisoning again.") from error
+        poisoning.make_trigger()
+        return poisoning
+
+    def _encoded(self) -> bytes:
+        body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return msgspec.json.encode({"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | body)
+
+
+def check_mode(name: str, trigger: Trigger, mode: str) -> None:
+    """Raises ConfigError for a labeling that the trigger cannot be used with."""
+    if mode not in trigger.modes:
+        raise ConfigError(f"{name} has no mode {mode!r}.", hint=f"Its modes: {', '.join(trigger.modes)}.")

@@ -1,0 +1,59 @@
+"""What every trigger offers, and the explicit table of triggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+
+from unpoison.attacks.badnet import BadNet
+from unpoison.attacks.blended import Blended
+from unpoison.attacks.clean_image import CleanImage
+from unpoison.attacks.sig import SIG
+from unpoison.errors import ConfigError, UnknownMethodError
+from unpoison.types import Images
+
+
+class Trigger(Protocol):
+    """A frozen dataclass of parameters that turns a whole batch at once, on any device.
+
+    ``modes`` lists the labelings it can be used with, the usual one first.
+    """
+
+    modes: ClassVar[tuple[str, ...]]
+
+    def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
+        """Images in [0, 1] to images in [0, 1]. ``ids`` are read only by triggers that draw anew for each sample."""
+        ...
+
+
+TRIGGERS: dict[str, type[BadNet] | type[Blended] | type[SIG] | type[CleanImage]] = {
+    "badnet": BadNet,
+    "blended": Blended,
+    "sig": SIG,
+    "clean-image": CleanImage,
+}
+
+
+def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:
+    """The trigger ``name`` with ``params`` over its defaults.
+
+    Raises UnknownMethodError for a name that is not in the table, ConfigError for a parameter that the trigger does
+    not have or a value out of range.
+    """
+    if name not in TRIGGERS:
+        raise UnknownMethodError(name, TRIGGERS, kind="attack")
+    kind = TRIGGERS[name]
+    known = [entry.name for entry in fields(kind)]
+    for key in params:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+            raise ConfigError(f"{name} has no parameter {key!r}.", hint=hint)
+    try:
+        return msgspec.convert(dict(params), kind)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{name}: {error}.", hint="See the trigger's parameters and their ranges.") from error
