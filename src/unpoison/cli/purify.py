@@ -1,0 +1,212 @@
+"""``unpoison purify cgd``: repair a classifier with its own poisoned training set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from unpoison.cli.options import Planned, Reading, run_path
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from unpoison.data.sources import LabelledImages
+    from unpoison.defenses.cgd import CGDConfig
+    from unpoison.models.image_classifier import ImageClassifier
+    from unpoison.results import Evaluation, Purification
+    from unpoison.runs import Run
+
+METHOD = Group("Method", sort_key=10)
+TEST = Group("Test", sort_key=20)
+
+
+def cgd(
+    model: str,
+    /,
+    *,
+    data: Annotated[str, Parameter(metavar="SOURCE", help="The training set of the model, as for `scan dataset`.")],
+    arch: Annotated[
+        str | None,
+        Parameter(
+            show_default=False,
+            help="Network of a weights file: small-resnet, preact-resnet-18, package.module:callable.",
+        ),
+    ] = None,
+    clip: Annotated[
+        str, Parameter(group=METHOD, help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')
+    ] = "tiny",
+    steps: Annotated[
+        int | None, Parameter(group=METHOD, show_default=False, help="Optimizer steps of the repair. [default: 400]")
+    ] = None,
+    bound: Annotated[
+        float | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="Largest fall of held-out accuracy, in points, that is accepted. [default: 5]",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
+    ] = None,
+    test: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE", group=TEST, show_default=False, help="Clean test images: measure before and after."
+        ),
+    ] = None,
+    manifest: Annotated[
+        Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
+    ] = None,
+    reading: Reading = Reading(),  # noqa: B008
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Repair a backdoored classifier. The given model stays untouched; the repaired one has the same format.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        Folder of unpoison or transformers, or a weights file (.safetensors, .pt, .pth) with --arch.
+    """
+    from unpoison.cli import INCONCLUSIVE
+    from unpoison.cli.console import Console
+
+    with Console(options) as console:
+        console.detail("importing libraries")
+        from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
+        from unpoison.configs import make_config, merge, read_config
+        from unpoison.defenses.cgd import CGDConfig
+        from unpoison.errors import UsageError
+        from unpoison.models.checkpoints import hash_weights
+        from unpoison.models.clip_transformers import load_clip
+
+        if manifest is not None and test is None:
+            raise UsageError("--manifest needs test images.", hint="Give them with --test SOURCE.")
+        table = merge(read_config(config) if config is not None else {}, {"steps": steps, "bound": bound})
+        settings = make_config(CGDConfig, table, where=str(config or "options"))
+        classifier, images = open_pair(model, data, arch, reading, limit=options.limit, seed=options.seed)
+        tested = None if test is None else open_source(test, Reading(), class_names=classifier.class_names)
+        path = run_path(options.output, "purify", model)
+        surrogate = load_clip(clip)
+        if options.dry_run:
+            plan = _plan(images, surrogate, classifier, settings, run_without_folder(console, options))
+            dry = DryRun(plan=plan, folder=path)
+            console.answer(dry.data(), dry.show)
+            return 0
+        inputs = run_inputs(
+            "purify cgd", images, reading, options, model=model, model_hash=hash_weights(classifier.weights()),
+            arch=arch, clip=clip, clip_fingerprint=surrogate.fingerprint, config=table, test=test,
+            manifest=None if manifest is None else str(manifest),
+        )  # fmt: skip
+        run = begin(console, options, path, inputs)
+        result = _purify(classifier, images, settings, surrogate, run, path, model, tested, manifest)
+        from unpoison.results import to_json
+
+        console.answer(to_json(result), lambda out: _show(out, result, path))
+    return 0 if result.accepted else INCONCLUSIVE
+
+
+def open_pair(
+    model: str, data: str, arch: str | None, reading: Reading, *, limit: int | None = None, seed: int = 0
+) -> tuple[ImageClassifier, LabelledImages]:
+    """A classifier and its images under one class list: the model's own, else (weights files) that of the data."""
+    from unpoison.cli.running import open_source
+    from unpoison.models.classifier import load_classifier
+
+    if Path(model).is_file():
+        images = open_source(data, reading, limit=limit, seed=seed)
+        return load_classifier(model, arch=arch, class_names=images.class_names), images
+    classifier = load_classifier(model, arch=arch)
+    return classifier, open_source(data, reading, limit=limit, seed=seed, class_names=classifier.class_names)
+
+
+def _purify(
+    classifier: ImageClassifier,
+    images: LabelledImages,
+    config: CGDConfig,
+    clip: Any,
+    run: Run,
+    path: Path,
+    model: str,
+    tested: LabelledImages | None,
+    manifest: Path | None,
+) -> Purification:
+    from dataclasses import replace
+
+    from unpoison.api import purify_with_cgd
+    from unpoison.cli.running import write_json, write_report_of
+    from unpoison.models.classifier import save_classifier
+    from unpoison.report.card import write_card
+    from unpoison.results import Purification
+
+    if run.folder is not None and not run.folder.finished:
+        outcome = purify_with_cgd(classifier, images, config=config, clip=clip, run=run)
+        purification = outcome.purification
+        if tested is not None:
+            before = evaluate(classifier, tested, manifest, model, run)
+            after = evaluate(outcome.classifier, tested, manifest, str(path / "model"), run)
+            purification = replace(purification, before=before, after=after)
+        outcome.scores.save(path / "scores.parquet")
+        outcome.split.save(path / "split.parquet")
+        write_json(path / "samples.json", outcome.samples)
+        save_classifier(outcome.classifier, path / model_folder(purification))
+        purification.save(path / "purification.json")
+        write_card(path / "card.md", purification)
+        write_report_of(path)
+        run.folder.finish()
+    return Purification.load(path / "purification.json")
+
+
+def model_folder(purification: Purification) -> str:
+    """A model that was not accepted gets a name that says so: nobody should take it for repaired."""
+    return "model" if purification.accepted else "model-not-accepted"
+
+
+def evaluate(classifier: Any, tested: LabelledImages, manifest: Path | None, name: str, run: Run) -> Evaluation:
+    """One evaluation with the model's name as the user knows it."""
+    from dataclasses import replace
+
+    from unpoison.attacks.poison import Poisoning
+    from unpoison.evaluation.classifier import evaluate_classifier
+
+    poisoning = None if manifest is None else Poisoning.load(manifest)
+    return replace(evaluate_classifier(classifier, tested, poisoning=poisoning, run=run), model=name)
+
+
+def _plan(images: LabelledImages, clip: Any, classifier: ImageClassifier, config: CGDConfig, run: Run) -> Any:
+    from unpoison.planning import plan_purification, probe
+
+    return plan_purification(
+        len(images),
+        classifier.image_size,
+        probe(images, clip, classifier, run=run),
+        scorers=config.separation.scorers,
+        scorer_epochs=config.separation.scorer_epochs,
+        classes=len(images.class_names),
+        repaired=config.steps * config.batch_size,
+    )
+
+
+def _show(out: rich.console.Console, result: Purification, path: Path) -> None:
+    from unpoison.cli.console import printable
+    from unpoison.cli.tables import evaluation_table
+
+    out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
+    out.print(printable(result.reason))
+    out.print(
+        f"Held-out accuracy {result.held_out_before:.1f} % before, {result.held_out_after:.1f} % after "
+        f"(bound: a fall of {result.bound:g} points); {result.suspect_count:,} suspect samples."
+    )
+    if result.before is not None and result.after is not None:
+        out.print()
+        out.print(evaluation_table({"before": result.before, "after": result.after}))
+    out.print()
+    out.print(f"Protects: {printable(result.protects)}.")
+    if result.not_covered:
+        out.print("Not covered: " + printable("; ".join(result.not_covered)))
+    out.print(f"Model: {path / model_folder(result)}")
+    out.print(f"Report: {path / 'report.html'}")

@@ -1,0 +1,140 @@
+"""What the long verbs share: the source as asked for, the run with its folder, and the plan of a dry run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unpoison import __version__
+from unpoison.cli.console import Console, duration
+from unpoison.cli.options import Reading, Running, cache_folder
+from unpoison.errors import UsageError
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from unpoison.data.sources import LabelledImages
+    from unpoison.planning import Plan
+    from unpoison.runs import Run
+
+
+def open_source(
+    source: str, reading: Reading, *, limit: int | None = None, seed: int = 0, class_names: Sequence[str] | None = None
+) -> LabelledImages:
+    """The source with the user's reading options; ``class_names`` hold where the user names none."""
+    from unpoison.data.sources import open_images
+
+    names = read_class_names(reading.class_names) if reading.class_names is not None else class_names
+    return open_images(
+        source,
+        image_column=reading.image_column,
+        label_column=reading.label_column,
+        class_names=names,
+        split=reading.split,
+        limit=limit,
+        seed=seed,
+        strict=reading.strict,
+    )
+
+
+def read_class_names(path: Path) -> list[str]:
+    """One name a line; empty lines do not count. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error}).", hint="Give a text file with one class name a line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def begin(console: Console, options: Running, path: Path, inputs: Mapping[str, Any]) -> Run:
+    """The run in its folder: new, or the one of the same inputs that is to be continued."""
+    from unpoison.runs import RunFolder
+
+    folder = RunFolder.open(path, inputs)
+    if folder.finished:
+        console.log(f"{path} holds the finished run of these inputs; this is its result")
+    return run_without_folder(console, options, folder)
+
+
+def run_without_folder(console: Console, options: Running, folder: Any = None) -> Run:
+    """A run that stores nothing but what goes into the cache, unless ``folder`` is given."""
+    from accelerate import Accelerator
+
+    from unpoison.runs import Run
+
+    return Run(
+        accelerator=Accelerator(), seed=options.seed, progress=console, cache=cache_folder(options.cache), folder=folder
+    )
+
+
+def run_inputs(verb: str, source: LabelledImages, reading: Reading, options: Running, **more: Any) -> dict[str, Any]:
+    """Everything that determines a run's result, as it is kept in run.json."""
+    return {
+        "unpoison": __version__,
+        "verb": verb,
+        "source": source.name,
+        "content": describe(source),
+        "reading": {name: str(value) for name, value in vars_of(reading).items() if value},
+        "limit": options.limit,
+        "seed": options.seed,
+        **more,
+    }
+
+
+def describe(source: LabelledImages) -> str:
+    """A short fingerprint of ids, labels and class names: tells a changed source without reading its images."""
+    digest = hashlib.blake2b(repr((source.ids, source.class_names)).encode(errors="surrogatepass"), digest_size=8)
+    digest.update(source.labels.tobytes())
+    return f"{len(source)} samples, {digest.hexdigest()}"
+
+
+def vars_of(options: Any) -> dict[str, Any]:
+    """A dataclass's fields as they are."""
+    from dataclasses import fields
+
+    return {entry.name: getattr(options, entry.name) for entry in fields(options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """A plan as it is shown and printed as JSON."""
+
+    plan: Plan
+    folder: Path
+
+    def show(self, out: rich.console.Console) -> None:
+        from rich.table import Table
+
+        out.print("Nothing is written in a dry run. The run would do:")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        for step in self.plan.steps:
+            table.add_row(f"  {step.what}", f"{step.amount:,} {step.unit}", f"about {duration(step.seconds)}")
+        out.print(table)
+        out.print(f"Time: about {duration(self.plan.seconds)} (from a few probed batches)")
+        out.print(f"Memory: about {self.plan.memory / 2**20:,.0f} MiB; disk: about {self.plan.disk / 2**20:,.0f} MiB")
+        out.print(f"Files in {self.folder}: {', '.join(self.plan.files)}")
+
+    def data(self) -> dict[str, Any]:
+        return {"dry_run": True, "folder": str(self.folder), **vars_of(self.plan)}
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Any value as a JSON file, whole or not at all."""
+    import msgspec
+
+    from unpoison.results import write_atomically
+
+    write_atomically(path, msgspec.json.encode(data, enc_hook=str))
+
+
+def write_report_of(folder: Path) -> None:
+    """``report.html`` of one run, in its own folder."""
+    from unpoison.report.html import write_report
+    from unpoison.report.runs import read_run
+
+    write_report(folder / "report.html", [read_run(folder)])

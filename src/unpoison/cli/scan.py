@@ -1,0 +1,169 @@
+"""``unpoison scan dataset``: is this image set poisoned, and which samples?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from unpoison.cli.options import Planned, Reading, run_path
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from unpoison.defenses.cgd import CGDConfig
+    from unpoison.results import DatasetScan, SampleScores, Split
+
+METHOD = Group("Method", sort_key=10)
+TOP = 10
+
+
+def dataset(
+    source: str,
+    /,
+    *,
+    clip: Annotated[
+        str, Parameter(group=METHOD, help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')
+    ] = "tiny",
+    arch: Annotated[
+        str,
+        Parameter(
+            group=METHOD, help="Network of the scorers: small-resnet, preact-resnet-18, package.module:callable."
+        ),
+    ] = "small-resnet",
+    scorers: Annotated[
+        int | None, Parameter(group=METHOD, show_default=False, help="Scorers that are averaged. [default: 3]")
+    ] = None,
+    scorer_epochs: Annotated[
+        int | None, Parameter(group=METHOD, show_default=False, help="Epochs of each scorer. [default: 5]")
+    ] = None,
+    config: Annotated[
+        Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
+    ] = None,
+    exit_zero: Annotated[
+        bool, Parameter(negative="", show_default=False, help="Exit with 0 whatever is found.")
+    ] = False,
+    reading: Reading = Reading(),  # noqa: B008
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Find out whether a labelled image set is poisoned, toward what, and which samples are suspect.
+
+    Exit codes: 0 nothing found, 1 poisoned, 2 error, 3 inconclusive.
+
+    Parameters
+    ----------
+    source
+        Folder of class folders, .parquet, .csv, .jsonl, .tar shards, a Hugging Face id, or "shapes" (built in).
+    """
+    from unpoison.cli import FINDINGS, INCONCLUSIVE
+    from unpoison.cli.console import Console
+
+    with Console(options) as console:
+        console.detail("importing libraries")
+        from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
+        from unpoison.configs import make_config, merge, read_config
+        from unpoison.defenses.cgd import CGDConfig
+        from unpoison.models.clip_transformers import load_clip
+
+        given = {"separation": {"scorers": scorers, "scorer_epochs": scorer_epochs}}
+        table = merge(read_config(config) if config is not None else {}, given)
+        settings = make_config(CGDConfig, table, where=str(config or "options"))
+        images = open_source(source, reading, limit=options.limit, seed=options.seed)
+        path = run_path(options.output, "scan", source)
+        model = load_clip(clip)
+        if options.dry_run:
+            plan = _plan(images, model, arch, settings, run_without_folder(console, options))
+            dry = DryRun(plan=plan, folder=path)
+            console.answer(dry.data(), dry.show)
+            return 0
+        inputs = run_inputs(
+            "scan dataset", images, reading, options, clip=clip, clip_fingerprint=model.fingerprint, arch=arch,
+            config=table,
+        )  # fmt: skip
+        run = begin(console, options, path, inputs)
+        scan, scores, split = _scan(images, model, arch, settings, run, path)
+        from unpoison.results import to_json
+
+        console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
+    if exit_zero:
+        return 0
+    return FINDINGS if scan.estimate.poisoned else INCONCLUSIVE if inconclusive(scan) else 0
+
+
+def inconclusive(scan: DatasetScan) -> bool:
+    """Nothing was found, but the CLIP is too weak on these classes for that to mean anything."""
+    return not scan.estimate.poisoned and scan.clip_agreement <= 1.5 * scan.chance_agreement
+
+
+def _scan(
+    images: Any, clip: Any, arch: str, config: CGDConfig, run: Any, path: Path
+) -> tuple[DatasetScan, SampleScores, Split]:
+    from unpoison.api import scan_dataset
+    from unpoison.cli.running import write_json, write_report_of
+    from unpoison.results import DatasetScan, SampleScores, Split
+
+    if not run.folder.finished:
+        outcome = scan_dataset(images, clip=clip, arch=arch, config=config, run=run)
+        outcome.scores.save(path / "scores.parquet")
+        outcome.split.save(path / "split.parquet")
+        write_json(path / "samples.json", outcome.samples)
+        outcome.scan.save(path / "scan.json")
+        write_report_of(path)
+        run.folder.finish()
+    return (
+        DatasetScan.load(path / "scan.json"),
+        SampleScores.load(path / "scores.parquet"),
+        Split.load(path / "split.parquet"),
+    )
+
+
+def _plan(images: Any, clip: Any, arch: str, config: CGDConfig, run: Any) -> Any:
+    from unpoison.models.classifier import new_classifier
+    from unpoison.planning import plan_scan, probe
+
+    classifier = new_classifier(arch, images.class_names)
+    return plan_scan(
+        len(images),
+        classifier.image_size,
+        probe(images, clip, classifier, run=run),
+        scorers=config.separation.scorers,
+        scorer_epochs=config.separation.scorer_epochs,
+        classes=len(images.class_names),
+    )
+
+
+def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, split: Split, path: Path) -> None:
+    import shlex
+
+    from unpoison.cli.console import printable
+    from unpoison.cli.tables import flagged_table, suspects_table, verdict
+
+    out.print(verdict(scan), style="bold")
+    out.print(printable(scan.estimate.reason))
+    if inconclusive(scan):
+        out.print("CLIP knows these classes hardly better than chance: this scan is inconclusive.", style="yellow")
+    for warning in scan.warnings:
+        out.print(printable(f"Warning: {warning}"), style="yellow")
+    if scan.flagged:
+        out.print()
+        out.print(flagged_table(scan))
+        out.print()
+        out.print(suspects_table(scores, split, TOP))
+    if scan.skipped:
+        out.print()
+        out.print(f"Skipped {len(scan.skipped)} rows that could not be used:")
+        for row in scan.skipped[:3]:
+            out.print(printable(f"  {row.id}: {row.reason}"))
+        if len(scan.skipped) > 3:
+            out.print(f"  and {len(scan.skipped) - 3} more, in {path / 'scan.json'}")
+    if scan.not_covered:
+        out.print()
+        out.print("Not covered: " + printable("; ".join(scan.not_covered)))
+    out.print()
+    out.print(f"Report: {path / 'report.html'}")
+    if scan.estimate.poisoned:
+        folder, source = shlex.quote(str(path)), shlex.quote(scan.source)
+        out.print("Next:")
+        out.print(f"  unpoison keep {folder} -o clean.parquet", soft_wrap=True)
+        out.print(f"  unpoison purify cgd MODEL --data {source}", soft_wrap=True)

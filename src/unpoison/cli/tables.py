@@ -1,0 +1,77 @@
+"""Tables and sentences of the terminal's answers. Strings from data go through ``printable``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+from unpoison.cli.console import printable
+
+if TYPE_CHECKING:
+    from unpoison.results import DatasetScan, Evaluation, Interval, SampleScores, Split
+
+_NAMED = 5  # target labels named in the verdict
+
+
+def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
+    """A table without lines; the columns in ``right`` are flush right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    return table
+
+
+def verdict(scan: DatasetScan) -> str:
+    """One sentence: whether, toward what, how much."""
+    estimate = scan.estimate
+    if not estimate.poisoned:
+        return f"Nothing found: no sign of poisoning in {scan.samples:,} samples."
+    names = [printable(scan.class_names[label]) for label in estimate.target_labels[:_NAMED]]
+    more = f" and {len(estimate.target_labels) - _NAMED} more" if len(estimate.target_labels) > _NAMED else ""
+    toward = f" toward {', '.join(repr(name) for name in names)}{more}" if names else ""
+    rate = f"{100 * estimate.rate:.1f} % ({100 * estimate.rate_low:.1f} to {100 * estimate.rate_high:.1f} %)"
+    return f"Poisoned{toward}: about {rate} of {scan.samples:,} samples."
+
+
+def flagged_table(scan: DatasetScan) -> Table:
+    """Flagged samples per given label, most first."""
+    table = plain_table("label", "flagged", right=("flagged",))
+    for name, count in sorted(scan.flagged_per_class.items(), key=lambda item: -item[1]):
+        if count:
+            table.add_row(printable(name), f"{count:,}")
+    table.add_row("all", f"{scan.flagged:,}")
+    return table
+
+
+def suspects_table(scores: SampleScores, split: Split, count: int) -> Table:
+    """The most suspicious samples of the suspect region."""
+    order = split.suspect[np.argsort(-scores.suspicion[split.suspect], kind="stable")][:count]
+    axes = list(scores.axes)
+    table = plain_table("most suspicious", "label", *axes, right=tuple(axes))
+    for row in order:
+        values = [f"{scores.axes[axis][row]:.3f}" for axis in axes]
+        table.add_row(printable(scores.ids[row]), printable(scores.class_names[int(scores.labels[row])]), *values)
+    return table
+
+
+def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
+    """One column for each evaluation (before, after, ...), one row for each rate."""
+    table = plain_table("", *evaluations, right=tuple(evaluations))
+    results = list(evaluations.values())
+    table.add_row("clean accuracy", *(rate(result.c_acc) for result in results))
+    if any(result.asr is not None for result in results):
+        table.add_row("attack success (ASR)", *(rate(result.asr) for result in results))
+        table.add_row("ASR floor", *(rate(result.asr_floor) for result in results))
+        excess = ("" if result.asr_excess is None else f"{result.asr_excess:.1f} %" for result in results)
+        table.add_row("excess ASR", *excess)
+        table.add_row("robust accuracy", *(rate(result.ra) for result in results))
+    return table
+
+
+def rate(value: Interval | None) -> str:
+    """A rate with its interval and n."""
+    if value is None:
+        return ""
+    return f"{value.value:.1f} % ({value.low:.1f} to {value.high:.1f}, n = {value.n:,})"
