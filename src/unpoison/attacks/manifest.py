@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -81,7 +81,7 @@ class Poisoning:
         write_atomically(path, msgspec.json.format(self._encoded(), indent=2))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Poisoning:
         """Raises ResultError for a file that is not a manifest, SchemaVersionError, LabelRangeError."""
         try:
             body = msgspec.json.decode(path.read_bytes())

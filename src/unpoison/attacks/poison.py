@@ -147,7 +147,8 @@ def write_poisoned(
 
     Triggered images are PNG, all others keep their bytes. Rows are streamed in groups, so memory does not grow with the
     set. Samples that cannot be read are left out of both files and listed.
-    Raises UsageError for a folder that is not empty or cannot be written, SourceFormatError when over 10 % cannot be read.
+    Raises UsageError for a folder that is not empty or cannot be written, SourceFormatError when over 10 % cannot
+    be read.
     """
     poisoned = apply_poisoning(source, poisoning)
     prepare_folder(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
@@ -17,6 +17,7 @@ from unpoison.errors import ConfigError, UnknownMethodError
 from unpoison.types import Images
 
 
+@runtime_checkable
 class Trigger(Protocol):
     """A frozen dataclass of parameters that turns a whole batch at once, on any device.
 

@@ -1,0 +1,146 @@
+"""Rates of a classifier on a test set, with and without the trigger of a poisoning."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from jaxtyping import Int
+
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.poison import trigger_test_source
+from unpoison.data.pixels import Pixels, load_pixels, to_images
+from unpoison.data.sources import LabelledImages
+from unpoison.errors import DataError, NotEnoughDataError
+from unpoison.evaluation.intervals import wilson
+from unpoison.evaluation.metrics import der, excess_asr
+from unpoison.models.image_classifier import evaluation_mode
+from unpoison.results import Evaluation, Interval
+from unpoison.runs import Run
+from unpoison.types import Classifier
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    source: LabelledImages,
+    *,
+    poisoning: Poisoning | None = None,
+    run: Run,
+    batch_size: int = 512,
+    name: str = "classifier",
+) -> Evaluation:
+    """C-Acc, accuracy per class and, with a manifest, ASR, its floor, its excess and RA, all in percent.
+
+    ``source`` holds clean test images under their true labels. The trigger is put on each image at its own size, before
+    the classifier's resize, on every sample whose label is not already the attack's; the floor is the same samples
+    without it. Rows that do not decode count nowhere and are listed. The classifier is left as it is.
+    Raises DataError when the class names (or their order) differ, SourceFormatError when over 10 % of the rows are bad,
+    NotEnoughDataError when no sample outside the target class is there.
+    """
+    began = time.perf_counter()
+    check_class_names(classifier, source)
+    clean = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
+    guesses = predict(classifier, clean, run=run, batch_size=batch_size, what="clean images")
+    usable = clean.usable
+    hits = guesses == source.labels
+    rates: dict[str, Interval] = {}
+    if poisoning is not None:
+        rates = _trigger_rates(classifier, source, clean, guesses, poisoning, run=run, batch_size=batch_size)
+    present = [label for label in range(len(source.class_names)) if (usable & (source.labels == label)).any()]
+    return Evaluation(
+        model=name,
+        data=source.name,
+        c_acc=_rate(hits[usable]),
+        asr=rates.get("asr"),
+        asr_floor=rates.get("floor"),
+        asr_excess=excess_asr(rates["asr"].value, rates["floor"].value) if rates else None,
+        ra=rates.get("ra"),
+        attack=None if poisoning is None else poisoning.trigger,
+        target=None if poisoning is None else poisoning.target_name,
+        per_class={
+            source.class_names[label]: 100 * float(hits[usable & (source.labels == label)].mean()) for label in present
+        },
+        skipped=source.skipped + clean.skipped,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def evaluate_before_after(before: Evaluation, after: Evaluation) -> float | None:
+    """DER in percent of two evaluations on the same data; None where no trigger was measured.
+
+    The raw ASR is used, as the metric is defined. Raises DataError when data, attack or target differ.
+    """
+    for field in ("data", "attack", "target"):
+        first, second = getattr(before, field), getattr(after, field)
+        if first != second:
+            raise DataError(
+                f"Before and after were measured on different {field}: {first!r} and {second!r}.",
+                hint="Evaluate both models on the same test set with the same manifest.",
+            )
+    if before.asr is None or after.asr is None:
+        return None
+    return 100 * der(
+        c_acc_before=before.c_acc.value / 100,
+        c_acc_after=after.c_acc.value / 100,
+        asr_before=before.asr.value / 100,
+        asr_after=after.asr.value / 100,
+    )
+
+
+def check_class_names(classifier: Classifier, source: LabelledImages) -> None:
+    """Raises DataError unless both name the same classes in the same order."""
+    ours, theirs = list(classifier.class_names), list(source.class_names)
+    if ours != theirs:
+        same = sorted(ours) == sorted(theirs)
+        raise DataError(
+            f"The classifier's classes are {ours}, those of {source.name} are {theirs}"
+            + (": the same names in another order." if same else "."),
+            hint="Give the class names in the order of the classifier's outputs when you open the data.",
+        )
+
+
+def predict(
+    classifier: Classifier, pixels: Pixels, *, run: Run, batch_size: int = 512, what: str = "images"
+) -> Int[np.ndarray, " n"]:
+    """The class of each row, in evaluation mode; rows that are not usable get a guess that counts nowhere."""
+    reference = next(classifier.module.parameters())
+    starts = range(0, len(pixels.array), batch_size)
+    guesses = np.empty(len(pixels.array), dtype=np.int64)
+    with torch.inference_mode(), evaluation_mode(classifier.module):
+        for start in run.progress.track(starts, total=len(guesses), what=what, weight=batch_size, unit="images"):
+            images = to_images(np.asarray(pixels.array[start : start + batch_size])).to(reference)
+            guesses[start : start + batch_size] = classifier.logits(images).argmax(dim=1).cpu().numpy()
+    return guesses
+
+
+def _trigger_rates(
+    classifier: Classifier,
+    source: LabelledImages,
+    clean: Pixels,
+    guesses: np.ndarray,
+    poisoning: Poisoning,
+    *,
+    run: Run,
+    batch_size: int,
+) -> dict[str, Interval]:
+    triggered, rows, attack_labels = trigger_test_source(source, poisoning)
+    if not clean.usable[rows].any():
+        raise NotEnoughDataError(
+            f"{source.name}: samples outside the target class {poisoning.target_name!r}",
+            have=0,
+            need=1,
+            hint="The attack success is measured on samples of other classes: give a test set that has some.",
+        )
+    pixels = load_pixels(triggered, classifier.image_size, cache=run.cache, progress=run.progress)
+    attacked = predict(classifier, pixels, run=run, batch_size=batch_size, what="triggered images")
+    usable = pixels.usable & clean.usable[rows]
+    return {
+        "asr": _rate((attacked == attack_labels)[usable]),
+        "floor": _rate((guesses[rows] == attack_labels)[usable]),
+        "ra": _rate((attacked == triggered.labels)[usable]),
+    }
+
+
+def _rate(hits: np.ndarray) -> Interval:
+    return wilson(int(hits.sum()), len(hits))
