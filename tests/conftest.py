@@ -1,6 +1,7 @@
 """Shape checks for every test run, and the research data where they are at hand."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,45 @@ from jaxtyping import install_import_hook
 install_import_hook("unpoison", "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("UNPOISON_SHARED", ROOT.parent / "shared"))
+REAL_DATA = pytest.StashKey[Counter]()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of research data; tests that need it skip where it is absent."""
-    folder = Path(os.environ.get("UNPOISON_SHARED", ROOT.parent / "shared"))
-    if not (folder / "data").is_dir():
-        pytest.skip(f"research data are not at {folder}")
-    return folder
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"research data are not at {SHARED}")
+    return SHARED
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[REAL_DATA] = Counter()
+    config.pluginmanager.register(RealDataCount(config))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_data")
+
+
+class RealDataCount:
+    """Counts the tests on real data; under CI, where the data are at hand, none of them may skip."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.counts = config.stash[REAL_DATA]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if "real_data" in report.keywords and (report.when == "call" or report.skipped):
+            self.counts[report.outcome] += 1
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.write_line(f"tests on real data: {dict(self.counts)}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        whole = not session.config.args or session.config.args == session.config.getini("testpaths")
+        strict = bool(os.environ.get("CI")) and (SHARED / "data").is_dir() and not hasattr(session.config, "workerinput")
+        if strict and whole and (self.counts["skipped"] or not self.counts["passed"]):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

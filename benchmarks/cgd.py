@@ -1,0 +1,253 @@
+"""CGD on CIFAR-10: victims, separation, repair and ablations, one JSON a cell.
+
+    python benchmarks/cgd.py run [--attack badnet ...] [--seed 0 ...] [--until victim|scores|repair|ablations]
+    python benchmarks/cgd.py table
+
+Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
+A cell that is done is not computed again; a cell that was interrupted goes on. One thread a process: start two
+processes with other seeds to use two cores. The last rows of train (45,000..) are the ones to look at while tuning.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+from unpoison.data.pixels import load_pixels
+from unpoison.data.sources import open_images
+from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
+from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, SeparationConfig, score_with_cgd
+from unpoison.detection.thresholds import split_as_published, split_by_evidence
+from unpoison.evaluation.classifier import evaluate_classifier
+from unpoison.evaluation.metrics import auroc, der
+from unpoison.models.classifier import new_classifier
+from unpoison.models.clip_transformers import load_clip
+from unpoison.models.zero_shot import zero_shot_logits
+from unpoison.results import Evaluation, Split, write_atomically
+from unpoison.runs import Run, RunFolder
+from unpoison.training import train_classifier
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/cgd"
+ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
+RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 12
+ABLATIONS = {
+    "scale-1": CGDConfig(separation=SeparationConfig(clip_logit_scale=1.0)),
+    "rank-in-class": CGDConfig(separation=SeparationConfig(rank_within="class")),
+    "clip-axis-only": CGDConfig(),
+    "early-axis-only": CGDConfig(),
+    "no-unlearning": CGDConfig(beta=0.0),
+    "no-kl": CGDConfig(alpha=0.0),
+    "published-regions": CGDConfig(regions="published"),
+    "as-published": CGDConfig.as_published(samples=10_000),
+}
+
+
+class Printed:
+    """Progress as plain lines."""
+
+    def track(self, items, *, total, what, weight=1, unit=""):
+        begun, done = time.time(), 0
+        for item in items:
+            yield item
+            done += weight
+            print(f"  {what}: {done}/{total} {unit}, {done / (time.time() - begun):.0f}/s", flush=True)
+
+    def log(self, message: str) -> None:
+        print(f"  {message}", flush=True)
+
+
+class Cell:
+    """One attack and seed: everything below is computed once and kept in its run folder."""
+
+    def __init__(self, attack: str, seed: int, shared: Path, work: Path) -> None:
+        self.attack, self.seed, self.name = attack, seed, f"{attack}-{seed}"
+        data = shared / "data/cifar10"
+        base = open_images(f"{data}/train.parquet[{ROWS}]")
+        self.test = open_images(data / "test.parquet")
+        # The clean control has no manifest of its own: its trigger rates are those of a trigger it never saw.
+        self.poisoning = plan_poisoning(
+            base, "badnet" if attack == "clean" else attack, rate=RATE, target=TARGET, seed=seed
+        )
+        self.source = base if attack == "clean" else apply_poisoning(base, self.poisoning)
+        inputs = {"cell": self.name, "rows": ROWS, "rate": RATE, "target": TARGET, "epochs": EPOCHS}
+        self.run = Run(
+            seed=seed,
+            progress=Printed(),
+            cache=work / "cache",
+            folder=RunFolder.open(work / self.name, inputs),
+        )
+        self.pixels = load_pixels(self.source, 32, cache=self.run.cache, progress=self.run.progress)
+        poisoned = set() if attack == "clean" else set(self.poisoning.ids)
+        self.truth = np.array([sample in poisoned for sample in self.source.ids])
+
+    def victim(self):
+        start = new_classifier("small-resnet", self.source.class_names, seed=self.run.seed_of("victim"))
+        return train_classifier(start, self.pixels, self.source.labels, epochs=EPOCHS, run=self.run)
+
+    def evaluate(self, classifier) -> Evaluation:
+        return evaluate_classifier(classifier, self.test, poisoning=self.poisoning, run=self.run)
+
+    def scores(self, config: SeparationConfig):
+        zero_shot = zero_shot_logits(load_clip("tiny"), self.source, run=self.run)
+        fresh = new_classifier("small-resnet", self.source.class_names)
+        return zero_shot, score_with_cgd(fresh, self.source, self.pixels, zero_shot, config, run=self.run)
+
+    def detection(self, scores, split: Split) -> dict:
+        flagged = np.zeros(len(self.truth), dtype=bool)
+        flagged[split.suspect] = True
+        hits = int((flagged & self.truth).sum())
+        figures = {
+            "flagged_percent": 100 * float(flagged.mean()),
+            "clean_region_percent": 100 * len(split.clean) / len(self.truth),
+            "poison_in_clean_region": int(self.truth[split.clean].sum()),
+            "estimate": asdict(split.estimate) if split.estimate else None,
+        }
+        if self.truth.any():
+            figures |= {
+                "recall_percent": 100 * hits / int(self.truth.sum()),
+                "precision_percent": 100 * hits / max(1, int(flagged.sum())),
+                "auroc": {axis: auroc(scores.axes[axis], self.truth) for axis in (CLIP_AXIS, EARLY_AXIS, JOINT_AXIS)},
+            }
+        return figures
+
+    def purify(self, config: CGDConfig, label: str, split_of=None) -> dict:
+        """``split_of`` replaces the split, for the ablations of one axis."""
+        begun = time.time()
+        victim = self.victim()
+        zero_shot, scores = self.scores(config.separation)
+        split = (split_of or self.split)(scores, config)
+        run = replace(self.run, folder=RunFolder.open(self.run.folder.path / label, {"config": asdict(config)}))
+        before = self.evaluate(victim)
+        if len(split.suspect) == 0:
+            repair, after = None, before
+        else:
+            repair = repair_with_cgd(victim, self.pixels, split, zero_shot.cosines, config, run=run)
+            after = self.evaluate(repair.classifier)
+        return {
+            "attack": self.attack,
+            "seed": self.seed,
+            "variant": label,
+            "config": asdict(config),
+            "before": rates(before),
+            "after": rates(after),
+            "der": None
+            if before.asr is None or after.asr is None
+            else der(before.c_acc.value, after.c_acc.value, before.asr.value, after.asr.value),
+            "detection": self.detection(scores, split),
+            "history": repair.history if repair else [],
+            "seconds": time.time() - begun,
+        }
+
+    @staticmethod
+    def split(scores, config: CGDConfig) -> Split:
+        if config.regions == "published":
+            return split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
+        return split_by_evidence(scores)
+
+
+def rates(evaluation: Evaluation) -> dict:
+    names = ("c_acc", "asr", "asr_floor", "ra")
+    figures = {name: getattr(evaluation, name) for name in names}
+    return {name: None if rate is None else asdict(rate) for name, rate in figures.items()} | {
+        "asr_excess": evaluation.asr_excess
+    }
+
+
+def one_axis(axis: str):
+    """The published regions with the other axis held at zero, so that it decides nothing."""
+
+    def split(scores, config: CGDConfig) -> Split:
+        other = EARLY_AXIS if axis == CLIP_AXIS else CLIP_AXIS
+        values = np.where(np.isnan(scores.axes[axis]), np.nan, 0.0)
+        return split_as_published(
+            replace(scores, axes=scores.axes | {other: values}), sigma1=config.sigma1, sigma2=config.sigma2
+        )
+
+    return split
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in args.seed:
+        for attack in args.attack:
+            print(f"{attack} {seed}", flush=True)
+            cell = Cell(attack, seed, args.shared, args.work)
+            if args.until in ("victim", "scores"):
+                print("  before", rates(cell.evaluate(cell.victim())), flush=True)
+                if args.until == "scores":
+                    from unpoison.detection.cgd import early_model_logits
+
+                    fresh = new_classifier("small-resnet", cell.source.class_names)
+                    early_model_logits(fresh, cell.pixels, cell.source.labels, SeparationConfig(), run=cell.run)
+                continue
+            variants = {"default": CGDConfig()} | (ABLATIONS if args.until == "ablations" else {})
+            for label, config in variants.items():
+                file = RESULTS / f"{cell.name}-{label}.json"
+                if file.exists():
+                    continue
+                axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
+                result = cell.purify(config, label, one_axis(axis) if axis else None)
+                write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
+                print(f"  {label}: before {result['before']['asr']} after {result['after']['asr']}", flush=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Mean over seeds of every attack and variant, as Markdown."""
+    cells: dict[tuple[str, str], list[dict]] = {}
+    for file in sorted(RESULTS.glob("*-*.json")):
+        result = json.loads(file.read_text())
+        cells.setdefault((result["variant"], result["attack"]), []).append(result)
+
+    def mean(values: list) -> str:
+        known = [value for value in values if value is not None]
+        if not known:
+            return "-"
+        spread = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+        return f"{np.mean(known):.1f}{spread}"
+
+    print("| variant | attack | seeds | C-Acc before | after | ASR before | after | floor | excess | RA after | "
+          "recall | precision | flagged | AUROC clip / early / joint | s |")  # fmt: skip
+    print("|" + "---|" * 15)
+    for (variant, attack), results in sorted(cells.items()):
+
+        def pick(*path: str, rows: list[dict] = results) -> str:
+            values = []
+            for row in rows:
+                for key in path:
+                    row = row.get(key) if row is not None else None
+                values.append(row)
+            return mean(values)
+
+        areas = " / ".join(pick("detection", "auroc", axis) if "auroc" in results[0]["detection"] else "-"
+                           for axis in (CLIP_AXIS, EARLY_AXIS, JOINT_AXIS))  # fmt: skip
+        row = [
+            variant, attack, str(len(results)), pick("before", "c_acc", "value"), pick("after", "c_acc", "value"),
+            pick("before", "asr", "value"), pick("after", "asr", "value"), pick("after", "asr_floor", "value"),
+            pick("after", "asr_excess"), pick("after", "ra", "value"), pick("detection", "recall_percent"),
+            pick("detection", "precision_percent"), pick("detection", "flagged_percent"), areas, pick("seconds"),
+        ]  # fmt: skip
+        print("| " + " | ".join(row) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--until", choices=["victim", "scores", "repair", "ablations"], default="repair")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
+    args = parser.parse_args()
+    (run if args.verb == "run" else table)(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The public verbs: what the command line does, as functions of Python objects.
+
+from unpoison import load_classifier, load_clip, open_images, purify_with_cgd, scan_dataset
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from unpoison.data.pixels import Pixels, load_pixels
+from unpoison.data.sources import LabelledImages, check_skips
+from unpoison.defenses.cgd import CGDConfig, Repair, repair_with_cgd
+from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, score_with_cgd
+from unpoison.detection.thresholds import split_as_published, split_by_evidence
+from unpoison.errors import DataError, NotEnoughDataError, ResultError
+from unpoison.models.checkpoints import hash_weights
+from unpoison.models.classifier import new_classifier
+from unpoison.models.zero_shot import ZeroShot, zero_shot_logits
+from unpoison.results import (
+    CLEAN,
+    REGION_NAMES,
+    SKIPPED,
+    SUSPECT,
+    DatasetScan,
+    PoisonEstimate,
+    Purification,
+    SampleScores,
+    SkippedRow,
+    Split,
+)
+from unpoison.runs import Run
+from unpoison.types import Classifier, ImageTextModel
+
+LOW_AGREEMENT = 2.0
+"""A CLIP whose agreement with the given labels is under this many times chance is too weak to judge them."""
+MIN_SAMPLES = 50
+SCAN_LIMITS = (
+    "Backdoors whose trigger a fresh network learns no faster than the objects themselves.",
+    "Poison whose labels CLIP agrees with and that leaves no trace in early training.",
+    "More than one target label at once is reported, but was not measured.",
+    "The weights of any model: this looked at data only.",
+)
+REPAIR_LIMITS = (
+    "Backdoors that were not planted through this training set.",
+    "Triggers were not tried unless a manifest was given: the rates before and after are then measured with it.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOutcome:
+    """The scan's answer, its scores and split, and ``samples`` for the report (thumbnails of the most suspicious)."""
+
+    scan: DatasetScan
+    scores: SampleScores
+    split: Split
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurifyOutcome:
+    """A repaired copy of the classifier, what was done to it, and the scan that led there."""
+
+    classifier: Classifier
+    purification: Purification
+    scores: SampleScores
+    split: Split
+    samples: list[dict[str, Any]]
+
+
+def scan_dataset(
+    source: LabelledImages,
+    *,
+    clip: ImageTextModel,
+    arch: str = "small-resnet",
+    image_size: int = 32,
+    config: CGDConfig | None = None,
+    run: Run | None = None,
+) -> ScanOutcome:
+    """Is this set poisoned, toward what, which samples? CGD's stage A with early models of architecture ``arch``.
+
+    Raises NotEnoughDataError, SourceFormatError (too many unusable rows), DivergedError.
+    """
+    run, config = run or Run(), config or CGDConfig()
+    begun = time.monotonic()
+    early = new_classifier(arch, source.class_names, image_size=image_size)
+    evidence = _gather(early, source, clip, config, run)
+    split = evidence.split
+    estimate = _required(split.estimate)
+    flagged = Counter(source.class_names[label] for label in split.labels[split.suspect])
+    scan = DatasetScan(
+        source=source.name,
+        method="cgd",
+        samples=len(source),
+        class_names=source.class_names,
+        estimate=estimate,
+        flagged=len(split.suspect),
+        flagged_per_class={name: flagged.get(name, 0) for name in source.class_names},
+        skipped=evidence.scores.skipped,
+        clip=clip.fingerprint,
+        clip_agreement=evidence.scores.details["clip_agreement"],
+        chance_agreement=100.0 / len(source.class_names),
+        warnings=_warnings(evidence, source),
+        not_covered=SCAN_LIMITS,
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+        config=asdict(config),
+        inputs={"clip": clip.fingerprint, "early_model": arch},
+    )
+    return ScanOutcome(scan=scan, scores=evidence.scores, split=split, samples=evidence.samples)
+
+
+def purify_with_cgd(
+    classifier: Classifier,
+    source: LabelledImages,
+    *,
+    clip: ImageTextModel,
+    config: CGDConfig | None = None,
+    run: Run | None = None,
+) -> PurifyOutcome:
+    """Repair ``classifier`` with its own, possibly poisoned, training set. The caller's model is never changed.
+
+    Without evidence of poison the model is handed back as it is. The result is refused (``accepted`` is false) when
+    the held-out accuracy fell by more than ``config.bound`` points or nothing could be held out.
+    Raises NotEnoughDataError, SourceFormatError, DivergedError.
+    """
+    run, config = run or Run(), config or CGDConfig()
+    begun = time.monotonic()
+    evidence = _gather(classifier, source, clip, config, run)
+    split = evidence.split
+    original = hash_weights(classifier.weights())
+    if len(split.suspect) == 0:
+        repair = None
+        accepted, reason = True, "No evidence of poisoning was found in the training set; the model is left as it is."
+    else:
+        repair = repair_with_cgd(classifier, evidence.pixels, split, evidence.zero_shot.cosines, config, run=run)
+        accepted, reason = _judge(repair, config)
+    result = repair.classifier if repair else classifier.copy()
+    purification = Purification(
+        method="cgd",
+        config=asdict(config),
+        accepted=accepted,
+        reason=reason,
+        protects="the classifier's weights",
+        held_out_before=repair.held_out_before if repair else 0.0,
+        held_out_after=repair.held_out_after if repair else 0.0,
+        bound=config.bound,
+        steps=repair.steps if repair else 0,
+        changed_share=100.0 if repair else 0.0,
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+        suspect_count=len(split.suspect),
+        clean_count=len(split.clean),
+        estimate=split.estimate,
+        history=repair.history if repair else [],
+        inputs={"model": original, "clip": clip.fingerprint, "data": source.name},
+        not_covered=REPAIR_LIMITS,
+    )
+    return PurifyOutcome(
+        classifier=result, purification=purification, scores=evidence.scores, split=split, samples=evidence.samples
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Evidence:
+    pixels: Pixels
+    zero_shot: ZeroShot
+    scores: SampleScores
+    split: Split
+    samples: list[dict[str, Any]]
+
+
+def _gather(
+    classifier: Classifier, source: LabelledImages, clip: ImageTextModel, config: CGDConfig, run: Run
+) -> _Evidence:
+    """Stage A: pixels once, CLIP once, early models, ranks, regions."""
+    _check_classes(classifier, source)
+    zero_shot = zero_shot_logits(clip, source, run=run)
+    check_skips(zero_shot.skipped, len(source), source.name)
+    pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
+    scores = score_with_cgd(classifier, source, pixels, zero_shot, config.separation, run=run)
+    if config.regions == "published":
+        split = split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
+    else:
+        split = split_by_evidence(scores)
+    samples = describe_samples(source, scores, split, zero_shot.cosines)
+    return _Evidence(pixels=pixels, zero_shot=zero_shot, scores=scores, split=split, samples=samples)
+
+
+def describe_samples(
+    source: LabelledImages,
+    scores: SampleScores,
+    split: Split,
+    cosines: np.ndarray,
+    *,
+    suspects: int = 48,
+    clean: int = 12,
+) -> list[dict[str, Any]]:
+    """What the report shows: the most suspicious samples and a few clean ones, with thumbnails of at most 64 px."""
+    order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
+    listed = [row for row in order if split.region[row] != SKIPPED]
+    flagged = [row for row in listed if split.region[row] == SUSPECT]
+    chosen = (flagged or listed)[:suspects] + [row for row in reversed(listed) if split.region[row] == CLEAN][:clean]
+    entries = []
+    for row, image in zip(chosen, source.decode(np.array(chosen, dtype=np.int64)), strict=True):
+        if isinstance(image, SkippedRow):
+            continue
+        image.thumbnail((64, 64))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        entries.append(
+            {
+                "id": scores.ids[row],
+                "label": source.class_names[int(scores.labels[row])],
+                "clip_label": source.class_names[int(np.nanargmax(cosines[row]))],
+                "region": REGION_NAMES[int(split.region[row])],
+                "thumbnail": base64.b64encode(buffer.getvalue()).decode(),
+                CLIP_AXIS: float(scores.axes[CLIP_AXIS][row]),
+                EARLY_AXIS: float(scores.axes[EARLY_AXIS][row]),
+            }
+        )
+    return entries
+
+
+def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
+    fall = repair.held_out_before - repair.held_out_after
+    sentence = (
+        f"Held-out label accuracy went from {repair.held_out_before:.1f} to {repair.held_out_after:.1f} percent; "
+        f"a fall of at most {config.bound:.1f} points is accepted."
+    )
+    return fall <= config.bound, sentence
+
+
+def _warnings(evidence: _Evidence, source: LabelledImages) -> tuple[str, ...]:
+    warnings = []
+    agreement, chance = evidence.scores.details["clip_agreement"], 100.0 / len(source.class_names)
+    if agreement < LOW_AGREEMENT * chance:
+        warnings.append(
+            f"CLIP agrees with {agreement:.1f} percent of the given labels, chance is {chance:.1f}: it hardly knows "
+            "these classes. Give a larger one with --clip, or class names as people would say them."
+        )
+    if evidence.zero_shot.truncated:
+        names = ", ".join(evidence.zero_shot.truncated)
+        warnings.append(f"CLIP's tokenizer cut these class names off: {names}.")
+    counts = np.bincount(source.labels, minlength=len(source.class_names))
+    rare = [name for name, count in zip(source.class_names, counts, strict=True) if 0 < count < 20]
+    if rare:
+        warnings.append(f"Classes with fewer than 20 samples cannot be judged on their own: {', '.join(rare)}.")
+    return tuple(warnings)
+
+
+def _check_classes(classifier: Classifier, source: LabelledImages) -> None:
+    if tuple(classifier.class_names) != tuple(source.class_names):
+        raise DataError(
+            f"the model's classes {list(classifier.class_names)} are not the data's {list(source.class_names)}.",
+            hint="Give the data with the same class names in the same order as the model's.",
+        )
+    if len(source) < MIN_SAMPLES:
+        raise NotEnoughDataError(
+            f"samples in {source.name}",
+            have=len(source),
+            need=MIN_SAMPLES,
+            hint="Ranks over so few samples mean nothing; give the whole training set.",
+        )
+
+
+def _required(estimate: PoisonEstimate | None) -> PoisonEstimate:
+    if estimate is None:
+        raise ResultError("the split carries no estimate.", hint="Scan again.")
+    return estimate
+
+
+__all__ = ["PurifyOutcome", "ScanOutcome", "describe_samples", "purify_with_cgd", "scan_dataset"]

@@ -1,0 +1,191 @@
+"""CGD, stage A: score every sample by a public CLIP and by models stopped early, and split the set by both.
+
+Paper
+    Xu, Yang, Dai, Tang, Zhang. "CLIP-guided backdoor defense through entropy-based poisoned dataset separation."
+    ACM MM 2025, arXiv 2507.05113.
+Idea
+    A poisoned label is one that an independent CLIP does not believe, and one that a fresh network learns
+    suspiciously early, since a trigger is easier than an object. Two losses against the given labels, two ranks.
+Needs
+    The labelled set, its class names, a public CLIP. No clean samples, no ground truth.
+Steps
+    1. Weak scorer: CLIP's zero-shot cosines, one text per class.
+    2. Intermediate scorer: fresh networks of the suspicious model's architecture, trained a few epochs on the whole
+       set; their mean logits.
+    3. Cross-entropy of both against the given label.
+    4. Ranks over the set, in (0, 1].
+    5. Regions: see :mod:`unpoison.detection.thresholds`.
+Where we differ, and what the paper leaves open
+    The paper trains PreActResNet-18 scorers for every model; ours have the suspicious model's own architecture.
+    The released code ranks raw cosines; ``clip_logit_scale`` and ``rank_within`` are ours, measured in the docs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unpoison.data.pixels import Pixels, to_images
+from unpoison.data.sources import LabelledImages
+from unpoison.detection.ranks import label_cross_entropy, rank_normalise
+from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.zero_shot import ZeroShot
+from unpoison.results import SampleScores
+from unpoison.runs import Run
+from unpoison.types import Classifier
+
+CLIP_AXIS, EARLY_AXIS, JOINT_AXIS = "clip_rank", "early_rank", "joint_rank"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparationConfig:
+    """Stage A's constants, the paper's unless marked ours."""
+
+    clip_logit_scale: float = 100.0
+    """Factor on the cosines before the softmax. The released code has 1; 100 is CLIP's own. Ours, measured."""
+    rank_within: Literal["dataset", "class"] = "dataset"
+    """Rank over the whole set (the paper) or among the samples of the same given label (ours)."""
+    scorers: int = 3
+    """Networks whose logits are averaged into the intermediate scorer."""
+    scorer_epochs: int = 5
+    scorer_learning_rate: float = 3e-4
+    scorer_weight_decay: float = 5e-4
+    scorer_batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("clip_logit_scale", "scorers", "scorer_epochs", "scorer_learning_rate", "scorer_batch_size"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
+        if self.rank_within not in ("dataset", "class"):
+            raise ConfigError(
+                f"rank_within must be 'dataset' or 'class', got {self.rank_within!r}.", hint="Choose one of the two."
+            )
+
+
+def score_with_cgd(
+    classifier: Classifier,
+    source: LabelledImages,
+    pixels: Pixels,
+    zero_shot: ZeroShot,
+    config: SeparationConfig,
+    *,
+    run: Run,
+) -> SampleScores:
+    """Steps 1 to 4: the axes ``clip_rank`` and ``early_rank`` in (0, 1] and the raw losses behind them.
+
+    ``joint_rank``, ours, is the smaller of the two ranks: high where CLIP disagrees *and* the label was learnt early.
+    Raises DivergedError.
+    """
+    clip_loss = label_cross_entropy(config.clip_logit_scale * zero_shot.cosines, source.labels)  # (1), (3)
+    early_logits = early_model_logits(classifier, pixels, source.labels, config, run=run)  # (2)
+    early_loss = label_cross_entropy(early_logits, source.labels)  # (3)
+    usable = ~np.isnan(clip_loss) & ~np.isnan(early_loss)
+    clip_loss[~usable] = early_loss[~usable] = np.nan
+    groups = source.labels if config.rank_within == "class" else None
+    clip_rank = rank_normalise(clip_loss, groups)  # (4)
+    early_rank = rank_normalise(-early_loss, groups)
+    return SampleScores(
+        method="cgd",
+        ids=list(source.ids),
+        labels=source.labels,
+        class_names=source.class_names,
+        axes={
+            CLIP_AXIS: clip_rank,
+            EARLY_AXIS: early_rank,
+            JOINT_AXIS: np.minimum(clip_rank, early_rank),
+            "clip_loss": clip_loss,
+            "early_ease": -early_loss,
+        },
+        primary=JOINT_AXIS,
+        skipped=merged_skips(source, zero_shot, pixels),
+        details={"clip_agreement": agreement(zero_shot.cosines, source.labels)},
+    )
+
+
+def early_model_logits(
+    classifier: Classifier,
+    pixels: Pixels,
+    labels: Int[np.ndarray, " n"],
+    config: SeparationConfig,
+    *,
+    run: Run,
+) -> Float[np.ndarray, "n c"]:
+    """Mean logits [n, c] of ``config.scorers`` fresh models after a few epochs on all of the set; NaN where unusable."""
+    total = np.zeros((len(labels), len(classifier.class_names)), dtype=np.float64)
+    rows = np.flatnonzero(pixels.usable)
+    work = config.scorer_epochs * len(rows)
+    for index in range(config.scorers):
+
+        def train_and_apply(index: int = index) -> dict[str, Tensor]:
+            scorer = classifier.fresh(run.seed_of("scorer", index))
+            track = run.progress.track(
+                range(config.scorer_epochs),
+                total=work,
+                what=f"early model {index + 1} of {config.scorers}",
+                weight=len(rows),
+                unit="images",
+            )
+            _train_early(scorer, pixels, labels, rows, config, track, run, index)
+            return {"logits": torch.from_numpy(apply_classifier(scorer, pixels, rows, run=run))}
+
+        total[rows] += run.step(f"scorer-{index}", train_and_apply)["logits"].numpy()
+    total[~pixels.usable] = np.nan
+    return total / config.scorers
+
+
+def _train_early(
+    scorer: Classifier,
+    pixels: Pixels,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    config: SeparationConfig,
+    epochs,
+    run: Run,
+    index: int,
+) -> None:
+    net = scorer.module.to(run.device).train()
+    optimiser = torch.optim.Adam(net.parameters(), config.scorer_learning_rate, weight_decay=config.scorer_weight_decay)
+    size = min(config.scorer_batch_size, len(rows))
+    for epoch in epochs:
+        order = rows[torch.randperm(len(rows), generator=run.generator("scorer", index, epoch)).numpy()]
+        for start in range(0, len(order) - size + 1, size):
+            chosen = np.sort(order[start : start + size])
+            logits = scorer.logits(to_images(pixels.array[chosen]).to(run.device))
+            loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]).to(run.device))
+            if not torch.isfinite(loss):
+                raise DivergedError("Training of an early model", step=start // size, loss=float(loss))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+
+@torch.no_grad()
+def apply_classifier(
+    classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], *, run: Run, batch_size: int = 512
+) -> Float[np.ndarray, "k c"]:
+    """Logits [k, c] of the classifier, in evaluation mode, on the given rows."""
+    classifier.module.to(run.device).eval()
+    parts = [
+        classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
+        for start in range(0, len(rows), batch_size)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def agreement(cosines: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> float:
+    """Share, in percent, of usable samples whose given label is CLIP's first choice."""
+    usable = ~np.isnan(cosines).any(axis=1)
+    if not usable.any():
+        return 0.0
+    return 100.0 * float((cosines[usable].argmax(axis=1) == labels[usable]).mean())
+
+
+def merged_skips(source: LabelledImages, zero_shot: ZeroShot, pixels: Pixels) -> tuple:
+    """Every skipped row once, in the order of discovery."""
+    return tuple({row.id: row for row in (*source.skipped, *zero_shot.skipped, *pixels.skipped)}.values())
