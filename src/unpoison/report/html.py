@@ -1,0 +1,372 @@
+"""One offline HTML file about runs: it loads nothing from elsewhere, and no string of the data becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from unpoison import __version__
+from unpoison.errors import UsageError
+from unpoison.report import charts
+from unpoison.report.runs import ReportRun
+from unpoison.report.text import count, counted, duration, interval, percent, plain, shortened, tied
+from unpoison.report.views import (
+    SHOWN_SKIPPED,
+    Figure,
+    RateRow,
+    ScanView,
+    Verdict,
+    command,
+    evaluation_verdict,
+    excess_of,
+    facts,
+    purification_verdict,
+    rate_rows,
+    rates_figure,
+    scan_verdict,
+    scan_view,
+)
+from unpoison.results import DatasetScan, Evaluation, Purification, write_atomically
+
+WEAK_CLIP = 1.5  # agreement with the labels below this multiple of chance says nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Something to do next; ``line`` is a shell command."""
+
+    text: str
+    line: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    value: str
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationView:
+    name: str
+    result: Evaluation
+    verdict: Verdict
+    rows: list[RateRow]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What the templates show of one run."""
+
+    anchor: str
+    kind: str
+    run: ReportRun
+    verdict: Verdict
+    tiles: list[Tile]
+    steps: list[Step]
+    scan: ScanView | None
+    rows: list[RateRow] = field(default_factory=list)
+    rates: Figure | None = None
+    history: list[Figure] = field(default_factory=list)
+    evaluations: list[EvaluationView] = field(default_factory=list)
+    tested: list[str]
+    not_covered: list[str]
+    warnings: list[str]
+    provenance: list[tuple[str, list[tuple[str, str]]]]
+    summary: dict[str, str]
+
+
+def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
+    """Write the report of ``runs`` (at least one) to ``path``, whole or not at all.
+
+    Raises UsageError when there is no run or the file cannot be written.
+    """
+    page = render_report(runs).encode("utf-8")
+    try:
+        write_atomically(path, page)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the report cannot be written ({error.strerror}).", hint="Choose another file with -o."
+        ) from error
+
+
+def render_report(runs: Sequence[ReportRun]) -> str:
+    """The whole page as text. Raises UsageError when there is no run."""
+    if not runs:
+        raise UsageError(
+            "A report needs at least one run.", hint="Name a run folder: unpoison report RUN -o report.html"
+        )
+    environment = _environment()
+    views = [_run_view(run, f"run-{at}") for at, run in enumerate(runs, start=1)]
+    script = _asset(environment, "marks.js") if any(run.samples for run in runs) else ""
+    return environment.get_template("report.html.j2").render(
+        views=views,
+        title=views[0].verdict.sentence if len(views) == 1 else f"Report on {len(views)} runs",
+        version=__version__,
+        style=Markup(_asset(environment, "style.css")),  # noqa: S704 - our own file
+        script=Markup(script),  # noqa: S704 - our own file
+        policy=_policy(script),
+    )
+
+
+def _policy(script: str) -> str:
+    """Content-Security-Policy: nothing from outside; the one script is named by its hash."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    scripts = f"script-src 'sha256-{digest}'; " if script else ""
+    return f"default-src 'none'; {scripts}img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("unpoison.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        # Every string is made printable here and escaped right after; markup of our own is left alone.
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else plain(value),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": count,
+        "counted": counted,
+        "duration": duration,
+        "interval": interval,
+        "percent": percent,
+        "shortened": shortened,
+        "tied": tied,
+    }
+    environment.globals["shown_skipped"] = SHOWN_SKIPPED
+    return environment
+
+
+def _asset(environment: Environment, name: str) -> str:
+    if environment.loader is None:
+        raise RuntimeError("the report's environment has no loader")
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _run_view(run: ReportRun, anchor: str) -> RunView:
+    if run.purification is not None:
+        return _purification_view(run, anchor)
+    if run.scan is not None:
+        return _dataset_view(run, run.scan, anchor)
+    return _evaluation_view(run, anchor)
+
+
+def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
+    separation = scan_view(run)
+    usable = separation.usable if separation else scan.samples
+    weak_clip = scan.clip_agreement <= WEAK_CLIP * scan.chance_agreement
+    agreement = Tile(
+        value=percent(scan.clip_agreement),
+        name="CLIP agrees with the label",
+        note=f"{percent(scan.chance_agreement)} by chance",
+    )
+    return RunView(
+        anchor=anchor,
+        kind="Data set scan",
+        run=run,
+        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=weak_clip),
+        tiles=[*_scan_tiles(separation), agreement] if separation else [agreement],
+        steps=_scan_steps(run, scan),
+        scan=separation,
+        evaluations=_evaluation_views(run),
+        tested=[
+            f"{counted(usable, 'usable image')} of {scan.source} with their given labels, "
+            f"in {counted(len(scan.class_names), 'class', 'classes')}.",
+            f"Whether CLIP ({scan.clip}) disagrees with a label, and whether a small network learns an image "
+            "suspiciously early."
+            if scan.method.lower().startswith("cgd")
+            else f"Every image was scored by the method {scan.method}.",
+        ],
+        not_covered=list(scan.not_covered),
+        warnings=[*scan.warnings, *run.notes],
+        provenance=_provenance(run, scan, source=scan.source),
+        summary={
+            "found": scan.estimate.reason,
+            "flagged": f"{count(scan.flagged)} of {count(usable)}",
+        },
+    )
+
+
+def _scan_tiles(view: ScanView) -> list[Tile]:
+    tiles = [
+        Tile(value=count(view.usable), name="usable images", note=f"of {count(view.usable + len(view.skipped))}"),
+        Tile(
+            value=count(view.flagged),
+            name="flagged as suspect",
+            note=f"{percent(100 * view.flagged / max(view.usable, 1))} of the usable images",
+        ),
+    ]
+    if view.mixed:
+        note = "in doubt: kept by keep, not trained on by purify"
+        tiles.append(Tile(value=count(view.mixed), name="mixed", note=note))
+    note = "listed below with reasons" if view.skipped else "every image could be read"
+    tiles.append(Tile(value=count(len(view.skipped)), name="skipped", note=note))
+    return tiles
+
+
+def _scan_steps(run: ReportRun, scan: DatasetScan) -> list[Step]:
+    purify = command("unpoison", "purify", "cgd", "MODEL", "--data", scan.source, "-o", "purified")
+    if not scan.estimate.poisoned:
+        return [
+            Step(text="Nothing has to be removed on this evidence. Look at the most suspicious images all the same."),
+            Step(text="A classifier from elsewhere can be tested on data with a known trigger manifest:",
+                 line="unpoison evaluate MODEL --data TEST_DATA --manifest MANIFEST"),
+        ]  # fmt: skip
+    keep = command("unpoison", "keep", run.path, "-o", "clean.parquet")
+    steps = [
+        Step(text="Look at the suspects below, so that you know what you drop."),
+        Step(text="Write a copy without the suspects; the original stays as it is:", line=keep),
+        Step(text="Repair a classifier that was trained on these data:", line=purify),
+    ]
+    if run.samples:
+        marked = command("unpoison", "keep", run.path, "--decisions", "decisions.json", "-o", "clean.parquet")
+        steps.insert(2, Step(text="Or mark images below, save your decisions, and let them count:", line=marked))
+    return steps
+
+
+def _purification_view(run: ReportRun, anchor: str) -> RunView:
+    result = run.purification
+    if result is None:
+        raise RuntimeError("not a purification run")
+    separation = scan_view(run)
+    rows = rate_rows(result.before, result.after)
+    tiles = [
+        Tile(
+            value=percent(result.held_out_after),
+            name="held-out accuracy after",
+            note=f"{percent(result.held_out_before)} before",
+        ),
+        Tile(value=count(result.suspect_count), name="suspects unlearned"),
+        Tile(value=count(result.clean_count), name="images trained on as clean"),
+        Tile(value=count(result.steps), name="training steps", note=duration(result.seconds)),
+    ]
+    after = result.after or result.before
+    tested = [
+        f"Accuracy on held-out images of the training data; a fall of at most {result.bound:g} points is accepted."
+    ]
+    if after and after.asr:
+        tested.append(f"The attack {after.attack or 'of the manifest'} on {counted(after.asr.n, 'test image')}.")
+    else:
+        tested.append("No attack: without a trigger manifest the success of a backdoor cannot be measured.")
+    return RunView(
+        anchor=anchor,
+        kind="Purification",
+        run=run,
+        verdict=purification_verdict(result),
+        tiles=tiles,
+        steps=_purification_steps(run, result.accepted, separation),
+        scan=separation,
+        rows=rows,
+        rates=rates_figure(rows) if rows else None,
+        history=[
+            Figure(svg=Markup(svg), caption="")  # noqa: S704 - charts escape all text
+            for _, svg in charts.history_charts(result.history)
+        ],
+        evaluations=_evaluation_views(run),
+        tested=tested,
+        not_covered=list(result.not_covered) + list(run.scan.not_covered if run.scan else ()),
+        warnings=[*(run.scan.warnings if run.scan else ()), *run.notes],
+        provenance=_provenance(run, result),
+        summary={
+            "found": result.reason,
+            "flagged": count(result.suspect_count),
+            "accuracy": _arrow(
+                result.before.c_acc.value if result.before else result.held_out_before,
+                result.after.c_acc.value if result.after else result.held_out_after,
+            ),
+            "excess": _arrow(
+                excess_of(result.before) if result.before and result.before.asr else None,
+                excess_of(result.after) if result.after and result.after.asr else None,
+            ),
+        },
+    )
+
+
+def _arrow(before: float | None, after: float | None) -> str:
+    return " → ".join(percent(value) for value in (before, after) if value is not None)
+
+
+def _purification_steps(run: ReportRun, accepted: bool, separation: ScanView | None) -> list[Step]:
+    model = str(Path(run.path) / "model")
+    test = Step(
+        text="Test the model on images that it was not trained on:",
+        line=command("unpoison", "evaluate", model, "--data", "TEST_DATA"),
+    )
+    keep = Step(
+        text="Or train anew, on a copy of the data without the suspects:",
+        line=command("unpoison", "keep", run.path, "-o", "clean.parquet"),
+    )
+    if accepted:
+        steps = [Step(text=f"Use the purified model in {model}; it loads wherever the original did."), test]
+    else:
+        steps = [Step(text="Keep the original model out of use: it was found suspicious and could not be repaired.")]
+    return [*steps, keep] if separation is not None else steps
+
+
+def _evaluation_views(run: ReportRun) -> list[EvaluationView]:
+    return [
+        EvaluationView(name=name, result=result, verdict=evaluation_verdict(result), rows=rate_rows(result, None))
+        for name, result in run.evaluations.items()
+    ]
+
+
+def _evaluation_view(run: ReportRun, anchor: str) -> RunView:
+    views = _evaluation_views(run)
+    if not views:
+        raise UsageError(f"{run.name} holds no result to report.", hint="Read it with read_run(folder).")
+    first = views[0].result
+    tiles = [Tile(value=percent(first.c_acc.value), name="clean accuracy", note=f"n = {count(first.c_acc.n)}")]
+    if first.asr is not None:
+        tiles += [
+            Tile(value=percent(first.asr.value), name="attack success (ASR)", note=f"n = {count(first.asr.n)}"),
+            Tile(value=percent(excess_of(first)), name="excess ASR", note="above the natural floor"),
+        ]
+    tiles.append(Tile(value=count(len(first.skipped)), name="skipped"))
+    untested = "No trigger was tested: a backdoor with a trigger that is not known here would not show."
+    return RunView(
+        anchor=anchor,
+        kind="Evaluation",
+        run=run,
+        verdict=views[0].verdict,
+        tiles=tiles,
+        steps=[],
+        scan=None,
+        evaluations=views,
+        tested=[f"{view.result.model} on {view.result.data}." for view in views],
+        not_covered=[untested if first.asr is None else "Other triggers than the one of the manifest."],
+        warnings=list(run.notes),
+        provenance=_provenance(run, first),
+        summary={
+            "found": f"attack {first.attack}" if first.attack else "no attack tested",
+            "accuracy": percent(first.c_acc.value),
+            "excess": percent(excess_of(first)) if first.asr else "",
+        },
+    )
+
+
+def _provenance(
+    run: ReportRun, result: DatasetScan | Purification | Evaluation, *, source: str | None = None
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Captioned tables: the run, what it was given, its configuration, the content hashes of its inputs."""
+    rows: list[tuple[str, object]] = [("folder or file", run.path), ("source", source)]
+    if not isinstance(result, Evaluation):
+        rows += [("method", result.method), ("seed", result.seed)]
+    rows.append(("time taken", duration(result.seconds)))
+    if run.finished_at is not None:
+        rows.append(("finished", run.finished_at.strftime("%Y-%m-%d %H:%M UTC")))
+    rows.append(("report by", f"unpoison {__version__}"))
+    tables = [("Run", facts((name, value) for name, value in rows if value is not None))]
+    if not isinstance(result, Evaluation):
+        tables.append(("Configuration", facts(result.config.items())))
+    tables.append(("The command's inputs", facts(run.inputs.items())))
+    if not isinstance(result, Evaluation):
+        tables.append(("Hashes and versions", facts(result.inputs.items())))
+    return tables
