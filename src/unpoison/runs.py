@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import torch
@@ -23,6 +23,7 @@ _INPUTS = "run.json"
 _FINISHED = "finished.json"
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Where a method tells how far it is. The command line draws it; libraries may ignore it."""
 

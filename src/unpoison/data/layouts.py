@@ -7,6 +7,7 @@ Tables, shards and hub data sets are read by ``datasets``. A folder of class fol
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import os
 import re
@@ -39,7 +40,7 @@ ID_COLUMNS = ("id", "__key__")
 SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
           "val": "validation", "dev": "validation"}  # fmt: skip
 _IMAGES = datasets.Image(decode=False)
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +147,15 @@ def open_table(
     builder: str, files: Sequence[Path], source: str, *, image_column: str | None, label_column: str | None
 ) -> Layout:
     """Parquet, CSV, JSON lines or WebDataset shards; ids are an id column or "<file stem>:<row in the file>"."""
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # All columns as texts: else "007.png" or a class named "NA" would change its name.
-        options = {"dtype": str, "keep_default_na": False, "na_values": [""]}
     paths = [glob.escape(str(file.absolute())) for file in files]
+    if any("::" in path for path in paths):
+        raise SourceFormatError(
+            "its path holds '::', which the reader takes for a chain of archives.",
+            path=source,
+            hint="Rename the file or the folder.",
+        )
     with _quiet_datasets(), _reading(source):
+        options = _csv_options(files[0]) if builder == "csv" else {}
         dataset = datasets.load_dataset(builder, data_files={"train": paths}, split="train", **options)
     assert isinstance(dataset, datasets.Dataset)  # noqa: S101 - what split= returns
     if builder == "parquet":
@@ -161,6 +165,14 @@ def open_table(
         ids = [f"{_text(files[0].stem)}:{row}" for row in range(len(dataset))]
     root = files[0].absolute().parent
     return _from_columns(dataset, ids, source, root, image_column=image_column, label_column=label_column)
+
+
+def _csv_options(file: Path) -> dict[str, Any]:
+    """All columns as texts and only empty cells as missing: else "007" or a class named "NA" would change."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        columns = next(csv.reader(lines), [])
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def _open_hub(name: str, *, image_column: str | None, label_column: str | None, split: str) -> Layout:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import datasets
 import numpy as np
@@ -33,6 +33,7 @@ _SHAPES_COUNT = 5000
 Picture = Image.Image | SkippedRow
 
 
+@runtime_checkable
 class Overlay(Protocol):
     """A change to some images of a set, applied when they are decoded; files and bytes stay as they are."""
 
