@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from unpoison.errors import (
-    CheckpointMismatchError,
     ModelError,
     SchemaVersionError,
     UnknownMethodError,
@@ -23,8 +22,8 @@ from unpoison.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from unpoison.models.checkpoints import Checkpoint, check_finite, load_into, read_checkpoint, save_weights, write_new
-from unpoison.models.folders import check_model_folder, file_inside, find_model_folder, read_json
+from unpoison.models.checkpoints import Checkpoint, load_into, read_checkpoint, save_weights, write_new
+from unpoison.models.folders import check_model_folder, file_inside, find_model_folder, open_pretrained, read_json
 from unpoison.models.image_classifier import MEAN, STD, ImageClassifier, Origin, channels_last, check_names
 from unpoison.models.networks import ARCHITECTURES, build_network
 
@@ -199,23 +198,7 @@ def _from_transformers(
 ) -> ImageClassifier:
     from transformers import AutoModelForImageClassification
 
-    try:
-        module, report = AutoModelForImageClassification.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ModelError(
-            f"{folder}: transformers cannot open it as an image classifier ({reason}).",
-            hint="Give an image-classification model saved with save_pretrained as safetensors.",
-        ) from error
-    _check_report(folder, report)
-    check_finite(module.state_dict(), name=str(folder))
+    module: Any = open_pretrained(AutoModelForImageClassification, folder)
     config, processor = module.config, _processor(folder)
     names = class_names or tuple(str(config.id2label[index]) for index in range(config.num_labels))
     size = processor.get("size", getattr(config, "image_size", image_size))
@@ -231,19 +214,6 @@ def _from_transformers(
         build=lambda: model_class(model_class.config_class.from_dict(blank)),
         origin=Origin(dtypes=_stored_dtypes(folder, module), folder=folder),
     )
-
-
-def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    shapes = [str(entry) for entry in report["mismatched_keys"]]
-    if missing or unexpected or shapes:
-        raise CheckpointMismatchError(
-            f"{folder}: the weights do not fit config.json: {len(missing)} missing {missing[:5]}, "
-            f"{len(unexpected)} unexpected {unexpected[:5]}, {len(shapes)} of another shape {shapes[:5]}.",
-            missing=missing,
-            unexpected=unexpected,
-            hint="Give the folder of the fine-tuned classifier, not that of its base model.",
-        )
 
 
 def _processor(folder: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
+from torch import nn
 
-from unpoison.errors import ModelError, UnsafeCheckpointError
-from unpoison.models.checkpoints import check_safetensors
+from unpoison.errors import CheckpointMismatchError, ModelError, UnsafeCheckpointError
+from unpoison.models.checkpoints import check_finite, check_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MAX_JSON_BYTES = 64 * 1024**2
@@ -83,6 +85,41 @@ def find_model_folder(model: str | Path) -> Path:
             f"{model}: no such folder, and the hub could not give a model of this name ({type(error).__name__}).",
             hint="Check the spelling and the network, or download the model and give its folder.",
         ) from error
+
+
+def open_pretrained(kind: Any, folder: Path, **options: Any) -> nn.Module:
+    """``kind.from_pretrained`` on a folder that :func:`check_model_folder` has passed, in float32, checked for gaps.
+
+    Raises ModelError, CheckpointMismatchError.
+    """
+    try:
+        module, report = kind.from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ModelError(
+            f"{folder}: transformers cannot open it as {kind.__name__} ({reason}).",
+            hint="Give a model of that kind, saved with save_pretrained as safetensors.",
+        ) from error
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    shapes = [str(entry) for entry in report["mismatched_keys"]]
+    if missing or unexpected or shapes:
+        raise CheckpointMismatchError(
+            f"{folder}: the weights do not fit config.json: {len(missing)} missing {missing[:5]}, "
+            f"{len(unexpected)} unexpected {unexpected[:5]}, {len(shapes)} of another shape {shapes[:5]}.",
+            missing=missing,
+            unexpected=unexpected,
+            hint="Give the folder of the fine-tuned model, not that of its base model.",
+        )
+    check_finite(module.state_dict(), name=str(folder))
+    return module
 
 
 def _check_config(path: Path) -> None:
