@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
+from torch import Tensor
 
 from unpoison.attacks.clean_image import RANKING_SIZE, CleanImage
 from unpoison.attacks.manifest import Poisoning, check_mode
@@ -131,7 +132,7 @@ def trigger_test_source(
 
 def trigger_test_images(
     images: Images, labels: Int[np.ndarray, " b"], poisoning: Poisoning, *, ids: Sequence[str] | None = None
-) -> tuple[Images, Int[np.ndarray, " k"]]:
+) -> tuple[Float[Tensor, "k 3 h w"], Int[np.ndarray, " k"]]:
     """The same for a batch of tensors [b, 3, h, w] in [0, 1]: (triggered images [k, 3, h, w], attack labels [k])."""
     wanted = poisoning.attack_labels(labels)
     rows = np.flatnonzero(labels != wanted)

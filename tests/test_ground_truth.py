@@ -1,0 +1,59 @@
+"""Only attacks, evaluation, benchmark and what calls them may know which samples are poisoned."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import unpoison
+
+PACKAGE = Path(unpoison.__file__).parent
+MAY_KNOW = ("attacks/", "evaluation/", "benchmark/", "cli/", "catalog.py", "demo.py")
+MODULES = [path for path in PACKAGE.rglob("*.py") if not path.relative_to(PACKAGE).as_posix().startswith(MAY_KNOW)]
+MANIFEST_MODULES = {"unpoison.attacks.poison", "unpoison.attacks.manifest", "unpoison.attacks.write"}
+
+
+def leaks(tree: ast.AST, package: str = "unpoison") -> list[str]:
+    """Imports of the manifest's modules, and any use of the name Poisoning."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name in MANIFEST_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) + 1 - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            names = {f"{module}.{alias.name}" for alias in node.names} | {module}
+            found += sorted(names & MANIFEST_MODULES)
+            found += [alias.name for alias in node.names if alias.name == "Poisoning"]
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            found += [name] if name == "Poisoning" else []
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_methods_cannot_see_the_manifest(path: Path) -> None:
+    package = ".".join(("unpoison", *path.relative_to(PACKAGE).parent.parts))
+    assert leaks(ast.parse(path.read_text()), package) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import unpoison.attacks.poison",
+        "import unpoison.attacks.manifest as m",
+        "from unpoison.attacks import poison",
+        "from unpoison.attacks.poison import plan_poisoning",
+        "from ..attacks.manifest import Poisoning",
+        "from ..attacks import poison",
+        "def f(p: x.Poisoning): ...",
+        "def f():\n    from unpoison.attacks.write import write_copy",
+    ],
+)
+def test_the_check_finds_every_way_in(code: str) -> None:
+    assert leaks(ast.parse(code), "unpoison.defenses")
+
+
+def test_the_check_lets_triggers_through() -> None:
+    assert leaks(ast.parse("from unpoison.attacks.badnet import BadNet"), "unpoison.defenses") == []
+    assert len(MODULES) > 5
