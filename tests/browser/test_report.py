@@ -31,6 +31,7 @@ def browser() -> Iterator[Browser]:
         if not Path(program).exists():
             reason = "no Chromium was found; tools/browser.sh installs one"
             pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        expect.set_options(timeout=60_000)  # a loaded machine is slow, not wrong
         browser = playwright.chromium.launch(executable_path=program, args=ARGUMENTS)
         yield browser
         browser.close()
@@ -51,20 +52,33 @@ class Seen:
         assert self.dialogs == []
 
 
+def written(report: Path, *runs: Path) -> Path:
+    write_report(report, [read_run(run) for run in runs])
+    return report
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory, planted: ModuleType) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    scan, purification = planted.write_scan(folder / "scan"), planted.write_purification(folder / "out")
+    return written(folder / "report.html", scan, purification)
+
+
 @pytest.fixture
 def show(browser: Browser, tmp_path: Path) -> Iterator[Any]:
     contexts = []
 
-    def open_report(*runs: Path, **options: Any) -> Seen:
-        write_report(tmp_path / "report.html", [read_run(run) for run in runs])
+    def open_report(*runs: Path, report: Path | None = None, **options: Any) -> Seen:
+        report = report or written(tmp_path / "report.html", *runs)
         context = browser.new_context(offline=True, **options)
+        context.set_default_timeout(120_000)
         contexts.append(context)
         seen = Seen(context.new_page())
         seen.page.on("request", lambda request: seen.requests.append(request.url))
         seen.page.on("console", lambda message: seen.console.append(message.text))
         seen.page.on("pageerror", lambda error: seen.console.append(str(error)))
         seen.page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
-        seen.page.goto((tmp_path / "report.html").as_uri())
+        seen.page.goto(report.as_uri())
         return seen
 
     yield open_report
@@ -74,15 +88,8 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_everything_shows_and_nothing_is_fetched(
-    show: Any, tmp_path: Path, planted: ModuleType, scheme: str, width: int
-) -> None:
-    seen = show(
-        planted.write_scan(tmp_path / "scan"),
-        planted.write_purification(tmp_path / "out"),
-        viewport={"width": width, "height": 844},
-        color_scheme=scheme,
-    )
+def test_everything_shows_and_nothing_is_fetched(show: Any, two_runs: Path, scheme: str, width: int) -> None:
+    seen = show(report=two_runs, viewport={"width": width, "height": 844}, color_scheme=scheme)
     page = seen.page
     expect(page.get_by_role("heading", name="Evidence of poisoning: about 5.0 % (4.6 to 5.4 %)")).to_be_visible()
     expect(page.get_by_role("heading", name="Accepted: the attack's success above chance")).to_be_visible()
