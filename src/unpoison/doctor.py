@@ -78,7 +78,7 @@ def _dependencies() -> Finding:
 
 
 def _torchvision() -> Finding:
-    """A torchvision that does not fit its torch keeps the CLIP of transformers from importing; an absent one does not."""
+    """A torchvision that does not fit torch keeps the CLIP of transformers from importing; an absent one does not."""
     if importlib.util.find_spec("torchvision") is None:
         return Finding(what="torchvision", status="ok", found="not installed (not needed)")
     tried = subprocess.run(

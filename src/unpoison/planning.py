@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from unpoison.data.sources import LabelledImages
+from unpoison.demo import DemoConfig
 from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
@@ -115,6 +116,27 @@ def plan_purification(
         disk=scan.disk,
         files=(*files, "report.html"),
     )
+
+
+def plan_demo(config: DemoConfig, classes: int, size: int, rates: Rates) -> Plan:
+    """The steps of ``demo``."""
+    separation = config.cgd.separation
+    repair = plan_purification(
+        config.train,
+        size,
+        rates,
+        scorers=separation.scorers,
+        scorer_epochs=separation.scorer_epochs,
+        classes=classes,
+        repaired=config.cgd.steps * config.cgd.batch_size,
+    )
+    steps = (
+        _step("train the model to be repaired", config.train * config.epochs, rates.train),
+        *repair.steps,
+        _step("measure before and after", 4 * config.test, rates.forward),
+    )
+    files = ("poisoned/", "victim/", *repair.files)
+    return Plan(steps=steps, memory=repair.memory, disk=3 * repair.disk, files=files)
 
 
 def plan_attack(source: LabelledImages, poisoned: int, *, manifest_only: bool) -> Plan:

@@ -18,7 +18,6 @@ from unpoison.cli.help import AlignedHelp
 from unpoison.errors import UnpoisonError
 
 FINDINGS, ERROR, INCONCLUSIVE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
-_REPORT = "https://github.com/unpoison/unpoison/issues"
 
 
 def build_app() -> App:
@@ -82,7 +81,7 @@ def _run(tokens: list[str]) -> int:
         return _fail(tokens, error, "UsageError", str(error), f"See `{_verb(error)} --help`.")
     except Exception as error:
         message = f"unexpected {type(error).__name__}: {error}"
-        hint = f"Please report it at {_REPORT} with what the same command prints with -v."
+        hint = "This is a fault of unpoison: please report it with what the same command prints with -v."
         return _fail(tokens, error, type(error).__name__, message, hint)
     return code if isinstance(code, int) else 0
 

@@ -154,7 +154,12 @@ def _rate(done: int, seconds: float, unit: str) -> str:
 def _rich(file: TextIO) -> rich.console.Console:
     import rich.console
 
-    return rich.console.Console(file=file, markup=False, highlight=False, emoji=False)
+    class AnswerConsole(rich.console.Console):
+        def on_broken_pipe(self) -> None:
+            """Left to ``main``: rich would exit with 1, which means findings here."""
+            raise BrokenPipeError
+
+    return AnswerConsole(file=file, markup=False, highlight=False, emoji=False)
 
 
 def _bars() -> rich.progress.Progress:

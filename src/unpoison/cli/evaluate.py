@@ -53,8 +53,9 @@ def evaluate(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.cli import purify
-        from unpoison.cli.running import begin, run_inputs, run_without_folder, write_report_of
+        from unpoison.cli.running import begin, run_inputs, run_without_folder
         from unpoison.models.checkpoints import hash_weights
+        from unpoison.outputs import save_report
         from unpoison.results import Evaluation, to_json
 
         classifier, images = purify.open_pair(model, data, arch, reading, limit=options.limit, seed=options.seed)
@@ -68,7 +69,7 @@ def evaluate(
             run = begin(console, options, output, inputs)
             if run.folder is not None and not run.folder.finished:
                 purify.evaluate(classifier, images, manifest, model, run).save(output / "evaluation.json")
-                write_report_of(output)
+                save_report(output)
                 run.folder.finish()
             result = Evaluation.load(output / "evaluation.json")
         console.answer(to_json(result), lambda out: _show(out, result))

@@ -138,9 +138,7 @@ def _purify(
     from dataclasses import replace
 
     from unpoison.api import purify_with_cgd
-    from unpoison.cli.running import write_json, write_report_of
-    from unpoison.models.classifier import save_classifier
-    from unpoison.report.card import write_card
+    from unpoison.outputs import save_purification
     from unpoison.results import Purification
 
     if run.folder is not None and not run.folder.finished:
@@ -150,31 +148,26 @@ def _purify(
             before = evaluate(classifier, tested, manifest, model, run)
             after = evaluate(outcome.classifier, tested, manifest, str(path / "model"), run)
             purification = replace(purification, before=before, after=after)
-        outcome.scores.save(path / "scores.parquet")
-        outcome.split.save(path / "split.parquet")
-        write_json(path / "samples.json", outcome.samples)
-        save_classifier(outcome.classifier, path / model_folder(purification))
-        purification.save(path / "purification.json")
-        write_card(path / "card.md", purification)
-        write_report_of(path)
+        save_purification(
+            purification,
+            outcome.classifier,
+            outcome.scores,
+            outcome.split,
+            outcome.samples,
+            path,
+            base_model=model,
+        )
         run.folder.finish()
     return Purification.load(path / "purification.json")
 
 
-def model_folder(purification: Purification) -> str:
-    """A model that was not accepted gets a name that says so: nobody should take it for repaired."""
-    return "model" if purification.accepted else "model-not-accepted"
-
-
 def evaluate(classifier: Any, tested: LabelledImages, manifest: Path | None, name: str, run: Run) -> Evaluation:
     """One evaluation with the model's name as the user knows it."""
-    from dataclasses import replace
-
-    from unpoison.attacks.poison import Poisoning
+    from unpoison.attacks.manifest import Poisoning
     from unpoison.evaluation.classifier import evaluate_classifier
 
     poisoning = None if manifest is None else Poisoning.load(manifest)
-    return replace(evaluate_classifier(classifier, tested, poisoning=poisoning, run=run), model=name)
+    return evaluate_classifier(classifier, tested, poisoning=poisoning, run=run, name=name)
 
 
 def _plan(images: LabelledImages, clip: Any, classifier: ImageClassifier, config: CGDConfig, run: Run) -> Any:
@@ -194,6 +187,7 @@ def _plan(images: LabelledImages, clip: Any, classifier: ImageClassifier, config
 def _show(out: rich.console.Console, result: Purification, path: Path) -> None:
     from unpoison.cli.console import printable
     from unpoison.cli.tables import evaluation_table
+    from unpoison.outputs import model_folder
 
     out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
     out.print(printable(result.reason))

@@ -121,20 +121,3 @@ class DryRun:
 
     def data(self) -> dict[str, Any]:
         return {"dry_run": True, "folder": str(self.folder), **vars_of(self.plan)}
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Any value as a JSON file, whole or not at all."""
-    import msgspec
-
-    from unpoison.results import write_atomically
-
-    write_atomically(path, msgspec.json.encode(data, enc_hook=str))
-
-
-def write_report_of(folder: Path) -> None:
-    """``report.html`` of one run, in its own folder."""
-    from unpoison.report.html import write_report
-    from unpoison.report.runs import read_run
-
-    write_report(folder / "report.html", [read_run(folder)])

@@ -32,6 +32,7 @@ def dataset(
             group=METHOD, help="Network of the scorers: small-resnet, preact-resnet-18, package.module:callable."
         ),
     ] = "small-resnet",
+    image_size: Annotated[int, Parameter(group=METHOD, help="Pixels of the scorers' input.")] = 32,
     scorers: Annotated[
         int | None, Parameter(group=METHOD, show_default=False, help="Scorers that are averaged. [default: 3]")
     ] = None,
@@ -73,7 +74,7 @@ def dataset(
         path = run_path(options.output, "scan", source)
         model = load_clip(clip)
         if options.dry_run:
-            plan = _plan(images, model, arch, settings, run_without_folder(console, options))
+            plan = _plan(images, model, arch, image_size, settings, run_without_folder(console, options))
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
@@ -82,7 +83,7 @@ def dataset(
             config=table,
         )  # fmt: skip
         run = begin(console, options, path, inputs)
-        scan, scores, split = _scan(images, model, arch, settings, run, path)
+        scan, scores, split = _scan(images, model, arch, image_size, settings, run, path)
         from unpoison.results import to_json
 
         console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
@@ -93,23 +94,21 @@ def dataset(
 
 def inconclusive(scan: DatasetScan) -> bool:
     """Nothing was found, but the CLIP is too weak on these classes for that to mean anything."""
-    return not scan.estimate.poisoned and scan.clip_agreement <= 1.5 * scan.chance_agreement
+    from unpoison.api import LOW_AGREEMENT
+
+    return not scan.estimate.poisoned and scan.clip_agreement < LOW_AGREEMENT * scan.chance_agreement
 
 
 def _scan(
-    images: Any, clip: Any, arch: str, config: CGDConfig, run: Any, path: Path
+    images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, run: Any, path: Path
 ) -> tuple[DatasetScan, SampleScores, Split]:
     from unpoison.api import scan_dataset
-    from unpoison.cli.running import write_json, write_report_of
+    from unpoison.outputs import save_scan
     from unpoison.results import DatasetScan, SampleScores, Split
 
     if not run.folder.finished:
-        outcome = scan_dataset(images, clip=clip, arch=arch, config=config, run=run)
-        outcome.scores.save(path / "scores.parquet")
-        outcome.split.save(path / "split.parquet")
-        write_json(path / "samples.json", outcome.samples)
-        outcome.scan.save(path / "scan.json")
-        write_report_of(path)
+        outcome = scan_dataset(images, clip=clip, arch=arch, image_size=image_size, config=config, run=run)
+        save_scan(outcome.scan, outcome.scores, outcome.split, outcome.samples, path)
         run.folder.finish()
     return (
         DatasetScan.load(path / "scan.json"),
@@ -118,11 +117,11 @@ def _scan(
     )
 
 
-def _plan(images: Any, clip: Any, arch: str, config: CGDConfig, run: Any) -> Any:
+def _plan(images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, run: Any) -> Any:
     from unpoison.models.classifier import new_classifier
     from unpoison.planning import plan_scan, probe
 
-    classifier = new_classifier(arch, images.class_names)
+    classifier = new_classifier(arch, images.class_names, image_size=image_size)
     return plan_scan(
         len(images),
         classifier.image_size,
@@ -139,7 +138,7 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
     from unpoison.cli.console import printable
     from unpoison.cli.tables import flagged_table, suspects_table, verdict
 
-    out.print(verdict(scan), style="bold")
+    out.print(verdict(scan.estimate, scan.samples, scan.class_names), style="bold")
     out.print(printable(scan.estimate.reason))
     if inconclusive(scan):
         out.print("CLIP knows these classes hardly better than chance: this scan is inconclusive.", style="yellow")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.table import Table
 from unpoison.cli.console import printable
 
 if TYPE_CHECKING:
-    from unpoison.results import DatasetScan, Evaluation, Interval, SampleScores, Split
+    from unpoison.results import DatasetScan, Evaluation, Interval, PoisonEstimate, SampleScores, Split
 
 _NAMED = 5  # target labels named in the verdict
 
@@ -23,16 +24,15 @@ def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def verdict(scan: DatasetScan) -> str:
+def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str]) -> str:
     """One sentence: whether, toward what, how much."""
-    estimate = scan.estimate
     if not estimate.poisoned:
-        return f"Nothing found: no sign of poisoning in {scan.samples:,} samples."
-    names = [printable(scan.class_names[label]) for label in estimate.target_labels[:_NAMED]]
+        return f"Nothing found: no sign of poisoning in {samples:,} samples."
+    names = [repr(printable(class_names[label])) for label in estimate.target_labels[:_NAMED]]
     more = f" and {len(estimate.target_labels) - _NAMED} more" if len(estimate.target_labels) > _NAMED else ""
-    toward = f" toward {', '.join(repr(name) for name in names)}{more}" if names else ""
+    toward = f" toward {', '.join(names)}{more}" if names else ""
     rate = f"{100 * estimate.rate:.1f} % ({100 * estimate.rate_low:.1f} to {100 * estimate.rate_high:.1f} %)"
-    return f"Poisoned{toward}: about {rate} of {scan.samples:,} samples."
+    return f"Poisoned{toward}: about {rate} of {samples:,} samples."
 
 
 def flagged_table(scan: DatasetScan) -> Table:
