@@ -1,13 +1,16 @@
 """Shape checks for every test run, and the research data where they are at hand."""
 
 import os
+import pkgutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("unpoison", "beartype.beartype")
+# Not the command line: its annotations name what it imports only once a verb runs, and it holds no arrays.
+PARTS = [part.name for part in pkgutil.iter_modules([str(Path(__file__).resolve().parents[1] / "src" / "unpoison")])]
+install_import_hook([f"unpoison.{name}" for name in PARTS if name not in ("cli", "__main__")], "beartype.beartype")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("UNPOISON_SHARED", ROOT.parent / "shared"))
