@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class TransformersCLIP:
         config = {key: value for key, value in self._config.to_dict().items() if key not in _VOLATILE}
         parts = (
             hash_weights(self._model.state_dict()),
-            msgspec.json.encode(config, enc_hook=str, order="sorted").decode(),
+            json.dumps(config, sort_keys=True, default=str),
             self._tokenizer_text,
             repr(self.preprocessing),
         )
@@ -107,7 +107,7 @@ class TransformersCLIP:
         for row, image in enumerate(images):
             if not isinstance(image, Image.Image):
                 raise TypeError(f"expected Pillow images, got {type(image).__name__}")
-            pixels[row] = self.preprocessing.fit(image if image.mode == "RGB" else image.convert("RGB"))
+            pixels[row] = np.asarray(self.preprocessing.fit(image if image.mode == "RGB" else image.convert("RGB")))
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div_(255)
 
     def encode_images(self, images: Images) -> Embeddings:

@@ -1,0 +1,182 @@
+"""The adapter agrees with transformers' own processor and model, and refuses what is no CLIP."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unpoison.errors import CheckpointMismatchError, ModelError, UnsafeCheckpointError, UnsupportedModelError
+from unpoison.models.checkpoints import hash_weights
+from unpoison.models.clip_transformers import TINY, load_clip, read_preprocessing
+from unpoison.types import ImageTextModel
+
+
+@pytest.fixture
+def folder(clip_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def test_embeddings_are_those_of_the_library(clip_folder: Path) -> None:
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    clip = load_clip(clip_folder)
+    assert isinstance(clip, ImageTextModel)
+    images, texts = [picture(32, 32, seed) for seed in range(3)], ["a cat", "a rather long dog", "owl"]
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(texts, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessorPil.from_pretrained(clip_folder)(images, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**tokens, **pixels)
+        found_images = clip.encode_images(clip.preprocess(images))
+        found_texts = clip.encode_texts(texts)
+    torch.testing.assert_close(found_images, expected.image_embeds, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(found_texts, expected.text_embeds, atol=1e-4, rtol=1e-3)
+    assert clip.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
+    torch.testing.assert_close(found_images.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 48), (50, 97), (31, 200), (20, 20), (500, 333)])
+@pytest.mark.parametrize(
+    "size", [{"size": {"shortest_edge": 32}}, {"size": {"shortest_edge": 40}}, {"size": {"height": 32, "width": 32}}]
+)
+def test_preprocessing_is_that_of_the_library(shape: tuple[int, int], size: dict) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    image = picture(*shape)
+    theirs = CLIPImageProcessorPil(**size, crop_size={"height": 32, "width": 32}, do_normalize=False)
+    expected = theirs([image], return_tensors="np")["pixel_values"][0]
+    ours = read_preprocessing(size | {"crop_size": {"height": 32, "width": 32}}, 32).fit(image)
+    found = np.asarray(ours).transpose(2, 0, 1) / 255
+    difference = 255 * np.abs(found - expected)
+    # Pillow rounds between its two passes: where we compute the kept part only, a flip there may show as 2.
+    assert difference.max() <= 2.01
+    assert (difference > 1.01).mean() <= 0.001
+
+
+def test_extreme_pictures_do_not_grow(clip_folder: Path) -> None:
+    batch = load_clip(clip_folder).preprocess([Image.new("RGB", (1, 50_000), "red"), Image.new("L", (3, 3), 255)])
+    assert batch.shape == (2, 3, 32, 32)
+    assert batch.min() >= 0
+    assert batch.max() == 1
+
+
+def test_texts_longer_than_the_tower_are_said_to_be_cut_off(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    texts = ["a" * 38, "a" * 39, "a<|endoftext|>b", "plain", "a" * 10_000]
+    assert clip.truncated(texts) == [False, True, True, False, True]
+    assert clip.encode_texts(texts).shape == (5, 16)
+    assert clip.tokens(["a" * 39])[0] != clip.tokens(["b" * 39])[0]
+    assert clip.truncated([]) == []
+    assert clip.encode_texts([]).shape == (0, 16)
+
+
+def test_texts_in_batches_are_those_alone(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    texts = [f"class {i}" + "x" * (i % 20) for i in range(300)]
+    with torch.no_grad():
+        together = clip.encode_texts(texts)
+        alone = torch.cat([clip.encode_texts([text]) for text in texts[::50]])
+    torch.testing.assert_close(together[::50], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_reach_the_images(clip_folder: Path) -> None:
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    load_clip(clip_folder).encode_images(images)[:, 0].sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+
+
+def test_the_fingerprint_follows_weights_tokenizer_and_preprocessing(folder: Path) -> None:
+    clip = load_clip(folder)
+    first = clip.fingerprint
+    clip.encode_texts(["a", "bcd"])
+    assert clip.fingerprint == first == load_clip(folder).fingerprint
+    with torch.no_grad():
+        clip.module.get_parameter("logit_scale").add_(1)
+    prints = {first, clip.fingerprint}
+    for name, key, value in [
+        ("preprocessor_config.json", "image_mean", [0.4, 0.5, 0.5]),
+    ]:
+        text = (folder / name).read_text()
+        (folder / name).write_text(json.dumps(json.loads(text) | {key: value}))
+        prints.add(load_clip(folder).fingerprint)
+        (folder / name).write_text(text)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    entries = vocabulary["model"]["vocab"]
+    entries["a"], entries["b"] = entries["b"], entries["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    prints.add(load_clip(folder).fingerprint)
+    assert len(prints) == 4
+
+
+def test_using_it_leaves_the_weights(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    before = hash_weights(clip.module.state_dict())
+    clip.encode_images(torch.rand(1, 3, 32, 32))
+    clip.encode_texts(["a"])
+    assert hash_weights(clip.module.state_dict()) == before
+
+
+def test_remote_code_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "x.Y"}}))
+    with pytest.raises(UnsafeCheckpointError, match="auto_map"):
+        load_clip(folder)
+
+
+def test_gaps_and_nan_in_the_weights_are_refused(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in state.items() if k != "logit_scale"}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointMismatchError, match="logit_scale"):
+        load_clip(folder)
+    state["logit_scale"] = torch.tensor(float("nan"))
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="NaN"):
+        load_clip(folder)
+
+
+def test_a_folder_without_its_tokenizer_is_refused(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_clip(folder)
+
+
+def test_what_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UnsupportedModelError, match="'vit'"):
+        load_clip(folder)
+    with pytest.raises(ModelError, match="no such model folder"):
+        load_clip(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"crop_size": 16}, {"size": {"shortest_edge": 16}}, {"image_mean": [0.5]}, {"image_std": [1, 1, 0]}]
+)
+def test_preprocessing_of_another_model_is_refused(settings: dict) -> None:
+    with pytest.raises(UnsupportedModelError):
+        read_preprocessing(settings, 32)
+
+
+@pytest.mark.parametrize("settings", [{"size": {}}, {"image_mean": "x"}, {"resample": 99}])
+def test_damaged_preprocessing_is_refused(settings: dict) -> None:
+    with pytest.raises(ModelError):
+        read_preprocessing(settings, 32)
+
+
+def test_the_bundled_clip_opens_or_says_that_it_is_absent() -> None:
+    if TINY.is_dir():
+        assert load_clip("tiny").image_size == 32
+    else:
+        with pytest.raises(ModelError, match="tiny CLIP is not in this installation"):
+            load_clip("tiny")
