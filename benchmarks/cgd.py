@@ -23,8 +23,8 @@ from unpoison.data.sources import open_images
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, SeparationConfig, score_with_cgd
 from unpoison.detection.thresholds import split_as_published, split_by_evidence
-from unpoison.evaluation.classifier import evaluate_classifier
-from unpoison.evaluation.metrics import auroc, der
+from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier
+from unpoison.evaluation.metrics import auroc
 from unpoison.models.classifier import new_classifier
 from unpoison.models.clip_transformers import load_clip
 from unpoison.models.zero_shot import zero_shot_logits
@@ -136,9 +136,7 @@ class Cell:
             "config": asdict(config),
             "before": rates(before),
             "after": rates(after),
-            "der": None
-            if before.asr is None or after.asr is None
-            else der(before.c_acc.value, after.c_acc.value, before.asr.value, after.asr.value),
+            "der": evaluate_before_after(before, after),
             "detection": self.detection(scores, split),
             "history": repair.history if repair else [],
             "seconds": time.time() - begun,
