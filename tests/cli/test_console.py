@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_libraries_print_stays_out_of_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     with Console(Common(json=True)) as console:
-        print("a library says hello")
+        sys.stdout.write("a library says hello\n")
         console.answer({"x": 1}, lambda out: None)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {"x": 1}
@@ -61,8 +62,6 @@ def test_colors_only_on_terminals_that_want_them(no_color: bool, tmp_path: Path)
         "from unpoison.cli.console import Console; from unpoison.cli.options import Common\n"
         "with Console(Common()) as c: c.answer({}, lambda out: out.print('x', style='red'))"
     )
-    import sys
-
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     environment |= {"TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if no_color else {})
     leader, follower = pty.openpty()
@@ -76,8 +75,6 @@ def test_colors_only_on_terminals_that_want_them(no_color: bool, tmp_path: Path)
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
-    import sys
-
     running = subprocess.Popen(
         [sys.executable, "-m", "unpoison", "methods"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
