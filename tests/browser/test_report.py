@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from unpoison.keep import read_decisions
 from unpoison.report.html import write_report
@@ -46,6 +46,10 @@ class Seen:
     console: list[str] = field(default_factory=list)
     dialogs: list[str] = field(default_factory=list)
 
+    def refuse(self, dialog: Dialog) -> None:
+        self.dialogs.append(dialog.message)
+        dialog.dismiss()
+
     def assert_quiet(self) -> None:
         assert [address for address in self.requests if not address.startswith("data:")] == [self.page.url]
         assert self.console == []
@@ -77,7 +81,7 @@ def show(browser: Browser, tmp_path: Path) -> Iterator[Any]:
         seen.page.on("request", lambda request: seen.requests.append(request.url))
         seen.page.on("console", lambda message: seen.console.append(message.text))
         seen.page.on("pageerror", lambda error: seen.console.append(str(error)))
-        seen.page.on("dialog", lambda dialog: (seen.dialogs.append(dialog.message), dialog.dismiss()))
+        seen.page.on("dialog", seen.refuse)
         seen.page.goto(report.as_uri())
         return seen
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from unpoison import __version__
+from unpoison.report.rates import RateRow, rate_rows
 from unpoison.report.text import count, interval, percent, plain
-from unpoison.report.views import RateRow, rate_rows
 from unpoison.results import Interval, Purification, write_atomically
 
 _PAPERS = {

@@ -14,20 +14,18 @@ from markupsafe import Markup
 from unpoison import __version__
 from unpoison.errors import UsageError
 from unpoison.report import charts
+from unpoison.report.rates import RateRow, excess_of, rate_rows
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import count, counted, duration, interval, percent, plain, shortened, tied
 from unpoison.report.views import (
     SHOWN_SKIPPED,
     Figure,
-    RateRow,
     ScanView,
     Verdict,
     command,
     evaluation_verdict,
-    excess_of,
     facts,
     purification_verdict,
-    rate_rows,
     rates_figure,
     scan_verdict,
     scan_view,
