@@ -49,7 +49,9 @@ def transformers_folder(folder: Path, *, dtype: torch.dtype = torch.float32) -> 
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8,
         id2label=dict(enumerate(NAMES)), label2id={name: index for index, name in enumerate(NAMES)},
     )  # fmt: skip
-    ViTForImageClassification(config).to(dtype).save_pretrained(folder)
+    network = ViTForImageClassification(config)
+    nn.Module.to(network, dtype)
+    network.save_pretrained(folder)
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "size": {"height": 24, "width": 24}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     (folder / "README.md").write_text("a card")
