@@ -1,3 +1,93 @@
-"""unpoison finds and removes backdoors: in labelled image sets, in classifiers, and in CLIP models."""
+"""unpoison finds and removes backdoors: in labelled image sets, in classifiers, and in CLIP models.
+
+The public names below are imported when they are first used (PEP 562), so that ``import unpoison`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unpoison.api import PurifyOutcome, ScanOutcome, purify_with_cgd, scan_dataset
+    from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+    from unpoison.data.pixels import load_pixels
+    from unpoison.data.shapes import make_shapes
+    from unpoison.data.sources import open_images
+    from unpoison.defenses.cgd import CGDConfig
+    from unpoison.detection.cgd import SeparationConfig
+    from unpoison.evaluation.classifier import evaluate_classifier
+    from unpoison.keep import select_clean, write_clean_copy
+    from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
+    from unpoison.models.clip_transformers import load_clip
+    from unpoison.report.html import write_report
+    from unpoison.report.runs import read_run
+    from unpoison.runs import Run, RunFolder
+    from unpoison.training import train_classifier
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "CGDConfig": "unpoison.defenses.cgd",
+    "PurifyOutcome": "unpoison.api",
+    "Run": "unpoison.runs",
+    "RunFolder": "unpoison.runs",
+    "ScanOutcome": "unpoison.api",
+    "SeparationConfig": "unpoison.detection.cgd",
+    "apply_poisoning": "unpoison.attacks.poison",
+    "evaluate_classifier": "unpoison.evaluation.classifier",
+    "load_classifier": "unpoison.models.classifier",
+    "load_clip": "unpoison.models.clip_transformers",
+    "load_pixels": "unpoison.data.pixels",
+    "make_shapes": "unpoison.data.shapes",
+    "new_classifier": "unpoison.models.classifier",
+    "open_images": "unpoison.data.sources",
+    "plan_poisoning": "unpoison.attacks.poison",
+    "purify_with_cgd": "unpoison.api",
+    "read_run": "unpoison.report.runs",
+    "save_classifier": "unpoison.models.classifier",
+    "scan_dataset": "unpoison.api",
+    "select_clean": "unpoison.keep",
+    "train_classifier": "unpoison.training",
+    "write_clean_copy": "unpoison.keep",
+    "write_report": "unpoison.report.html",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+__all__ = [
+    "CGDConfig",
+    "PurifyOutcome",
+    "Run",
+    "RunFolder",
+    "ScanOutcome",
+    "SeparationConfig",
+    "apply_poisoning",
+    "evaluate_classifier",
+    "load_classifier",
+    "load_clip",
+    "load_pixels",
+    "make_shapes",
+    "new_classifier",
+    "open_images",
+    "plan_poisoning",
+    "purify_with_cgd",
+    "read_run",
+    "save_classifier",
+    "scan_dataset",
+    "select_clean",
+    "train_classifier",
+    "write_clean_copy",
+    "write_report",
+]

@@ -38,8 +38,9 @@ from unpoison.results import (
 from unpoison.runs import Run
 from unpoison.types import Classifier, ImageTextModel
 
-LOW_AGREEMENT = 2.0
-"""A CLIP whose agreement with the given labels is under this many times chance is too weak to judge them."""
+LOW_AGREEMENT, LOW_GAIN = 2.0, 0.1
+"""A CLIP is too weak to judge the given labels when it agrees with less than this many times chance; where chance is
+high (few classes), when it closes less than this share of the gap between chance and all."""
 MIN_SAMPLES = 50
 SCAN_LIMITS = (
     "Backdoors whose trigger a fresh network learns no faster than the objects themselves.",
@@ -206,7 +207,8 @@ def describe_samples(
     order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
     listed = [row for row in order if split.region[row] != SKIPPED]
     flagged = [row for row in listed if split.region[row] == SUSPECT]
-    chosen = (flagged or listed)[:suspects] + [row for row in reversed(listed) if split.region[row] == CLEAN][:clean]
+    trusted = [row for row in reversed(listed) if split.region[row] == CLEAN]
+    chosen = list(dict.fromkeys((flagged or listed)[:suspects] + trusted[:clean]))  # small sets would repeat some
     entries = []
     for row, image in zip(chosen, source.decode(np.array(chosen, dtype=np.int64)), strict=True):
         if isinstance(image, SkippedRow):
@@ -237,10 +239,15 @@ def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
     return fall <= config.bound, sentence
 
 
+def clip_too_weak(agreement: float, chance: float) -> bool:
+    """Whether CLIP hardly knows the classes: both are shares, in percent, of given labels that are its first choice."""
+    return agreement < min(LOW_AGREEMENT * chance, chance + LOW_GAIN * (100.0 - chance))
+
+
 def _warnings(evidence: _Evidence, source: LabelledImages) -> tuple[str, ...]:
     warnings = []
     agreement, chance = evidence.scores.details["clip_agreement"], 100.0 / len(source.class_names)
-    if agreement < LOW_AGREEMENT * chance:
+    if clip_too_weak(agreement, chance):
         warnings.append(
             f"CLIP agrees with {agreement:.1f} percent of the given labels, chance is {chance:.1f}: it hardly knows "
             "these classes. Give a larger one with --clip, or class names as people would say them."

@@ -7,6 +7,8 @@ Every file carries its schema's name and version; a file of another version is r
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,12 +56,9 @@ class SampleScores:
             raise ResultError(
                 f"primary axis {self.primary!r} is none of {sorted(self.axes)}", hint="Name one of the axes."
             )
+        _check_rows("labels", self.labels, self.ids)
         for name, values in self.axes.items():
-            if values.shape != (len(self.ids),):
-                raise ResultError(
-                    f"expected axis {name!r} to have shape ({len(self.ids)},), got {values.shape}",
-                    hint="Give one score for each id.",
-                )
+            _check_rows(f"axis {name!r}", values, self.ids)
 
     @property
     def suspicion(self) -> Float[np.ndarray, " n"]:
@@ -79,22 +78,24 @@ class SampleScores:
 
     @classmethod
     def load(cls, path: Path) -> SampleScores:
+        """Raises ResultError for a damaged file, SchemaVersionError."""
         table, header = _read_table(path, "sample-scores")
-        axes = {
-            name.removeprefix("score."): table[name].to_numpy()
-            for name in table.column_names
-            if name.startswith("score.")
-        }
-        return cls(
-            method=header["method"],
-            ids=table["id"].to_pylist(),
-            labels=table["label"].to_numpy(),
-            class_names=tuple(header["class_names"]),
-            axes=axes,
-            primary=header["primary"],
-            skipped=tuple(SkippedRow(**row) for row in header["skipped"]),
-            details=header["details"],
-        )
+        with _complete(path):
+            axes = {
+                name.removeprefix("score."): table[name].to_numpy()
+                for name in table.column_names
+                if name.startswith("score.")
+            }
+            return cls(
+                method=header["method"],
+                ids=table["id"].to_pylist(),
+                labels=table["label"].to_numpy(),
+                class_names=tuple(header["class_names"]),
+                axes=axes,
+                primary=header["primary"],
+                skipped=tuple(SkippedRow(**row) for row in header["skipped"]),
+                details=header["details"],
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +123,8 @@ class Split:
     estimate: PoisonEstimate | None = None
 
     def __post_init__(self) -> None:
-        if self.region.shape != (len(self.ids),):
-            raise ResultError(
-                f"expected region to have shape ({len(self.ids)},), got {self.region.shape}",
-                hint="Give one region for each id.",
-            )
+        _check_rows("labels", self.labels, self.ids)
+        _check_rows("region", self.region, self.ids)
 
     @property
     def clean(self) -> Int[np.ndarray, " k"]:
@@ -151,17 +149,19 @@ class Split:
 
     @classmethod
     def load(cls, path: Path) -> Split:
+        """Raises ResultError for a damaged file, SchemaVersionError."""
         table, header = _read_table(path, "split")
         codes = {name: code for code, name in REGION_NAMES.items()}
-        estimate = header["estimate"]
-        return cls(
-            method=header["method"],
-            ids=table["id"].to_pylist(),
-            labels=table["label"].to_numpy(),
-            region=np.array([codes[name] for name in table["region"].to_pylist()], dtype=np.int8),
-            class_names=tuple(header["class_names"]),
-            estimate=None if estimate is None else msgspec.convert(estimate, PoisonEstimate),
-        )
+        with _complete(path):
+            estimate = header["estimate"]
+            return cls(
+                method=header["method"],
+                ids=table["id"].to_pylist(),
+                labels=table["label"].to_numpy(),
+                region=np.array([codes[name] for name in table["region"].to_pylist()], dtype=np.int8),
+                class_names=tuple(header["class_names"]),
+                estimate=None if estimate is None else msgspec.convert(estimate, PoisonEstimate),
+            )
 
 
 class _JsonResult:
@@ -172,7 +172,11 @@ class _JsonResult:
 
     @classmethod
     def load(cls: type[Result], path: Path) -> Result:
-        return from_json(path.read_bytes(), cls, name=str(path))
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ResultError(f"{path}: cannot be read ({error.strerror}).", hint="Repeat the step.") from error
+        return from_json(data, cls, name=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +270,7 @@ def from_json(data: bytes, kind: type[Result], *, name: str = "result") -> Resul
     """Read what :func:`to_json` wrote. Raises ResultError, SchemaVersionError."""
     try:
         body = msgspec.json.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ResultError(f"{name}: not JSON ({error}).", hint="Write the result again.") from error
     expected = f"unpoison/{_SCHEMAS[kind]}"
     if not isinstance(body, dict):
@@ -281,8 +285,19 @@ def from_json(data: bytes, kind: type[Result], *, name: str = "result") -> Resul
 def write_atomically(path: Path, data: bytes) -> None:
     """Write the whole file or nothing: readers and killed runs never see half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _check_rows(what: str, values: np.ndarray, ids: list[str]) -> None:
+    if values.shape != (len(ids),):
+        raise ResultError(
+            f"expected {what} to have shape ({len(ids)},), got {values.shape}", hint="Give one value for each id."
+        )
 
 
 def _check_schema(name: str, expected: str, schema: object, version: object) -> None:
@@ -329,4 +344,16 @@ def _read_table(path: Path, schema: str) -> tuple[pa.Table, dict[str, Any]]:
         metadata.get(b"schema", b"none").decode(),
         int(version) if version.isdigit() else version,
     )
-    return table, msgspec.json.decode(metadata[b"header"])
+    try:
+        return table, msgspec.json.decode(metadata.get(b"header", b""), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path}: its header is damaged ({error}).", hint="Repeat the step.") from error
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """Columns and header entries that a damaged or foreign file lacks, as one ResultError."""
+    try:
+        yield
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
+        raise ResultError(f"{path}: incomplete or damaged ({error!r}).", hint="Repeat the step.") from error

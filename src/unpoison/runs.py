@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from unpoison.errors import RunFolderMismatchError, UsageError
+from unpoison.errors import ResultError, RunFolderMismatchError, UsageError
 from unpoison.results import write_atomically
 
 T = TypeVar("T")
@@ -61,15 +62,15 @@ class RunFolder:
     def open(cls, path: Path, inputs: Mapping[str, Any]) -> RunFolder:
         """Create the folder, or continue in it when it was begun with the same ``inputs``.
 
-        Raises UsageError for a folder that holds anything else or cannot be written,
-        RunFolderMismatchError with the difference for one begun with other inputs.
+        Raises UsageError for a folder that holds anything else or cannot be written, ResultError where its list of
+        inputs is damaged, RunFolderMismatchError with the difference for one begun with other inputs.
         """
         wanted = msgspec.json.decode(msgspec.json.encode(dict(inputs), enc_hook=str))
         marker = path / _INPUTS
         try:
             path.mkdir(parents=True, exist_ok=True)
             if marker.exists():
-                _check_same(path, msgspec.json.decode(marker.read_bytes()), wanted)
+                _check_same(path, _read_inputs(marker), wanted)
             elif any(entry for entry in path.iterdir() if not entry.name.endswith(".partial")):
                 raise UsageError(
                     f"{path} is not empty and was not begun by unpoison.",
@@ -78,7 +79,7 @@ class RunFolder:
             else:
                 write_atomically(marker, msgspec.json.format(msgspec.json.encode(wanted), indent=2))
             (path / "steps").mkdir(exist_ok=True)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        except OSError as error:
             raise UsageError(
                 f"{path} cannot be written: {error.strerror}.",
                 hint="Choose an -o folder that you may write to.",
@@ -98,7 +99,7 @@ class RunFolder:
 class Run:
     """Carries the accelerator, the seed, progress, the cache folder and (optionally) the resumable run folder."""
 
-    accelerator: Accelerator = field(default_factory=Accelerator)
+    accelerator: Accelerator = field(default_factory=lambda: Accelerator())
     seed: int = 0
     progress: Progress = field(default_factory=Silent)
     cache: Path | None = None
@@ -117,6 +118,14 @@ class Run:
         digest = hashlib.blake2b(repr((self.seed, *stream)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
+    @contextmanager
+    def seeded(self, *stream: object) -> Iterator[None]:
+        """Torch's global state seeded for this stream inside (dropout draws from it), and as it was afterwards."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.seed_of(*stream))
+            yield
+
     def step(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """``compute()``, or what an earlier, interrupted run of the same folder stored for this step."""
         if self.folder is None:
@@ -133,6 +142,13 @@ class Run:
         result = {key: value.contiguous() for key, value in compute().items()}
         write_atomically(path, save(result))
         return result
+
+
+def _read_inputs(marker: Path) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(marker.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultError(f"{marker} is damaged ({error}).", hint="Choose another -o folder.") from error
 
 
 def _check_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -60,7 +60,8 @@ def train_classifier(
                 optimiser.step()
             return state_of(net, optimiser)
 
-        restore(net, optimiser, run.step(f"train-{epoch:03d}", one_epoch))
+        with run.seeded("train", epoch):
+            restore(net, optimiser, run.step(f"train-{epoch:03d}", one_epoch))
     net.eval()
     return trained
 

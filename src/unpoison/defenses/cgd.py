@@ -75,7 +75,7 @@ class CGDConfig:
     check_every: int = 50
     """Steps between looks at the held-out samples, also the unit of resume."""
     bound: float = 5.0
-    """Largest fall of held-out accuracy, in points, that is accepted; the suspicious model was trained on them. Ours."""
+    """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples. Ours."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "learning_rate", "batch_size", "check_every", "tau", "bound"):
@@ -162,7 +162,8 @@ def repair_with_cgd(
                 optimiser.step()  # (4)
             return state_of(net, optimiser)
 
-        restore(net, optimiser, run.step(f"repair-{start:05d}", some_steps))
+        with run.seeded("repair", start):
+            restore(net, optimiser, run.step(f"repair-{start:05d}", some_steps))
         done = min(start + config.check_every, config.steps)
         history.append(_look(repaired, pixels, split, held_out, done, run))  # (5)
     net.eval()

@@ -116,7 +116,7 @@ def early_model_logits(
     *,
     run: Run,
 ) -> Float[np.ndarray, "n c"]:
-    """Mean logits [n, c] of ``config.scorers`` fresh models after a few epochs on all of the set; NaN where unusable."""
+    """Mean logits of ``config.scorers`` fresh models after a few epochs on the whole set; NaN where unusable."""
     total = np.zeros((len(labels), len(classifier.class_names)), dtype=np.float64)
     rows = np.flatnonzero(pixels.usable)
     work = config.scorer_epochs * len(rows)
@@ -134,7 +134,8 @@ def early_model_logits(
             _train_early(scorer, pixels, labels, rows, config, track, run, index)
             return {"logits": torch.from_numpy(apply_classifier(scorer, pixels, rows, run=run))}
 
-        total[rows] += run.step(f"scorer-{index}", train_and_apply)["logits"].numpy()
+        with run.seeded("scorer", index):
+            total[rows] += run.step(f"scorer-{index}", train_and_apply)["logits"].numpy()
     total[~pixels.usable] = np.nan
     return total / config.scorers
 

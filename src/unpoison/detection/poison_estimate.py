@@ -111,9 +111,17 @@ def normal_scores(clip: Float[np.ndarray, " k"], early: Float[np.ndarray, " k"])
 
 def mixture_posterior(points: Float[np.ndarray, "k 2"], inside: Bool[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
     """Posterior of the component that starts at the corner, in a mixture of two Gaussians."""
-    start = np.stack([points[inside].mean(0), points[~inside].mean(0)])
+    parts = (points[inside], points[~inside])
     share = float(np.clip(inside.mean(), 0.02, 0.98))
-    mixture = GaussianMixture(2, means_init=start, weights_init=[share, 1 - share], reg_covar=1e-3, random_state=0)
+    mixture = GaussianMixture(
+        2,
+        means_init=np.stack([part.mean(0) for part in parts]),
+        weights_init=[share, 1 - share],
+        # without these the two components would start with the spreads of other clusters, in any order
+        precisions_init=np.stack([np.linalg.inv(np.cov(part.T, bias=True) + 1e-3 * np.eye(2)) for part in parts]),
+        reg_covar=1e-3,
+        random_state=0,
+    )
     return mixture.fit(points).predict_proba(points)[:, 0]
 
 
