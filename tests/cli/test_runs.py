@@ -187,7 +187,8 @@ def test_attack_then_its_files_again(here: Here, tmp_path: Path) -> None:
     (tmp_path / "p" / "data.parquet").unlink()  # what a kill between the two files leaves
     assert here(*words).out == first.out
     assert (tmp_path / "p" / "data.parquet").read_bytes() == data
-    other = json.loads(here(*words, "--rate", "0.2").out)["error"]
+    changed = tuple("0.2" if word == "0.1" else word for word in words)
+    other = json.loads(here(*changed).out)["error"]
     assert other["type"] == "RunFolderMismatchError"
     assert "rate: 0.1 there, 0.2 now" in other["message"]
     assert names(tmp_path / "p") == {"data.parquet", "manifest.json"}

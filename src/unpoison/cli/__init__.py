@@ -30,6 +30,7 @@ def build_app() -> App:
         version=__version__,
         help_format="plaintext",
         help_formatter=AlignedHelp(),
+        suppress_keyboard_interrupt=False,  # ours to report
     )
     scan = App(name="scan", help="Find out whether something is poisoned.", sort_key=1, **plain)
     scan.command("unpoison.cli.scan:dataset", name="dataset", help="Is this image set poisoned, and which samples?")
