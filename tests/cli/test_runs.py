@@ -177,6 +177,27 @@ def test_evaluate_writes_only_when_asked(here: Here, tmp_path: Path) -> None:
     assert Evaluation.load(tmp_path / "ev" / "evaluation.json").c_acc.value == body["c_acc"]["value"]
 
 
+def test_a_weights_file_needs_its_network_and_takes_its_normalization(here: Here, tmp_path: Path) -> None:
+    made = new_classifier("small-resnet", CLASSES, seed=3, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    save_classifier(made, tmp_path / "victim")
+    weights = next(path.name for path in (tmp_path / "victim").iterdir() if path.suffix == ".safetensors")
+    (tmp_path / "victim" / weights).rename(tmp_path / "w.safetensors")
+    (tmp_path / "whole").mkdir()
+    save_classifier(made, tmp_path / "whole")
+    refused = here("evaluate", "w.safetensors", "--data", "shapes:200:9", "--json")
+    assert "--arch" in json.loads(refused.out)["error"]["hint"]
+    words = ("--data", "shapes:200:9", "--arch", "small-resnet", "--json")
+    given = ("--mean", "0", "0", "0", "--std", "1", "1", "1")
+    accuracy = {
+        name: json.loads(here("evaluate", *call).out)["per_class"]
+        for name, call in {
+            "whole": ("whole", "--data", "shapes:200:9", "--json"),
+            "same": ("w.safetensors", *words, *given),
+        }.items()
+    }
+    assert accuracy["same"] == accuracy["whole"]
+
+
 def test_attack_then_its_files_again(here: Here, tmp_path: Path) -> None:
     words = ("attack", "badnet", "shapes:200", "--rate", "0.1", "--target", "star", "-o", "p", "--json")
     first = here(*words)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from unpoison.cli.options import Reading, Running
+from unpoison.cli.options import Opening, Reading, Running
 
 if TYPE_CHECKING:
     import rich.console
@@ -23,13 +23,6 @@ def evaluate(
     manifest: Annotated[
         Path | None, Parameter(show_default=False, help="Poison manifest: its trigger is put on the test images.")
     ] = None,
-    arch: Annotated[
-        str | None,
-        Parameter(
-            show_default=False,
-            help="Network of a weights file: small-resnet, preact-resnet-18, package.module:callable.",
-        ),
-    ] = None,
     output: Annotated[
         Path | None,
         Parameter(
@@ -38,6 +31,7 @@ def evaluate(
             help="Folder for evaluation.json and report.html. [default: none]",
         ),
     ] = None,
+    opening: Opening = Opening(),  # noqa: B008
     reading: Reading = Reading(),  # noqa: B008
     options: Running = Running(),  # noqa: B008
 ) -> int:
@@ -53,18 +47,18 @@ def evaluate(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.cli import purify
-        from unpoison.cli.running import begin, run_inputs, run_without_folder
+        from unpoison.cli.running import begin, run_inputs, run_without_folder, vars_of
         from unpoison.models.checkpoints import hash_weights
         from unpoison.outputs import save_report
         from unpoison.results import Evaluation, to_json
 
-        classifier, images = purify.open_pair(model, data, arch, reading, limit=options.limit, seed=options.seed)
+        classifier, images = purify.open_pair(model, data, opening, reading, limit=options.limit, seed=options.seed)
         if output is None:
             result = purify.evaluate(classifier, images, manifest, model, run_without_folder(console, options))
         else:
             inputs = run_inputs(
                 "evaluate", images, reading, options, model=model, model_hash=hash_weights(classifier.weights()),
-                arch=arch, manifest=None if manifest is None else str(manifest),
+                opening=vars_of(opening), manifest=None if manifest is None else str(manifest),
             )  # fmt: skip
             run = begin(console, options, output, inputs)
             if run.folder is not None and not run.folder.finished:

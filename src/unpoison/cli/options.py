@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cyclopts import Group, Parameter
 
+OPENING = Group("Opening the model", sort_key=60)
 READING = Group("Reading", sort_key=70)
 OUTPUT = Group("Output", sort_key=90)
 RUNNING = Group("Running", sort_key=80)
@@ -113,6 +114,38 @@ class Reading:
         bool,
         Parameter(negative="", group=READING, show_default=False, help="Stop at the first row that cannot be used."),
     ] = False
+
+
+Channels = tuple[float, float, float]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How to open a MODEL that does not say it itself."""
+
+    arch: Annotated[
+        str | None,
+        Parameter(
+            group=OPENING,
+            show_default=False,
+            help="Network of a weights file: small-resnet, preact-resnet-18, package.module:callable.",
+        ),
+    ] = None
+    image_size: Annotated[int, Parameter(group=OPENING, help="Input of a weights file's network, in pixels.")] = 32
+    mean: Annotated[
+        Channels | None,
+        Parameter(
+            negative="",
+            group=OPENING,
+            show_default=False,
+            help="Normalization of images in [0, 1]: mean of R, G and B.",
+        ),
+    ] = None
+    std: Annotated[
+        Channels | None,
+        Parameter(negative="", group=OPENING, show_default=False, help="Its standard deviation of R, G and B."),
+    ] = None
 
 
 def cache_folder(given: Path | None) -> Path:

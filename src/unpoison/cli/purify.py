@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from unpoison.cli.options import Planned, Reading, run_path
+from unpoison.cli.options import Opening, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -27,13 +27,6 @@ def cgd(
     /,
     *,
     data: Annotated[str, Parameter(metavar="SOURCE", help="The training set of the model, as for `scan dataset`.")],
-    arch: Annotated[
-        str | None,
-        Parameter(
-            show_default=False,
-            help="Network of a weights file: small-resnet, preact-resnet-18, package.module:callable.",
-        ),
-    ] = None,
     clip: Annotated[
         str, Parameter(group=METHOD, help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')
     ] = "tiny",
@@ -60,6 +53,7 @@ def cgd(
     manifest: Annotated[
         Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
     ] = None,
+    opening: Opening = Opening(),  # noqa: B008
     reading: Reading = Reading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
@@ -77,7 +71,7 @@ def cgd(
 
     with Console(options) as console:
         console.detail("importing libraries")
-        from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
+        from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder, vars_of
         from unpoison.configs import make_config, merge, read_config
         from unpoison.defenses.cgd import CGDConfig
         from unpoison.errors import UsageError
@@ -88,7 +82,7 @@ def cgd(
             raise UsageError("--manifest needs test images.", hint="Give them with --test SOURCE.")
         table = merge(read_config(config) if config is not None else {}, {"steps": steps, "bound": bound})
         settings = make_config(CGDConfig, table, where=str(config or "options"))
-        classifier, images = open_pair(model, data, arch, reading, limit=options.limit, seed=options.seed)
+        classifier, images = open_pair(model, data, opening, reading, limit=options.limit, seed=options.seed)
         tested = None if test is None else open_source(test, Reading(), class_names=classifier.class_names)
         path = run_path(options.output, "purify", model)
         surrogate = load_clip(clip)
@@ -99,7 +93,7 @@ def cgd(
             return 0
         inputs = run_inputs(
             "purify cgd", images, reading, options, model=model, model_hash=hash_weights(classifier.weights()),
-            arch=arch, clip=clip, clip_fingerprint=surrogate.fingerprint, config=table, test=test,
+            opening=vars_of(opening), clip=clip, clip_fingerprint=surrogate.fingerprint, config=table, test=test,
             manifest=None if manifest is None else str(manifest),
         )  # fmt: skip
         run = begin(console, options, path, inputs)
@@ -111,16 +105,17 @@ def cgd(
 
 
 def open_pair(
-    model: str, data: str, arch: str | None, reading: Reading, *, limit: int | None = None, seed: int = 0
+    model: str, data: str, opening: Opening, reading: Reading, *, limit: int | None = None, seed: int = 0
 ) -> tuple[ImageClassifier, LabelledImages]:
     """A classifier and its images under one class list: the model's own, else (weights files) that of the data."""
-    from unpoison.cli.running import open_source
+    from unpoison.cli.running import open_source, vars_of
     from unpoison.models.classifier import load_classifier
 
+    how = vars_of(opening)
     if Path(model).is_file():
         images = open_source(data, reading, limit=limit, seed=seed)
-        return load_classifier(model, arch=arch, class_names=images.class_names), images
-    classifier = load_classifier(model, arch=arch)
+        return load_classifier(model, class_names=images.class_names, **how), images
+    classifier = load_classifier(model, **how)
     return classifier, open_source(data, reading, limit=limit, seed=seed, class_names=classifier.class_names)
 
 
