@@ -54,7 +54,7 @@ def train_classifier(
                 logits = trained.logits(images.to(run.device))
                 loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]).to(run.device))
                 if not torch.isfinite(loss):
-                    raise DivergedError("Training", step=epoch * per_epoch + step, loss=float(loss))
+                    raise DivergedError("Training", step=epoch * per_epoch + step, loss=float(loss.detach()))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()

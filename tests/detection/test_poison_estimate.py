@@ -1,10 +1,10 @@
 """Is anything poisoned? Planted poison is found and named; clean sets of many kinds are left alone."""
 
+from math import comb
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import poisson
 
 from unpoison.detection.poison_estimate import (
     CORNERS,
@@ -48,6 +48,17 @@ def test_dirty_label_poison_is_found_named_and_sized(planted: SimpleNamespace, r
     assert not flagged[scores.labels != 3].any()
     assert (flagged & poisoned).sum() / poisoned.sum() >= 0.9
     assert (flagged & poisoned).sum() / flagged.sum() >= 0.9
+
+
+def test_poison_that_outnumbers_its_small_class_is_found(planted: SimpleNamespace) -> None:
+    random = np.random.default_rng(8)
+    labels = random.integers(0, 12, 1000)
+    clip, early = planted.losses(random, labels, agreement=0.6)
+    clip, early, labels, mask = planted.poison(random, clip, early, labels, 3, 0.1)
+    assert mask[labels == 3].mean() > 0.5
+    estimate, posterior = estimate_poison(planted.make_scores(clip, early, labels, 12))
+    assert estimate.target_labels == (3,)
+    assert (posterior >= 0.5)[mask].mean() >= 0.9
 
 
 def test_two_targets_at_once(planted: SimpleNamespace) -> None:
@@ -143,11 +154,12 @@ def test_the_corner_against_counting() -> None:
         high_clip, high_early = sum(c > 1 - share for c in clip), sum(e > 1 - share for e in early)
         both = sum(c > 1 - share and e > 1 - share for c, e in zip(clip, early, strict=True))
         expected = high_clip * high_early / 500
-        tails[share] = (both, expected, 1 - poisson.cdf(both - 1, expected))
+        ways = [comb(high_clip, k) * comb(500 - high_clip, high_early - k) for k in range(both, high_early + 1)]
+        tails[share] = (both, expected, sum(ways) / comb(500, high_early))
         assert corner_mask(clip, early, share).sum() == both
     best = min(tails, key=lambda share: tails[share][2])
     assert (corner.found, corner.expected) == (tails[corner.share][0], pytest.approx(tails[corner.share][1]))
-    assert corner.p_value == pytest.approx(tails[best][2], abs=1e-12)
+    assert corner.p_value == pytest.approx(tails[best][2], rel=1e-6)
     assert corner.p_value < P_VALUE
     assert corner.ratio == pytest.approx(corner.found / corner.expected)
 

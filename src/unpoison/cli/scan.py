@@ -94,9 +94,9 @@ def dataset(
 
 def inconclusive(scan: DatasetScan) -> bool:
     """Nothing was found, but the CLIP is too weak on these classes for that to mean anything."""
-    from unpoison.api import LOW_AGREEMENT
+    from unpoison.api import clip_too_weak
 
-    return not scan.estimate.poisoned and scan.clip_agreement < LOW_AGREEMENT * scan.chance_agreement
+    return not scan.estimate.poisoned and clip_too_weak(scan.clip_agreement, scan.chance_agreement)
 
 
 def _scan(

@@ -156,7 +156,7 @@ def repair_with_cgd(
                 labels = torch.from_numpy(split.labels[rows]).to(run.device)
                 loss = cgd_loss(logits, labels, teacher[rows].to(run.device), suspect.to(run.device), config)  # (3)
                 if not torch.isfinite(loss):
-                    raise DivergedError("CGD's repair", step=step, loss=float(loss))
+                    raise DivergedError("CGD's repair", step=step, loss=float(loss.detach()))
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()  # (4)

@@ -160,7 +160,7 @@ def _train_early(
             logits = scorer.logits(to_images(pixels.array[chosen]).to(run.device))
             loss = F.cross_entropy(logits, torch.from_numpy(labels[chosen]).to(run.device))
             if not torch.isfinite(loss):
-                raise DivergedError("Training of an early model", step=start // size, loss=float(loss))
+                raise DivergedError("Training of an early model", step=start // size, loss=float(loss.detach()))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

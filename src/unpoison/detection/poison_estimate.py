@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.stats import norm, poisson
+from scipy.stats import hypergeom, norm
 from sklearn.mixture import GaussianMixture
 
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS
@@ -87,16 +87,17 @@ def estimate_poison(scores: SampleScores, *, seed: int = 0) -> tuple[PoisonEstim
 
 
 def fullest_corner(clip: Float[np.ndarray, " k"], early: Float[np.ndarray, " k"]) -> Corner:
-    """The least likely of the ``CORNERS`` of one class, under independence of its two ranks (Poisson tail)."""
+    """The least likely of the ``CORNERS`` of one class under independence of its two ranks.
+
+    The p-value is that of Fisher's exact test (hypergeometric tail): a Poisson tail would miss poison that is the
+    larger part of a small class, where the poison itself raises the expectation.
+    """
     found = []
     for share in CORNERS:
         count = int(corner_mask(clip, early, share).sum())
-        expected = float((clip > 1 - share).sum()) * float((early > 1 - share).sum()) / max(1, len(clip))
-        found.append(
-            Corner(
-                share=share, found=count, expected=expected, p_value=float(poisson.sf(count - 1, max(expected, 1e-9)))
-            )
-        )
+        rejected, first = int((clip > 1 - share).sum()), int((early > 1 - share).sum())
+        chance = float(hypergeom.sf(count - 1, len(clip), rejected, first))
+        found.append(Corner(share=share, found=count, expected=rejected * first / max(1, len(clip)), p_value=chance))
     return min(found, key=lambda corner: corner.p_value)
 
 
