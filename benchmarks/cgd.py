@@ -35,7 +35,7 @@ from unpoison.training import train_classifier
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cgd"
 ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
-RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 12
+RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
 ABLATIONS = {
     "scale-1": CGDConfig(separation=SeparationConfig(clip_logit_scale=1.0)),
     "rank-in-class": CGDConfig(separation=SeparationConfig(rank_within="class")),
@@ -76,12 +76,8 @@ class Cell:
         )
         self.source = base if attack == "clean" else apply_poisoning(base, self.poisoning)
         inputs = {"cell": self.name, "rows": ROWS, "rate": RATE, "target": TARGET, "epochs": EPOCHS}
-        self.run = Run(
-            seed=seed,
-            progress=Printed(),
-            cache=work / "cache",
-            folder=RunFolder.open(work / self.name, inputs),
-        )
+        self.folder = RunFolder.open(work / self.name, inputs)
+        self.run = Run(seed=seed, progress=Printed(), cache=work / "cache", folder=self.folder)
         self.pixels = load_pixels(self.source, 32, cache=self.run.cache, progress=self.run.progress)
         poisoned = set() if attack == "clean" else set(self.poisoning.ids)
         self.truth = np.array([sample in poisoned for sample in self.source.ids])
@@ -122,7 +118,7 @@ class Cell:
         victim = self.victim()
         zero_shot, scores = self.scores(config.separation)
         split = (split_of or self.split)(scores, config)
-        run = replace(self.run, folder=RunFolder.open(self.run.folder.path / label, {"config": asdict(config)}))
+        run = replace(self.run, folder=RunFolder.open(self.folder.path / label, {"config": asdict(config)}))
         before = self.evaluate(victim)
         if len(split.suspect) == 0:
             repair, after = None, before

@@ -20,18 +20,19 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Where several processes train together, each orthogonalises its share and all add up the parts."""
         together = distributed.is_initialized()
         rank, world = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if weight.grad is not None]
+            weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
             updates = torch.zeros(sum(weight.numel() for weight in weights))
             for index, (weight, part) in enumerate(_parts(weights, updates)):
+                gradient = weight.grad if weight.grad is not None else torch.zeros_like(weight)
                 buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
-                buffer.mul_(group["momentum"]).add_(weight.grad)
+                buffer.mul_(group["momentum"]).add_(gradient)
                 if index % world == rank:
-                    part.copy_(orthogonalise(weight.grad.add(buffer, alpha=group["momentum"])))
+                    part.copy_(orthogonalise(gradient.add(buffer, alpha=group["momentum"])))
             if together:
                 distributed.all_reduce(updates)
             for weight, part in _parts(weights, updates):

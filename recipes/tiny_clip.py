@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from PIL import Image
 from tiny_clip_model import build_model, build_tokenizer
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from unpoison.data.shapes import SHAPES_CLASSES, make_shapes
 
@@ -136,11 +138,14 @@ class ContrastiveLoss(nn.Module):
     towers that both start at random hardly move for the first hundreds of steps without it.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: CLIPModel, keep: float, classes: dict[str, int] | None = None) -> None:
         super().__init__()
         self.model = model
         self.keep = keep
-        width = model.config.projection_dim
+        width = model.visual_projection.out_features
         self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in (classes or {}).items()})
         self.register_buffer("mean", torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1))
@@ -162,7 +167,7 @@ class ContrastiveLoss(nn.Module):
         """``tokens``: u distinct captions; ``text_of`` [b]: caption of each image; ``same`` [b, u]: equal concept."""
         raw = self.embed_images(images, self.keep if self.training else 1.0)
         image = F.normalize(raw, dim=-1)
-        text = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        text = embed_texts(self.model, tokens)
         logits = self.model.logit_scale.clamp(max=4.6052).exp() * image @ text.T
         own = F.one_hot(text_of, text.shape[0]).float()
         target = 0.1 * own + 0.9 * same / same.sum(1, keepdim=True)
@@ -173,6 +178,13 @@ class ContrastiveLoss(nn.Module):
         if name in self.heads:
             loss = loss + F.cross_entropy(self.heads[name](raw), concepts, label_smoothing=0.1)
         return loss
+
+
+def embed_texts(model: CLIPModel, tokens: Mapping[str, Tensor]) -> Tensor:
+    output = model.get_text_features(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    assert isinstance(output, BaseModelOutputWithPooling)  # noqa: S101 # the configuration's default
+    assert output.pooler_output is not None  # noqa: S101
+    return F.normalize(output.pooler_output, dim=-1)
 
 
 def make_batch(corpus: Corpus, rows: np.ndarray, tokenizer: CLIPTokenizer, generator: torch.Generator) -> tuple:
@@ -273,7 +285,7 @@ def train(args: argparse.Namespace) -> None:
 def zero_shot_accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: np.ndarray, labels, names) -> float:
     loss = ContrastiveLoss(model, 1.0).eval()
     tokens = tokenizer([f"a photo of a {name}." for name in names], padding=True, return_tensors="pt")
-    texts = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+    texts = embed_texts(model, tokens)
     hits = 0
     for start in range(0, len(pictures), 500):
         x = torch.from_numpy(pictures[start : start + 500]).permute(0, 3, 1, 2).float() / 255

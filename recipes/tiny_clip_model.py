@@ -30,7 +30,9 @@ def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
     vocabulary = list(dict.fromkeys(pieces + [left + right for left, right in merges]))
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(vocabulary)}, merges=merges, model_max_length=MAX_TOKENS
+        vocab={piece: i for i, piece in enumerate(vocabulary)},
+        merges=merges,  # pyright: ignore[reportArgumentType] # pairs are what it takes
+        model_max_length=MAX_TOKENS,
     )
 
 
@@ -61,6 +63,7 @@ def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
                     nn.init.trunc_normal_(weight, std=0.6 / weight.shape[1] ** 0.5)
                 if name.endswith(("out_proj.weight", "fc2.weight")):
                     weight.data.mul_(1 / math.sqrt(2 * len(layers)))
+            assert isinstance(layer.self_attn, CLIPAttention)  # noqa: S101 # modules are typed as tensors too
             mimetic(layer.self_attn)
     nn.init.trunc_normal_(model.text_model.embeddings.token_embedding.weight, std=0.02)
     nn.init.trunc_normal_(model.text_model.embeddings.position_embedding.weight, std=0.01)

@@ -52,6 +52,7 @@ class RealDataCount:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         whole = not session.config.args or session.config.args == session.config.getini("testpaths")
-        strict = bool(os.environ.get("CI")) and (SHARED / "data").is_dir() and not hasattr(session.config, "workerinput")
+        controller = not hasattr(session.config, "workerinput")
+        strict = bool(os.environ.get("CI")) and (SHARED / "data").is_dir() and controller
         if strict and whole and (self.counts["skipped"] or not self.counts["passed"]):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
