@@ -34,13 +34,11 @@ from unpoison.results import (
     SampleScores,
     SkippedRow,
     Split,
+    clip_too_weak,
 )
 from unpoison.runs import Run
 from unpoison.types import Classifier, ImageTextModel
 
-LOW_AGREEMENT, LOW_GAIN = 2.0, 0.1
-"""A CLIP is too weak to judge the given labels when it agrees with less than this many times chance; where chance is
-high (few classes), when it closes less than this share of the gap between chance and all."""
 MIN_SAMPLES = 50
 SCAN_LIMITS = (
     "Backdoors whose trigger a fresh network learns no faster than the objects themselves.",
@@ -153,7 +151,7 @@ def purify_with_cgd(
         held_out_after=repair.held_out_after if repair else 0.0,
         bound=config.bound,
         steps=repair.steps if repair else 0,
-        changed_share=100.0 if repair else 0.0,
+        changed_share=1.0 if repair else 0.0,
         seconds=time.monotonic() - begun,
         seed=run.seed,
         suspect_count=len(split.suspect),
@@ -237,11 +235,6 @@ def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
         f"a fall of at most {config.bound:.1f} points is accepted."
     )
     return fall <= config.bound, sentence
-
-
-def clip_too_weak(agreement: float, chance: float) -> bool:
-    """Whether CLIP hardly knows the classes: both are shares, in percent, of given labels that are its first choice."""
-    return agreement < min(LOW_AGREEMENT * chance, chance + LOW_GAIN * (100.0 - chance))
 
 
 def _warnings(evidence: _Evidence, source: LabelledImages) -> tuple[str, ...]:

@@ -32,8 +32,10 @@ class DemoConfig:
     trigger: str = "badnet"
     rate: float = 0.05
     target: int = 0
-    epochs: int = 8
-    learning_rate: float = 0.1
+    epochs: int = 6
+    learning_rate: float = 0.05
+    augment: bool = False
+    """Crops and flips hide a corner patch from so short a training, and there would be no backdoor to repair."""
     cgd: CGDConfig = field(default_factory=lambda: CGDConfig(steps=200, separation=SeparationConfig(scorer_epochs=3)))
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ def train_victim(poisoned: LabelledImages, config: DemoConfig, folder: Path, *, 
     fresh = new_classifier("small-resnet", poisoned.class_names, seed=run.seed)
     pixels = load_pixels(poisoned, fresh.image_size, cache=run.cache, progress=run.progress)
     victim = train_classifier(
-        fresh, pixels, poisoned.labels, run=run, epochs=config.epochs, learning_rate=config.learning_rate
-    )
+        fresh, pixels, poisoned.labels, run=run, epochs=config.epochs, learning_rate=config.learning_rate,
+        augment=config.augment,
+    )  # fmt: skip
     save_classifier(victim, folder)
     return load_classifier(folder)

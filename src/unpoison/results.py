@@ -209,7 +209,10 @@ class Evaluation(_JsonResult):
 
 @dataclass(frozen=True, kw_only=True)
 class Purification(_JsonResult):
-    """What a defense did to a model. ``protects`` names what is safe to use afterwards; rates are in percent."""
+    """What a defense did to a model. ``protects`` names what is safe to use afterwards.
+
+    Accuracies and ``bound`` are in percent and points; ``changed_share`` is a share of the parameters in [0, 1].
+    """
 
     method: str
     config: dict[str, Any]
@@ -254,6 +257,21 @@ class DatasetScan(_JsonResult):
     seed: int
     config: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def inconclusive(self) -> bool:
+        """Nothing was found, but by a CLIP that is too weak on these classes for that to mean anything."""
+        return not self.estimate.poisoned and clip_too_weak(self.clip_agreement, self.chance_agreement)
+
+
+LOW_AGREEMENT, LOW_GAIN = 2.0, 0.1
+"""A CLIP is too weak to judge the given labels when it agrees with less than this many times chance; where chance is
+high (few classes), when it closes less than this share of the gap between chance and all."""
+
+
+def clip_too_weak(agreement: float, chance: float) -> bool:
+    """Whether CLIP hardly knows the classes: both are shares, in percent, of given labels that are its first choice."""
+    return agreement < min(LOW_AGREEMENT * chance, chance + LOW_GAIN * (100.0 - chance))
 
 
 _SCHEMAS = {Evaluation: "evaluation", Purification: "purification", DatasetScan: "dataset-scan"}

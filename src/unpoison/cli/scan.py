@@ -80,7 +80,7 @@ def dataset(
             return 0
         inputs = run_inputs(
             "scan dataset", images, reading, options, clip=clip, clip_fingerprint=model.fingerprint, arch=arch,
-            config=table,
+            image_size=image_size, config=table,
         )  # fmt: skip
         run = begin(console, options, path, inputs)
         scan, scores, split = _scan(images, model, arch, image_size, settings, run, path)
@@ -89,14 +89,7 @@ def dataset(
         console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
     if exit_zero:
         return 0
-    return FINDINGS if scan.estimate.poisoned else INCONCLUSIVE if inconclusive(scan) else 0
-
-
-def inconclusive(scan: DatasetScan) -> bool:
-    """Nothing was found, but the CLIP is too weak on these classes for that to mean anything."""
-    from unpoison.api import clip_too_weak
-
-    return not scan.estimate.poisoned and clip_too_weak(scan.clip_agreement, scan.chance_agreement)
+    return FINDINGS if scan.estimate.poisoned else INCONCLUSIVE if scan.inconclusive else 0
 
 
 def _scan(
@@ -140,7 +133,7 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
 
     out.print(verdict(scan.estimate, scan.samples, scan.class_names), style="bold")
     out.print(printable(scan.estimate.reason))
-    if inconclusive(scan):
+    if scan.inconclusive:
         out.print("CLIP knows these classes hardly better than chance: this scan is inconclusive.", style="yellow")
     for warning in scan.warnings:
         out.print(printable(f"Warning: {warning}"), style="yellow")

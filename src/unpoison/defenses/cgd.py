@@ -16,9 +16,11 @@ Steps
     3. L = mean_clean CE(f(x), y) + alpha tau^2 mean_suspect KL(softmax(z / tau) || softmax(f(x) / tau))
        + beta mean_suspect log(p_f[y] + eps), z being CLIP's logits.
     4. SGD from the suspicious weights, all layers; crop and flip.
-    5. Stop early, and accept or refuse, on held-out samples of the clean region.
+    5. Keep the last look that is within ``tolerance`` of the best, and accept or refuse, on held-out clean samples.
 Where we differ, and what the paper leaves open
-    The authors stop early on the clean *test* set; we hold out ``held_out`` of the clean region, by class.
+    The authors stop when clean *test* accuracy falls by 1.0 point from its best, and restore the epoch before. We hold
+    out ``held_out`` of the clean region, by class, and judge on that. The rate falls to zero, so a dip early on is no
+    reason to stop: training goes on, and the last look within ``tolerance`` of the best one is what is kept.
     They count epochs (10 of at most 200 batches, no momentum, constant rate); on small sets that is too few steps to
     repair anything, so we count steps, with momentum and a rate that falls to zero. The mixed region is dropped from
     the loader (theirs still moves BatchNorm). A set without evidence of poison leaves the model as it is.
@@ -74,11 +76,13 @@ class CGDConfig:
     """Share of the clean region kept aside. Ours."""
     check_every: int = 50
     """Steps between looks at the held-out samples, also the unit of resume."""
+    tolerance: float = 1.0
+    """Points under the best held-out accuracy of all looks at which a look is no longer kept (the authors' fall)."""
     bound: float = 5.0
     """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples. Ours."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "batch_size", "check_every", "tau", "bound"):
+        for name in ("steps", "learning_rate", "batch_size", "check_every", "tau", "tolerance", "bound"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
         if not 0 < self.held_out < 1:
@@ -102,7 +106,7 @@ class CGDConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """A repaired copy, with held-out accuracy and suspects' label agreement (percent) along the way."""
+    """A repaired copy as it was after ``steps``; held-out accuracy and suspects' label agreement (percent) on the way."""
 
     classifier: Classifier
     history: list[dict[str, float]]
@@ -114,7 +118,7 @@ class Repair:
 
     @property
     def held_out_after(self) -> float:
-        return self.history[-1]["held_out_accuracy"]
+        return next(look["held_out_accuracy"] for look in self.history if look["step"] == self.steps)
 
 
 def repair_with_cgd(
@@ -137,6 +141,7 @@ def repair_with_cgd(
         net.parameters(), config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     history = [_look(repaired, pixels, split, held_out, 0, run)]
+    best, kept, kept_step = 0.0, {}, 0
     starts = range(0, config.steps, config.check_every)
     for start in run.progress.track(
         starts, total=config.steps * config.batch_size, what="repair", weight=config.check_every * config.batch_size,
@@ -166,8 +171,13 @@ def repair_with_cgd(
             restore(net, optimiser, run.step(f"repair-{start:05d}", some_steps))
         done = min(start + config.check_every, config.steps)
         history.append(_look(repaired, pixels, split, held_out, done, run))  # (5)
+        accuracy = history[-1]["held_out_accuracy"]
+        best = max(best, accuracy)
+        if accuracy >= best - config.tolerance:
+            kept, kept_step = state_of(net, optimiser), done
+    restore(net, optimiser, kept)
     net.eval()
-    return Repair(classifier=repaired, history=history, steps=config.steps)
+    return Repair(classifier=repaired, history=history, steps=kept_step)
 
 
 def cgd_loss(logits: Logits, labels: Labels, teacher: Logits, suspect: Tensor, config: CGDConfig) -> Tensor:

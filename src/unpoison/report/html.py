@@ -32,8 +32,6 @@ from unpoison.report.views import (
 )
 from unpoison.results import DatasetScan, Evaluation, Purification, write_atomically
 
-WEAK_CLIP = 1.5  # agreement with the labels below this multiple of chance says nothing
-
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -160,7 +158,6 @@ def _run_view(run: ReportRun, anchor: str) -> RunView:
 def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
     separation = scan_view(run)
     usable = separation.usable if separation else scan.samples
-    weak_clip = scan.clip_agreement <= WEAK_CLIP * scan.chance_agreement
     agreement = Tile(
         value=percent(scan.clip_agreement),
         name="CLIP agrees with the label",
@@ -170,7 +167,7 @@ def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
         anchor=anchor,
         kind="Data set scan",
         run=run,
-        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=weak_clip),
+        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=scan.inconclusive),
         tiles=[*_scan_tiles(separation), agreement] if separation else [agreement],
         steps=_scan_steps(run, scan),
         scan=separation,
