@@ -106,7 +106,7 @@ class CGDConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """A repaired copy as it was after ``steps``; held-out accuracy and suspects' label agreement (percent) on the way."""
+    """A repaired copy, as it was after ``steps``; held-out accuracy and suspects' agreement (percent) on the way."""
 
     classifier: Classifier
     history: list[dict[str, float]]
