@@ -211,7 +211,8 @@ class Evaluation(_JsonResult):
 class Purification(_JsonResult):
     """What a defense did to a model. ``protects`` names what is safe to use afterwards.
 
-    Accuracies and ``bound`` are in percent and points; ``changed_share`` is a share of the parameters in [0, 1].
+    Held-out accuracies are in percent, None where nothing was trained; ``bound`` is in points; ``changed_share`` is a
+    share of the parameters in [0, 1].
     """
 
     method: str
@@ -219,13 +220,13 @@ class Purification(_JsonResult):
     accepted: bool
     reason: str
     protects: str
-    held_out_before: float
-    held_out_after: float
     bound: float
     steps: int
     changed_share: float
     seconds: float
     seed: int
+    held_out_before: float | None = None
+    held_out_after: float | None = None
     suspect_count: int = 0
     clean_count: int = 0
     estimate: PoisonEstimate | None = None

@@ -186,10 +186,7 @@ def _show(out: rich.console.Console, result: Purification, path: Path) -> None:
 
     out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
     out.print(printable(result.reason))
-    out.print(
-        f"Held-out accuracy {result.held_out_before:.1f} % before, {result.held_out_after:.1f} % after "
-        f"(bound: a fall of {result.bound:g} points); {result.suspect_count:,} suspect samples."
-    )
+    out.print(f"{result.suspect_count:,} suspect samples, {result.steps:,} training steps.")
     if result.before is not None and result.after is not None:
         out.print()
         out.print(evaluation_table({"before": result.before, "after": result.after}))

@@ -55,8 +55,10 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def percent(value: float, digits: int = 1) -> str:
-    """``value`` in percent: ``5.0 %``."""
+def percent(value: float | None, digits: int = 1) -> str:
+    """``value`` in percent: ``5.0 %``; a dash where there is none."""
+    if value is None:
+        return "–"  # noqa: RUF001
     return f"{value:.{digits}f} %"
 
 
