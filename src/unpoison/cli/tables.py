@@ -57,21 +57,24 @@ def suspects_table(scores: SampleScores, split: Split, count: int) -> Table:
 
 
 def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
-    """One column for each evaluation (before, after, ...), one row for each rate."""
-    table = plain_table("", *evaluations, right=tuple(evaluations))
+    """One column for each evaluation (before, after, ...), one row for each rate with its interval and n."""
     results = list(evaluations.values())
-    table.add_row("clean accuracy", *(rate(result.c_acc) for result in results))
+    table = plain_table("", *evaluations, "n", right=(*evaluations, "n"))
+
+    def row(name: str, values: list[Interval | None]) -> None:
+        counts = {f"{value.n:,}" for value in values if value is not None}
+        table.add_row(name, *map(rate, values), " / ".join(sorted(counts)))
+
+    row("clean accuracy", [result.c_acc for result in results])
     if any(result.asr is not None for result in results):
-        table.add_row("attack success (ASR)", *(rate(result.asr) for result in results))
-        table.add_row("ASR floor", *(rate(result.asr_floor) for result in results))
+        row("attack success (ASR)", [result.asr for result in results])
+        row("ASR floor", [result.asr_floor for result in results])
         excess = ("" if result.asr_excess is None else f"{result.asr_excess:.1f} %" for result in results)
-        table.add_row("excess ASR", *excess)
-        table.add_row("robust accuracy", *(rate(result.ra) for result in results))
+        table.add_row("excess ASR", *excess, "")
+        row("robust accuracy", [result.ra for result in results])
     return table
 
 
 def rate(value: Interval | None) -> str:
-    """A rate with its interval and n."""
-    if value is None:
-        return ""
-    return f"{value.value:.1f} % ({value.low:.1f} to {value.high:.1f}, n = {value.n:,})"
+    """A rate with its 95 % interval."""
+    return "" if value is None else f"{value.value:.1f} % ({value.low:.1f} to {value.high:.1f})"
