@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/ci.txt
 WORKERS ?= 2
 
+# Bytecode makes the many processes of the tests start quickly, whatever the caller prefers.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test check format bench claims constraints browser
 
 demo: $(INSTALLED)
