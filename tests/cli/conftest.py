@@ -95,6 +95,27 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         running.communicate()
 
 
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run ``unpoison WORDS``, uninterrupted, in a folder of its own and return that folder."""
+
+    def run(*words: str) -> Path:
+        folder = tmp_path_factory.mktemp("elsewhere")
+        done = subprocess.run(
+            command(*words),
+            cwd=folder,
+            env=environment(folder),
+            capture_output=True,
+            text=True,
+            timeout=250,
+            check=False,
+        )
+        assert done.returncode in (0, 1, 3), done.stderr
+        return folder
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted scan of shapes:300."""

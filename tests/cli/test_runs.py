@@ -48,11 +48,15 @@ def test_a_scan_as_json(process: Here, tmp_path: Path) -> None:
     assert len(SampleScores.load(tmp_path / "scan" / "scores.parquet").ids) == 300
 
 
+# enough early models that the signal always comes in their middle
+LONG_SCAN = (*SCAN, "--scorers", "8")
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_was_cut_short_goes_on(
-    how: signal.Signals, process: Here, begin: Here, scanned: Path, tmp_path: Path
+    how: signal.Signals, process: Here, begin: Here, elsewhere: Here, tmp_path: Path
 ) -> None:
-    running = begin(*SCAN)
+    running = begin(*LONG_SCAN)
     wait_for(tmp_path / "scan" / "steps" / "scorer-0.safetensors", running)
     running.send_signal(how)
     printed, errors = running.communicate(timeout=100)
@@ -63,11 +67,12 @@ def test_a_run_that_was_cut_short_goes_on(
         assert "Traceback" not in errors
     assert not (tmp_path / "scan" / "finished.json").exists()
 
-    again = process(*SCAN, "--json")
+    whole = elsewhere(*LONG_SCAN) / "scan"
+    again = process(*LONG_SCAN, "--json")
     assert "scorer-0: continued" in again.err
     assert json.loads(again.out)["samples"] == 300
     for name in ("scores.parquet", "split.parquet"):
-        assert pq.read_table(tmp_path / "scan" / name).equals(pq.read_table(scanned / name), check_metadata=False)
+        assert pq.read_table(tmp_path / "scan" / name).equals(pq.read_table(whole / name), check_metadata=False)
 
 
 def test_the_same_command_shows_the_result_again(here: Here, scanned: Path, tmp_path: Path) -> None:

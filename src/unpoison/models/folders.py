@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from unpoison.errors import CheckpointMismatchError, ModelError, UnsafeCheckpointError
 from unpoison.models.checkpoints import check_finite, check_safetensors
@@ -87,21 +90,34 @@ def find_model_folder(model: str | Path) -> Path:
         ) from error
 
 
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading is over in a moment, and stderr belongs to the caller; transformers' setting is put back."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def open_pretrained(kind: Any, folder: Path, **options: Any) -> nn.Module:
     """``kind.from_pretrained`` on a folder that :func:`check_model_folder` has passed, in float32, checked for gaps.
 
     Raises ModelError, CheckpointMismatchError.
     """
     try:
-        module, report = kind.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
+        with _no_progress_bar():
+            module, report = kind.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:300]
         raise ModelError(
