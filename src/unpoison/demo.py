@@ -25,7 +25,7 @@ from unpoison.types import ImageTextModel
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Sizes that two processor cores handle in about two minutes."""
+    """Sizes for two processor cores."""
 
     train: int = 5000
     test: int = 1500

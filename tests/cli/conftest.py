@@ -38,21 +38,20 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "unpoison", *words]
 
 
+def finish(words: tuple[str, ...], folder: Path) -> Result:
+    """Run ``unpoison WORDS`` in ``folder`` to its end."""
+    done = subprocess.run(
+        command(*words), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=250, check=False
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.fixture
 def process(tmp_path: Path) -> Callable[..., Result]:
     """Run ``unpoison WORDS`` as a process in ``tmp_path``."""
 
     def run(*words: str) -> Result:
-        done = subprocess.run(
-            command(*words),
-            cwd=tmp_path,
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-        return Result(done.returncode, done.stdout, done.stderr)
+        return finish(words, tmp_path)
 
     return run
 
@@ -101,16 +100,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def run(*words: str) -> Path:
         folder = tmp_path_factory.mktemp("elsewhere")
-        done = subprocess.run(
-            command(*words),
-            cwd=folder,
-            env=environment(folder),
-            capture_output=True,
-            text=True,
-            timeout=250,
-            check=False,
-        )
-        assert done.returncode in (0, 1, 3), done.stderr
+        done = finish(words, folder)
+        assert done.code in (0, 1, 3), done.err
         return folder
 
     return run
@@ -120,11 +111,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted scan of shapes:300."""
     folder = tmp_path_factory.mktemp("scanned")
-    words = ("scan", "dataset", "shapes:300", "--scorer-epochs", "1", "-o", "scan", "-q")
-    done = subprocess.run(
-        command(*words), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=250, check=False
-    )
-    assert done.returncode in (0, 1, 3), done.stderr
+    done = finish(("scan", "dataset", "shapes:300", "--scorer-epochs", "1", "-o", "scan", "-q"), folder)
+    assert done.code in (0, 1, 3), done.err
     return folder / "scan"
 
 

@@ -49,7 +49,7 @@ from unpoison.types import Classifier, Labels, Logits
 
 @dataclass(frozen=True, kw_only=True)
 class CGDConfig:
-    """CGD's constants. :meth:`as_published` gives the authors'; the defaults marked ours are measured in the docs."""
+    """CGD's constants. :meth:`as_published` gives the authors'; benchmarks/cgd.py is there to measure the others."""
 
     separation: SeparationConfig = field(default_factory=SeparationConfig)
     regions: Literal["estimated", "published"] = "estimated"

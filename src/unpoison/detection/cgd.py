@@ -17,7 +17,7 @@ Steps
     5. Regions: see :mod:`unpoison.detection.thresholds`.
 Where we differ, and what the paper leaves open
     The paper trains PreActResNet-18 scorers for every model; ours have the suspicious model's own architecture.
-    The released code ranks raw cosines; ``clip_logit_scale`` and ``rank_within`` are ours, measured in the docs.
+    The released code ranks raw cosines; ``clip_logit_scale`` and ``rank_within`` are ours, not measured yet.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SeparationConfig:
     """Stage A's constants, the paper's unless marked ours."""
 
     clip_logit_scale: float = 100.0
-    """Factor on the cosines before the softmax. The released code has 1; 100 is CLIP's own. Ours, measured."""
+    """Factor on the cosines before the softmax. The released code has 1; 100 is CLIP's own. Ours."""
     rank_within: Literal["dataset", "class"] = "dataset"
     """Rank over the whole set (the paper) or among the samples of the same given label (ours)."""
     scorers: int = 3

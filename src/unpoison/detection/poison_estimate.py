@@ -6,7 +6,7 @@ holds fewer samples than it would if the two ranks had nothing to do with each o
 corner holds significantly *more* than independence predicts is taken for a target label; a two-component Gaussian
 mixture over the two ranks of its samples, started at the corner, then says which samples and how many.
 
-All constants here are our own choice; docs/methods/cgd.md has the figures behind them.
+All constants here are our own choice; docs/decisions/0001-regions-from-evidence.md has their reasons.
 """
 
 from __future__ import annotations
