@@ -90,7 +90,7 @@ def zero_shot_logits(
     try:
         texts = class_embeddings(clip, source.class_names, templates)
         size = batch_size or max(8, min(256, _PIXELS_PER_BATCH // clip.image_size**2))
-        key = _key_of_scorer(clip, source, templates, texts)
+        key = b"" if run.cache is None else _key_of_scorer(clip, source, templates, texts)
         result = np.full((len(source), len(source.class_names)), np.nan, dtype=np.float32)
         skipped: list[SkippedRow] = []
         work = read_ahead(_batches(clip, source, key, size, run.cache))
