@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from transformers import CLIPModel, CLIPTokenizer
 from unpoison.errors import ModelError, UnsupportedModelError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.folders import check_model_folder, find_model_folder, open_pretrained, read_json
-from unpoison.types import Embeddings, Images
+from unpoison.types import Embeddings, Images, PatchEmbeddings, TokenEmbeddings, Tokens, Tower
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny_clip"
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TEXT_BATCH = 256
+_TOWERS = {
+    "image": ("vision_model.", "visual_projection."),
+    "text": ("text_model.", "text_projection."),
+}
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -76,6 +81,14 @@ class TransformersCLIP:
         return self.preprocessing.image_size
 
     @property
+    def image_mean(self) -> tuple[float, float, float]:
+        return self.preprocessing.mean
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        return self.preprocessing.std
+
+    @property
     def module(self) -> nn.Module:
         return self._model
 
@@ -112,20 +125,39 @@ class TransformersCLIP:
 
     def encode_images(self, images: Images) -> Embeddings:
         """Unit embeddings [b, d] in float32 of images in [0, 1]; gradients flow to the images and the weights."""
-        mean, std = (
-            torch.tensor(values, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
         with self._precision(images.device):
-            output: Any = self._model.get_image_features(pixel_values=(images - mean) / std)
+            output: Any = self._model.get_image_features(pixel_values=self._normalised(images))
         return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def encode_image_tokens(self, images: Images) -> PatchEmbeddings:
+        """Projected patches [b, p, d] in float32, not scaled to length 1; the class token is left out."""
+        with self._precision(images.device):
+            output: Any = self._model.vision_model(pixel_values=self._normalised(images))
+            patches = self._model.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
+            return self._model.visual_projection(patches).float()
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Unit embeddings [b, d] in float32; what is longer than ``max_tokens`` is cut off."""
         batches = [texts[start : start + _TEXT_BATCH] for start in range(0, len(texts), _TEXT_BATCH)]
         if not batches:
             return torch.zeros(0, self._config.projection_dim, device=self._model.device)
-        return F.normalize(torch.cat([self._encode_batch(batch) for batch in batches]).float(), dim=-1)
+        return torch.cat([self._encode_tokens(self.tokenize(batch)) for batch in batches])
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids [b, t], padded on the right to the longest text."""
+        if not texts:
+            return torch.zeros(0, 0, dtype=torch.long, device=self._model.device)
+        options: Any = {"padding": True, "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        return self._tokenizer(list(texts), **options)["input_ids"].to(self._model.device)
+
+    def embed_tokens(self, tokens: Tokens) -> TokenEmbeddings:
+        """Token embeddings [b, t, w] without positions."""
+        return self._model.text_model.embeddings.token_embedding(tokens)
+
+    def encode_token_embeddings(self, embedded: TokenEmbeddings, tokens: Tokens) -> Embeddings:
+        """Unit embeddings [b, d] in float32 of ``embedded`` [b, t, w] in the place of the embeddings of ``tokens``."""
+        with replaced_output(self._model.text_model.embeddings.token_embedding, embedded):
+            return self._encode_tokens(tokens)
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Whether something of each text is lost: it is too long, or holds the tokenizer's mark of the end."""
@@ -139,15 +171,31 @@ class TransformersCLIP:
         encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens).input_ids if texts else []
         return [tuple(ids[: ids.index(ends)]) for ids in encoded]
 
-    def _encode_batch(self, texts: Sequence[str]) -> Tensor:
-        encoded = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(self._model.device)
-        with self._precision(self._model.device):
-            output: Any = self._model.get_text_features(
-                input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
-            )
-        return output.pooler_output
+    def copy(self) -> TransformersCLIP:
+        """A deep copy of the network; tokenizer and preprocessing, which nobody trains, are shared."""
+        twin = copy.copy(self)
+        twin._model = copy.deepcopy(self._model)
+        twin._config = twin._model.config
+        return twin
+
+    def tower(self, which: Tower) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of one tower with its projection, in the module's order."""
+        return [(name, value) for name, value in self._model.named_parameters() if name.startswith(_TOWERS[which])]
+
+    def _encode_tokens(self, tokens: Tokens) -> Embeddings:
+        ends = (tokens == self._tokenizer.eos_token_id).long()
+        # What follows the first mark of the end, padding most of all, is not attended to.
+        mask = (ends.cumsum(dim=1) - ends == 0).long()
+        with self._precision(tokens.device):
+            output: Any = self._model.get_text_features(input_ids=tokens, attention_mask=mask)
+        return F.normalize(output.pooler_output.float(), dim=-1)
+
+    def _normalised(self, images: Images) -> Images:
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+            for values in (self.image_mean, self.image_std)
+        )
+        return (images - mean) / std
 
     def _precision(self, device: torch.device) -> Any:
         # Training picks its own precision; without gradients the fast one is chosen here.
@@ -155,6 +203,19 @@ class TransformersCLIP:
         if dtype == torch.float32 or torch.is_grad_enabled():
             return nullcontext()
         return torch.autocast(device.type, dtype=dtype)
+
+
+@contextmanager
+def replaced_output(module: nn.Module, output: Tensor) -> Iterator[None]:
+    """``module`` returns ``output`` inside, whatever it is given, and itself again afterwards.
+
+    So the library's own forward pass runs on other token embeddings, with its positions, mask and pooling.
+    """
+    handle = module.register_forward_hook(lambda *_: output)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
@@ -223,6 +284,7 @@ def _open_tokenizer(folder: Path, *, vocabulary: int) -> CLIPTokenizer:
         raise ModelError(
             f"{folder}: its tokenizer cannot be read ({reason}).", hint="Fetch the folder again."
         ) from error
+    tokenizer.padding_side = "right"  # positions count from the left
     known = tokenizer.get_vocab()
     # Without its files the tokenizer opens as an empty one; with another model's, ids fall off the embedding's end.
     if len(known) <= 3 or max(known.values()) >= vocabulary:
