@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unpoison.api import PurifyOutcome, ScanOutcome, purify_with_cgd, scan_dataset
+    from unpoison.api_clip import (
+        ClipPurifyOutcome,
+        purify_with_clean_clip,
+        purify_with_fine_tuning,
+        purify_with_par,
+    )
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
     from unpoison.data.pixels import load_pixels
     from unpoison.data.shapes import make_shapes
     from unpoison.data.sources import open_images
+    from unpoison.defenses.baselines.clean_clip import CleanClipConfig
+    from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
     from unpoison.defenses.cgd import CGDConfig
+    from unpoison.defenses.par import PARConfig
     from unpoison.detection.cgd import SeparationConfig
     from unpoison.evaluation.classifier import evaluate_classifier
     from unpoison.keep import select_clean, write_clean_copy
@@ -29,6 +38,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CGDConfig": "unpoison.defenses.cgd",
+    "CleanClipConfig": "unpoison.defenses.baselines.clean_clip",
+    "ClipPurifyOutcome": "unpoison.api_clip",
+    "FineTuningConfig": "unpoison.defenses.baselines.fine_tuning",
+    "PARConfig": "unpoison.defenses.par",
     "PurifyOutcome": "unpoison.api",
     "Run": "unpoison.runs",
     "RunFolder": "unpoison.runs",
@@ -44,6 +57,9 @@ _HOMES = {
     "open_images": "unpoison.data.sources",
     "plan_poisoning": "unpoison.attacks.poison",
     "purify_with_cgd": "unpoison.api",
+    "purify_with_clean_clip": "unpoison.api_clip",
+    "purify_with_fine_tuning": "unpoison.api_clip",
+    "purify_with_par": "unpoison.api_clip",
     "read_run": "unpoison.report.runs",
     "save_classifier": "unpoison.models.classifier",
     "scan_dataset": "unpoison.api",
@@ -68,6 +84,10 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CGDConfig",
+    "CleanClipConfig",
+    "ClipPurifyOutcome",
+    "FineTuningConfig",
+    "PARConfig",
     "PurifyOutcome",
     "Run",
     "RunFolder",
@@ -83,6 +103,9 @@ __all__ = [
     "open_images",
     "plan_poisoning",
     "purify_with_cgd",
+    "purify_with_clean_clip",
+    "purify_with_fine_tuning",
+    "purify_with_par",
     "read_run",
     "save_classifier",
     "scan_dataset",

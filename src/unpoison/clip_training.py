@@ -19,6 +19,7 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.data.training_pairs import Batch, TrainingPairs, prepare_pairs, process_slice
 from unpoison.errors import ConfigError, ModelError, UnsupportedModelError
+from unpoison.models.checkpoints import check_finite
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
 from unpoison.schedules import scaled_rate
@@ -134,7 +135,11 @@ class ClipRepair:
 def open_training(
     clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run
 ) -> TrainingPairs:
-    """Decode the images at the model's size and split the pairs. Raises NotEnoughDataError, SourceFormatError."""
+    """Decode the images at the model's size and split the pairs.
+
+    Raises ModelError for weights that are not finite, NotEnoughDataError, SourceFormatError.
+    """
+    check_finite(clip.module.state_dict(), name="the model")
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     return prepare_pairs(
         pairs,
@@ -152,14 +157,14 @@ def open_training(
 def trainable(clip: ImageTextModel, run: Run) -> Iterator[ImageTextModel]:
     """A copy of ``clip`` on the run's device, in float32 and training mode; at the end in eval mode, as it came.
 
-    Raises ModelError for weights that are not finite and for towers that disagree.
+    Raises ModelError for towers that disagree.
     """
     copy = clip.copy()
     net = copy.module.to(run.device)
     kinds = {name: value.dtype for name, value in (*net.named_parameters(), *net.named_buffers())}
     wanted = {name: value.requires_grad for name, value in net.named_parameters()}
     net.float()
-    check_clip(copy, run)
+    check_towers(copy, run)
     train_mode(net)
     try:
         yield copy
@@ -239,11 +244,8 @@ class Suspect:
         return self._texts
 
 
-def check_clip(clip: ImageTextModel, run: Run) -> None:
-    """Raise ModelError where weights are not finite or the towers' embeddings differ in width."""
-    for name, value in clip.module.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(f"{name} holds values that are not finite.", hint="Fetch the checkpoint again.")
+def check_towers(clip: ImageTextModel, run: Run) -> None:
+    """Raise ModelError where the towers' embeddings differ in width."""
     probe = torch.zeros(1, 3, clip.image_size, clip.image_size, device=run.device)
     with torch.no_grad():
         image, text = clip.encode_images(probe), clip.encode_texts(["a"])

@@ -135,7 +135,15 @@ class Run:
             self.progress.log(f"{name}: continued from {self._step_file(name).name}")
             return stored
         result = {key: value.contiguous() for key, value in compute().items()}
-        write_atomically(self._step_file(name), save(result))
+        path = self._step_file(name)
+        try:
+            write_atomically(path, save(result))
+        except OSError as error:
+            raise UsageError(
+                f"{path} could not be written: {error.strerror}.",
+                hint=f"It takes {sum(value.nbytes for value in result.values()) / 2**20:,.0f} MiB. Make room there and "
+                "repeat the same command: it continues after the last step that was stored.",
+            ) from error
         return result
 
     def stored(self, name: str) -> dict[str, Tensor] | None:

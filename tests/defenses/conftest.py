@@ -24,8 +24,10 @@ def small_folder(small_clip: ModuleType, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def clip(small_clip: ModuleType, small_folder: Path) -> Any:
-    return small_clip.open_small(small_folder)
+def clip(small_folder: Path) -> Any:
+    from unpoison.models.clip_transformers import load_clip
+
+    return load_clip(small_folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,35 +5,12 @@ Run as a script it is one process of a PAR training: ``small_clip.py FOLDER WEIG
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
-
-from unpoison.models.clip_transformers import TransformersCLIP, load_clip
-
-
-class SmallCLIP(TransformersCLIP):
-    """What training asks of an adapter beside what it had for scanning."""
-
-    @property
-    def image_mean(self) -> tuple[float, float, float]:
-        return self.preprocessing.mean
-
-    @property
-    def image_std(self) -> tuple[float, float, float]:
-        return self.preprocessing.std
-
-    def copy(self) -> SmallCLIP:
-        return SmallCLIP(copy.deepcopy(self._model), self._tokenizer, self.preprocessing)
-
-    def tower(self, which: Literal["image", "text"]) -> list[tuple[str, nn.Parameter]]:
-        own = {"image": ("vision_model.", "visual_projection."), "text": ("text_model.", "text_projection.")}[which]
-        return [(name, value) for name, value in self._model.named_parameters() if name.startswith(own)]
 
 
 def make_folder(folder: Path, *, dropout: float = 0.0) -> Path:
@@ -65,23 +42,19 @@ def make_folder(folder: Path, *, dropout: float = 0.0) -> Path:
     return folder
 
 
-def open_small(folder: Path) -> SmallCLIP:
-    clip = load_clip(folder)
-    return SmallCLIP(clip._model, clip._tokenizer, clip.preprocessing)
-
-
 def main(folder: str, weights: str, source: str, settings: str) -> None:
     from accelerate import Accelerator
     from safetensors.torch import save_file
 
     from unpoison.data.pairs import open_pairs
     from unpoison.defenses.par import PARConfig, repair_with_par
+    from unpoison.models.clip_transformers import load_clip
     from unpoison.runs import Run, RunFolder
 
     options = json.loads(settings)
     where = options.pop("folder", None)
     run = Run(accelerator=Accelerator(cpu=True), folder=RunFolder.open(Path(where), {}) if where else None)
-    repair = repair_with_par(open_small(Path(folder)), open_pairs(source), PARConfig(**options), run=run)
+    repair = repair_with_par(load_clip(folder), open_pairs(source), PARConfig(**options), run=run)
     if run.accelerator.is_main_process:
         state = {name: value.contiguous() for name, value in repair.model.module.state_dict().items()}
         save_file(state, weights)
