@@ -4,18 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/ci.txt
+OPEN_CLIP := .venv-open-clip
+OPEN_CLIP_INSTALLED := $(OPEN_CLIP)/.installed
 WORKERS ?= 2
 
 # Bytecode makes the many processes of the tests start quickly, whatever the caller prefers.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check format bench claims constraints browser
+.PHONY: demo test test-open-clip check format bench claims constraints browser
 
 demo: $(INSTALLED)
 	$(BIN)/unpoison demo
 
-test: $(INSTALLED) browser
+test: $(INSTALLED) $(OPEN_CLIP_INSTALLED) browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(MAKE) --no-print-directory test-open-clip
+
+# The adapter of open_clip, with the library itself: it needs torchvision, which the other environment must not have.
+test-open-clip: $(OPEN_CLIP_INSTALLED)
+	PYTHONPATH=tools/open_clip_start $(OPEN_CLIP)/bin/python -m pytest tests/open_clip
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -42,6 +49,13 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+$(OPEN_CLIP_INSTALLED): pyproject.toml $(CONSTRAINTS) constraints/open-clip.txt
+	$(PYTHON) -m venv $(OPEN_CLIP)
+	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) -c constraints/open-clip.txt -e '.[open-clip]' beartype pytest pytest-timeout
 	touch $@
 
 constraints:

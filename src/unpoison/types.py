@@ -8,6 +8,7 @@ Images are RGB in [0, 1]; each model applies its own normalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -136,6 +137,10 @@ class ImageTextModel(Protocol):
 
         Not scaled to length 1. Raises UnsupportedModelError for an image tower without patch tokens.
         """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model in the format it came in. Raises UsageError where that fails: then nothing is left there."""
         ...
 
 

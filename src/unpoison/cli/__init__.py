@@ -38,6 +38,13 @@ def build_app() -> App:
     purify.command(
         "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
     )
+    of_clips = {
+        "par": "Repair a CLIP with image-caption pairs: perturb and recover.",
+        "clean-clip": "Repair a CLIP with image-caption pairs: CleanCLIP, a baseline.",
+        "fine-tune": "Fine-tune a CLIP on image-caption pairs, the plainest baseline.",
+    }
+    for name, text in of_clips.items():
+        purify.command(f"unpoison.cli.purify_clip:{name.replace('-', '_')}", name=name, help=text)
     app.command("unpoison.cli.demo:demo", name="demo", help="Poison, scan, purify, report: no data needed.", sort_key=0)
     app.command(scan)
     app.command(purify)

@@ -51,24 +51,33 @@ def read_class_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def begin(console: Console, options: Running, path: Path, inputs: Mapping[str, Any]) -> Run:
+def begin(
+    console: Console, options: Running, path: Path, inputs: Mapping[str, Any], *, precision: str | None = None
+) -> Run:
     """The run in its folder: new, or the one of the same inputs that is to be continued."""
     from unpoison.runs import RunFolder
 
     folder = RunFolder.open(path, inputs)
     if folder.finished:
         console.log(f"{path} holds the finished run of these inputs; this is its result")
-    return run_without_folder(console, options, folder)
+    return run_without_folder(console, options, folder, precision=precision)
 
 
-def run_without_folder(console: Console, options: Running, folder: Any = None) -> Run:
-    """A run that stores nothing but what goes into the cache, unless ``folder`` is given."""
+def run_without_folder(console: Console, options: Running, folder: Any = None, *, precision: str | None = None) -> Run:
+    """A run that stores nothing but what goes into the cache, unless ``folder`` is given.
+
+    ``precision``: "no", "bf16" or "fp16" for training; None leaves it to accelerate's own settings.
+    """
     from accelerate import Accelerator
 
     from unpoison.runs import Run
 
     return Run(
-        accelerator=Accelerator(), seed=options.seed, progress=console, cache=cache_folder(options.cache), folder=folder
+        accelerator=Accelerator(mixed_precision=precision),
+        seed=options.seed,
+        progress=console,
+        cache=cache_folder(options.cache),
+        folder=folder,
     )
 
 
