@@ -84,6 +84,11 @@ class Cell:
         poisoned = set() if attack == "clean" else set(self.poisoning.ids)
         self.truth = np.array([sample in poisoned for sample in self.source.ids])
 
+    @property
+    def wants_victim(self) -> bool:
+        """A clean set in which nothing is flagged leaves any model as it is: one seed's victim shows that."""
+        return self.attack != "clean" or self.run.seed == 0
+
     def victim(self):
         start = new_classifier("small-resnet", self.source.class_names, seed=self.run.seed_of("victim"))
         return train_classifier(start, self.pixels, self.source.labels, epochs=EPOCHS, run=self.run)
@@ -117,34 +122,38 @@ class Cell:
     def purify(self, config: CGDConfig, label: str, split_of=None) -> dict:
         """``split_of`` replaces the split, for the ablations of one axis."""
         begun = time.time()
-        victim = self.victim()
         zero_shot, scores = self.scores(config.separation)
         split = (split_of or self.split)(scores, config)
+        separated = time.time()
         run = replace(self.run, folder=RunFolder.open(self.folder.path / label, {"config": asdict(config)}))
-        before = self.evaluate(victim)
-        if len(split.suspect) == 0:
-            repair, after = None, before
-        else:
+        repair = before = after = None
+        if len(split.suspect) > 0:
+            victim = self.victim()
+            before = self.evaluate(victim)
             repair = repair_with_cgd(victim, self.pixels, split, zero_shot.cosines, config, run=run)
             after = self.evaluate(repair.classifier)
+        elif self.wants_victim:  # handed back as it is
+            before = after = self.evaluate(self.victim())
         return {
             "attack": self.attack,
             "seed": self.seed,
             "variant": label,
             "config": asdict(config),
-            "before": rates(before),
-            "after": rates(after),
-            "der": evaluate_before_after(before, after),
+            "repaired": repair is not None,
+            "before": rates(before) if before else None,
+            "after": rates(after) if after else None,
+            "der": evaluate_before_after(before, after) if before and after else None,
             "detection": self.detection(scores, split),
             "history": repair.history if repair else [],
-            "seconds": time.time() - begun,
+            "kept_step": repair.steps if repair else None,
+            "seconds": {"separation": separated - begun, "all": time.time() - begun},
         }
 
     @staticmethod
     def split(scores, config: CGDConfig) -> Split:
         if config.regions == "published":
             return split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
-        return split_by_evidence(scores)
+        return split_by_evidence(scores, odd=config.odd_labels)
 
 
 def rates(evaluation: Evaluation) -> dict:
@@ -176,7 +185,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{attack} {seed}", flush=True)
             cell = Cell(attack, seed, args.shared, args.work)
             if args.until in ("victim", "scores"):
-                print("  before", rates(cell.evaluate(cell.victim())), flush=True)
+                if cell.wants_victim:
+                    print("  before", rates(cell.evaluate(cell.victim())), flush=True)
                 if args.until == "scores":
                     from unpoison.detection.cgd import early_model_logits
 
@@ -191,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
                 axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
                 result = cell.purify(config, label, one_axis(axis) if axis else None)
                 write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
-                print(f"  {label}: before {result['before']['asr']} after {result['after']['asr']}", flush=True)
+                print(f"  {label}: before {result['before']} after {result['after']}", flush=True)
 
 
 def worst(cells: list[dict]) -> dict:
@@ -199,6 +209,8 @@ def worst(cells: list[dict]) -> dict:
     attacked, clean = ([cell for cell in cells if (cell["attack"] == "clean") == control] for control in (False, True))
 
     def fall(cell: dict) -> float:
+        if not cell["repaired"]:  # handed back as it is
+            return 0.0
         return cell["before"]["c_acc"]["value"] - cell["after"]["c_acc"]["value"]
 
     def largest(found: list[dict], figure: Callable[[dict], float]) -> dict | None:
@@ -251,7 +263,7 @@ def table(args: argparse.Namespace) -> None:
             variant, attack, str(len(results)), pick("before", "c_acc", "value"), pick("after", "c_acc", "value"),
             pick("before", "asr", "value"), pick("after", "asr", "value"), pick("after", "asr_floor", "value"),
             pick("after", "asr_excess"), pick("after", "ra", "value"), pick("detection", "recall_percent"),
-            pick("detection", "precision_percent"), pick("detection", "flagged_percent"), areas, pick("seconds"),
+            pick("detection", "precision_percent"), pick("detection", "flagged_percent"), areas, pick("seconds", "all"),
         ]  # fmt: skip
         print("| " + " | ".join(row) + " |")
 
