@@ -1,6 +1,7 @@
 """CGD on CIFAR-10: victims, separation, repair and ablations, one JSON a cell.
 
     python benchmarks/cgd.py run [--attack badnet ...] [--seed 0 ...] [--until victim|scores|repair|ablations]
+    python benchmarks/cgd.py separation    # how each ablation of stage A splits the set: no repair, seconds a cell
     python benchmarks/cgd.py table
 
 Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
@@ -36,6 +37,7 @@ from unpoison.training import train_classifier
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cgd"
 SUMMARY = ROOT / "benchmarks/results/cgd.json"
+SEPARATION = ROOT / "benchmarks/results/cgd_separation.json"
 ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
 RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
 ABLATIONS = {
@@ -204,6 +206,35 @@ def run(args: argparse.Namespace) -> None:
                 print(f"  {label}: before {result['before']} after {result['after']}", flush=True)
 
 
+def separation(args: argparse.Namespace) -> None:
+    """Stage A's ablations on every cell whose scores are there, as one JSON."""
+    torch.set_num_threads(args.threads)
+    found = json.loads(SEPARATION.read_text()) if SEPARATION.exists() else {}
+    variants = {"default": CGDConfig()} | {
+        name: config for name, config in ABLATIONS.items() if config.beta and config.alpha
+    }
+    for attack in args.attack:
+        for seed in args.seed:
+            cell = Cell(attack, seed, args.shared, args.work)
+            for label, config in variants.items():
+                axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
+                _, scores = cell.scores(config.separation)
+                figures = cell.detection(scores, (one_axis(axis) if axis else cell.split)(scores, config))
+                found.setdefault(label, {})[cell.name] = figures
+            write_atomically(SEPARATION, json.dumps(found, indent=1, default=float).encode() + b"\n")
+    print("| variant | attack | recall | precision | flagged | poison in the clean region | AUROC clip / early |")
+    print("|" + "---|" * 7)
+    for label, cells in found.items():
+        for attack in args.attack:
+            rows = [figures for name, figures in cells.items() if name.rsplit("-", 1)[0] == attack]
+            if rows:
+                areas = [np.mean([row["auroc"][axis] for row in rows]) for axis in (CLIP_AXIS, EARLY_AXIS)
+                         if "auroc" in rows[0]]  # fmt: skip
+                names = ("recall_percent", "precision_percent", "flagged_percent", "poison_in_clean_region")
+                shown = [f"{np.mean([row[name] for row in rows]):.1f}" if name in rows[0] else "-" for name in names]
+                print(f"| {label} | {attack} | {' | '.join(shown)} | {' / '.join(f'{area:.3f}' for area in areas)} |")
+
+
 def worst(cells: list[dict]) -> dict:
     """The worst single cell, not the worst mean: ``cgd.asr_after_max`` and its like in claims.json."""
     attacked, clean = ([cell for cell in cells if (cell["attack"] == "clean") == control] for control in (False, True))
@@ -270,7 +301,7 @@ def table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("verb", choices=["run", "separation", "table"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--until", choices=["victim", "scores", "repair", "ablations"], default="repair")
@@ -278,7 +309,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     args = parser.parse_args()
-    (run if args.verb == "run" else table)(args)
+    {"run": run, "separation": separation, "table": table}[args.verb](args)
 
 
 if __name__ == "__main__":

@@ -182,3 +182,9 @@ def test_training_learns_and_says_when_it_diverges(
     trained = train_classifier(classifier, pixels, bright, run=make_run(), epochs=10, batch_size=32, augment=False)
     assert accuracy(trained, bright) > 0.9
     assert accuracy(classifier, bright) < 0.7
+
+
+@pytest.mark.parametrize(("samples", "epochs"), [(50_000, 5), (10_000, 5), (2_500, 22), (300, 190), (60, 190)])
+def test_small_sets_get_more_epochs_so_that_triggers_are_learnt(samples: int, epochs: int) -> None:
+    assert SeparationConfig().epochs(samples) == epochs
+    assert SeparationConfig(scorer_epochs=2).epochs(samples) == 2
