@@ -2,6 +2,7 @@
 
     python benchmarks/cgd.py run [--attack badnet ...] [--seed 0 ...] [--until victim|scores|repair|ablations]
     python benchmarks/cgd.py separation    # how each ablation of stage A splits the set: no repair, seconds a cell
+    python benchmarks/cgd.py natural       # what a model that was never poisoned says to each trigger
     python benchmarks/cgd.py table
 
 Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
@@ -37,6 +38,7 @@ from unpoison.training import train_classifier
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cgd"
 SUMMARY = ROOT / "benchmarks/results/cgd.json"
+NATURAL = ROOT / "benchmarks/results/cgd_natural.json"
 SEPARATION = ROOT / "benchmarks/results/cgd_separation.json"
 ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
 RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
@@ -235,6 +237,20 @@ def separation(args: argparse.Namespace) -> None:
                 print(f"| {label} | {attack} | {' | '.join(shown)} | {' / '.join(f'{area:.3f}' for area in areas)} |")
 
 
+def natural(args: argparse.Namespace) -> None:
+    """The triggers on the clean control's victim: a trigger that is a natural feature has a rate there too."""
+    torch.set_num_threads(args.threads)
+    cell = Cell("clean", 0, args.shared, args.work)
+    victim, found = cell.victim(), {}
+    for attack in args.attack:
+        for seed in args.seed if attack != "clean" else ():
+            poisoning = Cell(attack, seed, args.shared, args.work).poisoning
+            figures = rates(evaluate_classifier(victim, cell.test, poisoning=poisoning, run=cell.run))
+            found[f"{attack}-{seed}"] = figures
+            print(attack, seed, figures["asr"], flush=True)
+    write_atomically(NATURAL, json.dumps(found, indent=1, default=float).encode() + b"\n")
+
+
 def worst(cells: list[dict]) -> dict:
     """The worst single cell, not the worst mean: ``cgd.asr_after_max`` and its like in claims.json."""
     attacked, clean = ([cell for cell in cells if (cell["attack"] == "clean") == control] for control in (False, True))
@@ -301,7 +317,7 @@ def table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "separation", "table"])
+    parser.add_argument("verb", choices=["run", "separation", "natural", "table"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--until", choices=["victim", "scores", "repair", "ablations"], default="repair")
@@ -309,7 +325,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     args = parser.parse_args()
-    {"run": run, "separation": separation, "table": table}[args.verb](args)
+    {"run": run, "separation": separation, "natural": natural, "table": table}[args.verb](args)
 
 
 if __name__ == "__main__":
