@@ -10,7 +10,7 @@ from unpoison.detection.poison_estimate import estimate_poison
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.results import CLEAN, MIXED, SUSPECT, SampleScores
 
-KINDS = ("plain", "one class CLIP cannot name", "label noise", "uneven classes", "weakly correlated", "an easy class")
+KINDS = ("plain", "label noise", "uneven classes", "weakly correlated", "an easy class")
 
 
 def changed_labels(planted: SimpleNamespace, seed: int, target: int = 3) -> tuple[SampleScores, np.ndarray]:

@@ -21,7 +21,7 @@ from unpoison.results import SampleScores
 
 REJECTED = 0.1
 """Share of the set, at the top of CLIP's axis, that counts as rejected."""
-READY_BOUND = 0.3
+READY_BOUND = 0.2
 """Share of its rejected samples that a clean class may learn before its median sample, or twice the other classes'."""
 P_VALUE = 1e-6
 """Chance of so many under that bound, over all classes (Bonferroni)."""
