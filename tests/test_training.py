@@ -184,7 +184,7 @@ def test_training_learns_and_says_when_it_diverges(
     assert accuracy(classifier, bright) < 0.7
 
 
-@pytest.mark.parametrize(("samples", "epochs"), [(50_000, 5), (10_000, 5), (2_500, 22), (300, 190), (60, 190)])
-def test_small_sets_get_more_epochs_so_that_triggers_are_learnt(samples: int, epochs: int) -> None:
-    assert SeparationConfig().epochs(samples) == epochs
-    assert SeparationConfig(scorer_epochs=2).epochs(samples) == 2
+@pytest.mark.parametrize(("samples", "size"), [(50_000, 256), (10_000, 256), (2_500, 32), (300, 16), (9, 9), (1, 1)])
+def test_small_sets_get_smaller_batches_so_that_triggers_are_learnt(samples: int, size: int) -> None:
+    assert SeparationConfig().batch_size(samples) == size
+    assert SeparationConfig(scorer_batch_size=64).batch_size(samples) == min(64, samples)

@@ -126,7 +126,7 @@ def plan_demo(config: DemoConfig, classes: int, size: int, rates: Rates) -> Plan
         size,
         rates,
         scorers=separation.scorers,
-        scorer_epochs=separation.epochs(config.train),
+        scorer_epochs=separation.scorer_epochs,
         classes=classes,
         repaired=config.cgd.steps * config.cgd.batch_size,
     )

@@ -173,7 +173,7 @@ def _plan(images: LabelledImages, clip: Any, classifier: ImageClassifier, config
         classifier.image_size,
         probe(images, clip, classifier, run=run),
         scorers=config.separation.scorers,
-        scorer_epochs=config.separation.epochs(len(images)),
+        scorer_epochs=config.separation.scorer_epochs,
         classes=len(images.class_names),
         repaired=config.steps * config.batch_size,
     )

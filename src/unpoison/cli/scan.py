@@ -37,7 +37,7 @@ def dataset(
         int | None, Parameter(group=METHOD, show_default=False, help="Scorers that are averaged. [default: 3]")
     ] = None,
     scorer_epochs: Annotated[
-        int | None, Parameter(group=METHOD, show_default=False, help="Epochs of each scorer. [default: 5 or more]")
+        int | None, Parameter(group=METHOD, show_default=False, help="Epochs of each scorer. [default: 5]")
     ] = None,
     config: Annotated[
         Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
@@ -120,7 +120,7 @@ def _plan(images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig,
         classifier.image_size,
         probe(images, clip, classifier, run=run),
         scorers=config.separation.scorers,
-        scorer_epochs=config.separation.epochs(len(images)),
+        scorer_epochs=config.separation.scorer_epochs,
         classes=len(images.class_names),
     )
 

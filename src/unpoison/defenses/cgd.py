@@ -104,7 +104,7 @@ class CGDConfig:
     def as_published(cls, *, samples: int) -> CGDConfig:
         """The released code's setting for a set of ``samples`` (at most 10 epochs of at most 200 batches of 256)."""
         return cls(
-            separation=SeparationConfig(clip_logit_scale=1.0, scorer_epochs=5),
+            separation=SeparationConfig(clip_logit_scale=1.0, scorer_batch_size=256),
             regions="published",
             momentum=0.0,
             schedule="constant",

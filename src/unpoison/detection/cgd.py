@@ -23,7 +23,6 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,10 +42,10 @@ from unpoison.runs import Run
 from unpoison.types import Classifier
 
 CLIP_AXIS, EARLY_AXIS, JOINT_AXIS = "clip_rank", "early_rank", "joint_rank"
-EPOCHS = 5
-MIN_STEPS = 190
-"""A trigger is learnt after so many steps, not after so many epochs: five epochs of 2,500 samples are 45 steps, and
-poison is then still among the hardest samples."""
+BATCH, SMALLEST_BATCH, FULL_BATCH_SAMPLES = 256, 16, 10_000
+"""A trigger is learnt after so many steps, not after so many epochs: five epochs of 2,500 samples in batches of 256 are
+45 steps, and poison is then still among the hardest samples. More epochs let the objects catch up; smaller batches do
+not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +58,11 @@ class SeparationConfig:
     """Rank over the whole set (the paper) or among the samples of the same given label (ours)."""
     scorers: int = 3
     """Networks whose logits are averaged into the intermediate scorer."""
-    scorer_epochs: int | None = None
-    """None: the paper's 5, or as many more as ``MIN_STEPS`` takes on a small set (ours)."""
+    scorer_epochs: int = 5
     scorer_learning_rate: float = 3e-4
     scorer_weight_decay: float = 5e-4
-    scorer_batch_size: int = 256
+    scorer_batch_size: int | None = None
+    """None: 256 (the paper's) from 10,000 samples on, less in a smaller set, see :meth:`batch_size` (ours)."""
 
     def __post_init__(self) -> None:
         for name in ("clip_logit_scale", "scorers", "scorer_epochs", "scorer_learning_rate", "scorer_batch_size"):
@@ -75,12 +74,14 @@ class SeparationConfig:
                 f"rank_within must be 'dataset' or 'class', got {self.rank_within!r}.", hint="Choose one of the two."
             )
 
-    def epochs(self, samples: int) -> int:
-        """Epochs of an early model on so many samples."""
-        if self.scorer_epochs is not None:
-            return self.scorer_epochs
-        per_epoch = max(1, samples // self.scorer_batch_size)
-        return max(EPOCHS, math.ceil(MIN_STEPS / per_epoch))
+    def batch_size(self, samples: int) -> int:
+        """Of an early model: falls with samples^1.5 under 10,000, so that a smaller set gets more steps in as many
+        epochs (390 at 2,500 samples, 195 at 10,000); not under 16, and never more than there are samples."""
+        size = self.scorer_batch_size
+        if size is None:
+            share = min(1.0, samples / FULL_BATCH_SAMPLES)
+            size = max(SMALLEST_BATCH, round(BATCH * share**1.5))
+        return max(1, min(size, samples))
 
 
 def score_with_cgd(
@@ -134,14 +135,13 @@ def early_model_logits(
     """Mean logits of ``config.scorers`` fresh models after a few epochs on the whole set; NaN where unusable."""
     total = np.zeros((len(labels), len(classifier.class_names)), dtype=np.float64)
     rows = np.flatnonzero(pixels.usable)
-    epochs = config.epochs(len(rows))
-    work = epochs * len(rows)
+    work = config.scorer_epochs * len(rows)
     for index in range(config.scorers):
 
         def train_and_apply(index: int = index) -> dict[str, Tensor]:
             scorer = classifier.fresh(run.seed_of("scorer", index))
             track = run.progress.track(
-                range(epochs),
+                range(config.scorer_epochs),
                 total=work,
                 what=f"early model {index + 1} of {config.scorers}",
                 weight=len(rows),
@@ -168,7 +168,7 @@ def _train_early(
 ) -> None:
     net = scorer.module.to(run.device).train()
     optimiser = torch.optim.Adam(net.parameters(), config.scorer_learning_rate, weight_decay=config.scorer_weight_decay)
-    size = min(config.scorer_batch_size, len(rows))
+    size = config.batch_size(len(rows))
     for epoch in epochs:
         order = rows[torch.randperm(len(rows), generator=run.generator("scorer", index, epoch)).numpy()]
         for start in range(0, len(order) - size + 1, size):
