@@ -1,6 +1,8 @@
 """CGD on CIFAR-10: victims, separation, repair and ablations, one JSON a cell.
 
     python benchmarks/cgd.py run [--attack badnet ...] [--seed 0 ...] [--until victim|scores|repair|ablations]
+    python benchmarks/cgd.py separation    # how each ablation of stage A splits the set: no repair, seconds a cell
+    python benchmarks/cgd.py natural       # what a model that was never poisoned says to each trigger
     python benchmarks/cgd.py table
 
 Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
@@ -36,6 +38,8 @@ from unpoison.training import train_classifier
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/cgd"
 SUMMARY = ROOT / "benchmarks/results/cgd.json"
+NATURAL = ROOT / "benchmarks/results/cgd_natural.json"
+SEPARATION = ROOT / "benchmarks/results/cgd_separation.json"
 ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
 RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
 ABLATIONS = {
@@ -84,6 +88,11 @@ class Cell:
         poisoned = set() if attack == "clean" else set(self.poisoning.ids)
         self.truth = np.array([sample in poisoned for sample in self.source.ids])
 
+    @property
+    def wants_victim(self) -> bool:
+        """A clean set in which nothing is flagged leaves any model as it is: one seed's victim shows that."""
+        return self.attack != "clean" or self.run.seed == 0
+
     def victim(self):
         start = new_classifier("small-resnet", self.source.class_names, seed=self.run.seed_of("victim"))
         return train_classifier(start, self.pixels, self.source.labels, epochs=EPOCHS, run=self.run)
@@ -117,34 +126,38 @@ class Cell:
     def purify(self, config: CGDConfig, label: str, split_of=None) -> dict:
         """``split_of`` replaces the split, for the ablations of one axis."""
         begun = time.time()
-        victim = self.victim()
         zero_shot, scores = self.scores(config.separation)
         split = (split_of or self.split)(scores, config)
+        separated = time.time()
         run = replace(self.run, folder=RunFolder.open(self.folder.path / label, {"config": asdict(config)}))
-        before = self.evaluate(victim)
-        if len(split.suspect) == 0:
-            repair, after = None, before
-        else:
+        repair = before = after = None
+        if len(split.suspect) > 0:
+            victim = self.victim()
+            before = self.evaluate(victim)
             repair = repair_with_cgd(victim, self.pixels, split, zero_shot.cosines, config, run=run)
             after = self.evaluate(repair.classifier)
+        elif self.wants_victim:  # handed back as it is
+            before = after = self.evaluate(self.victim())
         return {
             "attack": self.attack,
             "seed": self.seed,
             "variant": label,
             "config": asdict(config),
-            "before": rates(before),
-            "after": rates(after),
-            "der": evaluate_before_after(before, after),
+            "repaired": repair is not None,
+            "before": rates(before) if before else None,
+            "after": rates(after) if after else None,
+            "der": evaluate_before_after(before, after) if before and after else None,
             "detection": self.detection(scores, split),
             "history": repair.history if repair else [],
-            "seconds": time.time() - begun,
+            "kept_step": repair.steps if repair else None,
+            "seconds": {"separation": separated - begun, "all": time.time() - begun},
         }
 
     @staticmethod
     def split(scores, config: CGDConfig) -> Split:
         if config.regions == "published":
             return split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
-        return split_by_evidence(scores)
+        return split_by_evidence(scores, odd=config.odd_labels)
 
 
 def rates(evaluation: Evaluation) -> dict:
@@ -176,7 +189,8 @@ def run(args: argparse.Namespace) -> None:
             print(f"{attack} {seed}", flush=True)
             cell = Cell(attack, seed, args.shared, args.work)
             if args.until in ("victim", "scores"):
-                print("  before", rates(cell.evaluate(cell.victim())), flush=True)
+                if cell.wants_victim:
+                    print("  before", rates(cell.evaluate(cell.victim())), flush=True)
                 if args.until == "scores":
                     from unpoison.detection.cgd import early_model_logits
 
@@ -191,7 +205,50 @@ def run(args: argparse.Namespace) -> None:
                 axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
                 result = cell.purify(config, label, one_axis(axis) if axis else None)
                 write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
-                print(f"  {label}: before {result['before']['asr']} after {result['after']['asr']}", flush=True)
+                print(f"  {label}: before {result['before']} after {result['after']}", flush=True)
+
+
+def separation(args: argparse.Namespace) -> None:
+    """Stage A's ablations on every cell whose scores are there, as one JSON."""
+    torch.set_num_threads(args.threads)
+    found = json.loads(SEPARATION.read_text()) if SEPARATION.exists() else {}
+    variants = {"default": CGDConfig()} | {
+        name: config for name, config in ABLATIONS.items() if config.beta and config.alpha
+    }
+    for attack in args.attack:
+        for seed in args.seed:
+            cell = Cell(attack, seed, args.shared, args.work)
+            for label, config in variants.items():
+                axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
+                _, scores = cell.scores(config.separation)
+                figures = cell.detection(scores, (one_axis(axis) if axis else cell.split)(scores, config))
+                found.setdefault(label, {})[cell.name] = figures
+            write_atomically(SEPARATION, json.dumps(found, indent=1, default=float).encode() + b"\n")
+    print("| variant | attack | recall | precision | flagged | poison in the clean region | AUROC clip / early |")
+    print("|" + "---|" * 7)
+    for label, cells in found.items():
+        for attack in args.attack:
+            rows = [figures for name, figures in cells.items() if name.rsplit("-", 1)[0] == attack]
+            if rows:
+                areas = [np.mean([row["auroc"][axis] for row in rows]) for axis in (CLIP_AXIS, EARLY_AXIS)
+                         if "auroc" in rows[0]]  # fmt: skip
+                names = ("recall_percent", "precision_percent", "flagged_percent", "poison_in_clean_region")
+                shown = [f"{np.mean([row[name] for row in rows]):.1f}" if name in rows[0] else "-" for name in names]
+                print(f"| {label} | {attack} | {' | '.join(shown)} | {' / '.join(f'{area:.3f}' for area in areas)} |")
+
+
+def natural(args: argparse.Namespace) -> None:
+    """The triggers on the clean control's victim: a trigger that is a natural feature has a rate there too."""
+    torch.set_num_threads(args.threads)
+    cell = Cell("clean", 0, args.shared, args.work)
+    victim, found = cell.victim(), {}
+    for attack in args.attack:
+        for seed in args.seed if attack != "clean" else ():
+            poisoning = Cell(attack, seed, args.shared, args.work).poisoning
+            figures = rates(evaluate_classifier(victim, cell.test, poisoning=poisoning, run=cell.run))
+            found[f"{attack}-{seed}"] = figures
+            print(attack, seed, figures["asr"], flush=True)
+    write_atomically(NATURAL, json.dumps(found, indent=1, default=float).encode() + b"\n")
 
 
 def worst(cells: list[dict]) -> dict:
@@ -199,6 +256,8 @@ def worst(cells: list[dict]) -> dict:
     attacked, clean = ([cell for cell in cells if (cell["attack"] == "clean") == control] for control in (False, True))
 
     def fall(cell: dict) -> float:
+        if not cell["repaired"]:  # handed back as it is
+            return 0.0
         return cell["before"]["c_acc"]["value"] - cell["after"]["c_acc"]["value"]
 
     def largest(found: list[dict], figure: Callable[[dict], float]) -> dict | None:
@@ -251,14 +310,14 @@ def table(args: argparse.Namespace) -> None:
             variant, attack, str(len(results)), pick("before", "c_acc", "value"), pick("after", "c_acc", "value"),
             pick("before", "asr", "value"), pick("after", "asr", "value"), pick("after", "asr_floor", "value"),
             pick("after", "asr_excess"), pick("after", "ra", "value"), pick("detection", "recall_percent"),
-            pick("detection", "precision_percent"), pick("detection", "flagged_percent"), areas, pick("seconds"),
+            pick("detection", "precision_percent"), pick("detection", "flagged_percent"), areas, pick("seconds", "all"),
         ]  # fmt: skip
         print("| " + " | ".join(row) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("verb", choices=["run", "separation", "natural", "table"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--until", choices=["victim", "scores", "repair", "ablations"], default="repair")
@@ -266,7 +325,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     args = parser.parse_args()
-    (run if args.verb == "run" else table)(args)
+    {"run": run, "separation": separation, "natural": natural, "table": table}[args.verb](args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from unpoison import load_classifier, new_classifier, open_images, save_classifi
 from unpoison.results import DatasetScan, Purification
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-SOURCE = "shapes:120"
+SOURCE = "shapes:60"
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_repair_classifier(run, tmp_path: Path) -> None:
 def test_clean_copy(run, tmp_path: Path) -> None:
     answer = run("clean_copy.py", SOURCE, str(tmp_path / "clean.parquet"))
     kept = len(open_images(tmp_path / "clean.parquet"))
-    assert answer.startswith(f"{kept} of 120 samples")
+    assert answer.startswith(f"{kept} of 60 samples")
 
 
 def test_every_example_is_tested() -> None:

@@ -182,3 +182,9 @@ def test_training_learns_and_says_when_it_diverges(
     trained = train_classifier(classifier, pixels, bright, run=make_run(), epochs=10, batch_size=32, augment=False)
     assert accuracy(trained, bright) > 0.9
     assert accuracy(classifier, bright) < 0.7
+
+
+@pytest.mark.parametrize(("samples", "size"), [(50_000, 256), (10_000, 256), (2_500, 32), (300, 16), (9, 9), (1, 1)])
+def test_small_sets_get_smaller_batches_so_that_triggers_are_learnt(samples: int, size: int) -> None:
+    assert SeparationConfig().batch_size(samples) == size
+    assert SeparationConfig(scorer_batch_size=64).batch_size(samples) == min(64, samples)

@@ -9,7 +9,7 @@ import base64
 import io
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from unpoison.models.classifier import new_classifier
 from unpoison.models.zero_shot import ZeroShot, zero_shot_logits
 from unpoison.results import (
     CLEAN,
+    MIXED,
     REGION_NAMES,
     SKIPPED,
     SUSPECT,
@@ -43,6 +44,7 @@ MIN_SAMPLES = 50
 SCAN_LIMITS = (
     "Backdoors whose trigger a fresh network learns no faster than the objects themselves.",
     "Poison whose labels CLIP agrees with and that leaves no trace in early training.",
+    "Whether an odd label is poisoned or only has a name that CLIP does not know: that takes a look at the images.",
     "More than one target label at once is reported, but was not measured.",
     "The weights of any model: this looked at data only.",
 )
@@ -89,7 +91,7 @@ def scan_dataset(
     run, config = run or Run(), config or CGDConfig()
     begun = time.monotonic()
     early = new_classifier(arch, source.class_names, image_size=image_size)
-    evidence = _gather(early, source, clip, config, run)
+    evidence = _gather(early, source, clip, replace(config, odd_labels="leave-out"), run)
     split = evidence.split
     estimate = _required(split.estimate)
     flagged = Counter(source.class_names[label] for label in split.labels[split.suspect])
@@ -125,8 +127,8 @@ def purify_with_cgd(
 ) -> PurifyOutcome:
     """Repair ``classifier`` with its own, possibly poisoned, training set. The caller's model is never changed.
 
-    Without evidence of poison the model is handed back as it is. The result is refused (``accepted`` is false) when
-    the held-out accuracy fell by more than ``config.bound`` points or nothing could be held out.
+    Without evidence of poison, and without odd labels, the model is handed back as it is. The result is refused
+    (``accepted`` is false) when the held-out accuracy fell by more than ``config.bound`` points.
     Raises NotEnoughDataError, SourceFormatError, DivergedError.
     """
     run, config = run or Run(), config or CGDConfig()
@@ -140,6 +142,8 @@ def purify_with_cgd(
     else:
         repair = repair_with_cgd(classifier, evidence.pixels, split, evidence.zero_shot.cosines, config, run=run)
         accepted, reason = _judge(repair, config)
+        if not _required(split.estimate).poisoned:
+            reason += " Poisoning was not proved: the doubtful samples of odd labels were unlearnt (odd_labels)."
     result = repair.classifier if repair else classifier.copy()
     purification = Purification(
         method="cgd",
@@ -187,7 +191,7 @@ def _gather(
     if config.regions == "published":
         split = split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
     else:
-        split = split_by_evidence(scores)
+        split = split_by_evidence(scores, odd=config.odd_labels)
     samples = describe_samples(source, scores, split, zero_shot.cosines)
     return _Evidence(pixels=pixels, zero_shot=zero_shot, scores=scores, split=split, samples=samples)
 
@@ -204,7 +208,7 @@ def describe_samples(
     """What the report shows: the most suspicious samples and a few clean ones, with thumbnails of at most 64 px."""
     order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
     listed = [row for row in order if split.region[row] != SKIPPED]
-    flagged = [row for row in listed if split.region[row] == SUSPECT]
+    flagged = [row for region in (SUSPECT, MIXED) for row in listed if split.region[row] == region]
     trusted = [row for row in reversed(listed) if split.region[row] == CLEAN]
     chosen = list(dict.fromkeys((flagged or listed)[:suspects] + trusted[:clean]))  # small sets would repeat some
     entries = []

@@ -39,7 +39,9 @@ class DemoConfig:
     augment: bool = False
     """So short a training leaves hardly a backdoor to repair with crops and flips."""
     cgd: CGDConfig = field(
-        default_factory=lambda: CGDConfig(steps=150, separation=SeparationConfig(scorers=2, scorer_epochs=3))
+        default_factory=lambda: CGDConfig(
+            steps=150, separation=SeparationConfig(scorers=2, scorer_epochs=3, scorer_batch_size=256)
+        )
     )
 
     def __post_init__(self) -> None:

@@ -105,6 +105,8 @@ class PoisonEstimate:
     target_labels: tuple[int, ...]
     evidence: dict[str, float]
     reason: str
+    odd_labels: tuple[int, ...] = ()
+    """Labels that are no proof of poison but have to be looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,8 +325,13 @@ class DatasetScan(JsonResult):
 
     @property
     def inconclusive(self) -> bool:
-        """Nothing was found, but by a CLIP that is too weak on these classes for that to mean anything."""
-        return not self.estimate.poisoned and clip_too_weak(self.clip_agreement, self.chance_agreement)
+        """Nothing was proved, but some labels look odd, or CLIP is too weak on these classes for it to mean much."""
+        return not self.estimate.poisoned and (bool(self.estimate.odd_labels) or self.weak_clip)
+
+    @property
+    def weak_clip(self) -> bool:
+        """CLIP knows these classes hardly better than chance."""
+        return clip_too_weak(self.clip_agreement, self.chance_agreement)
 
 
 LOW_AGREEMENT, LOW_GAIN = 2.0, 0.1

@@ -1,4 +1,4 @@
-"""Named-axis tensor types and the two Protocols that every method is written against.
+"""Named-axis tensor types and the Protocols that every method is written against.
 
 Axes: ``b`` batch, ``h w`` pixels, ``c`` classes, ``d`` embedding or feature width, ``n`` samples of a set,
 ``t`` tokens of a text, ``w`` width of the text tower, ``p`` patches of an image.
@@ -66,24 +66,11 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
-class ImageTextModel(Protocol):
-    """A CLIP-like model: both towers give L2-normalised embeddings of one space.
-
-    Gradients flow through every ``encode_*`` and ``embed_tokens`` where grad mode is on.
-    """
+class ZeroShotModel(Protocol):
+    """What scoring images against texts needs of a CLIP-like model: both towers give unit embeddings of one space."""
 
     @property
     def image_size(self) -> int: ...
-
-    @property
-    def image_mean(self) -> tuple[float, float, float]:
-        """What the normalisation subtracts from images in [0, 1]: this color becomes 0."""
-        ...
-
-    @property
-    def image_std(self) -> tuple[float, float, float]:
-        """What the normalisation divides by."""
-        ...
 
     @property
     def module(self) -> nn.Module: ...
@@ -110,6 +97,24 @@ class ImageTextModel(Protocol):
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Whether the tokenizer cuts each text off."""
+        ...
+
+
+@runtime_checkable
+class ImageTextModel(ZeroShotModel, Protocol):
+    """A CLIP-like model that can be trained, taken apart and saved.
+
+    Gradients flow through every ``encode_*`` and ``embed_tokens`` where grad mode is on.
+    """
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """What the normalisation subtracts from images in [0, 1]: this color becomes 0."""
+        ...
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """What the normalisation divides by."""
         ...
 
     def copy(self) -> ImageTextModel:

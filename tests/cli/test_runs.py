@@ -37,7 +37,8 @@ def test_a_scan_as_json(process: Here, tmp_path: Path) -> None:
     result = process(*SCAN, "--json")
     body = json.loads(result.out)
     assert body["schema"] == "unpoison/dataset-scan"
-    assert result.code == (1 if body["estimate"]["poisoned"] else 3 if body["clip_agreement"] < 200 / 12 else 0)
+    doubtful = body["estimate"]["odd_labels"] or body["clip_agreement"] < 200 / 12
+    assert result.code == (1 if body["estimate"]["poisoned"] else 3 if doubtful else 0)
     assert "Traceback" not in result.err
     assert "\x1b" not in result.out + result.err
     assert "\r" not in result.err

@@ -14,6 +14,7 @@ import pytest
 from unpoison.errors import UsageError
 from unpoison.report.html import render_report, write_report
 from unpoison.report.runs import ReportRun, read_run
+from unpoison.results import DatasetScan
 
 
 class Page(HTMLParser):
@@ -73,6 +74,18 @@ def test_a_weak_clip_is_inconclusive(tmp_path: Path, planted: ModuleType) -> Non
     seen = page(planted.write_scan(tmp_path / "scan", poisoned=False, clip_agreement=14.0))
     assert "Inconclusive: nothing was found" in seen.text
     assert "No evidence of poisoning was found." not in seen.text
+
+
+def test_odd_labels_are_inconclusive_and_say_what_to_do(tmp_path: Path, planted: ModuleType) -> None:
+    names = ("plane", "<b>car</b>", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+    folder = planted.write_scan(tmp_path / "scan", poisoned=False, class_names=names)
+    scan = DatasetScan.load(folder / "scan.json")
+    replace(scan, estimate=replace(scan.estimate, odd_labels=(1,))).save(folder / "scan.json")
+    seen = page(folder)
+    assert "Inconclusive: label '<b>car</b>' looks odd." in seen.text
+    assert "No evidence of poisoning was found." not in seen.text
+    assert "Do they show what their label says?" in seen.text
+    assert "unpoison purify cgd MODEL" in seen.text
 
 
 def test_an_accepted_purification(tmp_path: Path, planted: ModuleType) -> None:

@@ -41,14 +41,14 @@ class CleanImage:
     """``strength``: largest change of a pixel value at test time, in (0, 1]. ``frequencies``: vertical frequencies
     0..frequencies-1 and as many even horizontal ones are mixed, 2 to 8."""
 
-    strength: float = 0.25
+    strength: float = 0.75
     frequencies: int = 2
 
     modes: ClassVar[tuple[str, ...]] = ("clean-image",)
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ConfigError(f"clean-image: strength must be in (0, 1], got {self.strength}.", hint="Try 0.25.")
+            raise ConfigError(f"clean-image: strength must be in (0, 1], got {self.strength}.", hint="Try 0.75.")
         if not 2 <= self.frequencies <= 8:
             raise ConfigError(f"clean-image: frequencies must be 2 to 8, got {self.frequencies}.", hint="Try 2.")
 

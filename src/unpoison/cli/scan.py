@@ -133,7 +133,7 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
 
     out.print(verdict(scan.estimate, scan.samples, scan.class_names), style="bold")
     out.print(printable(scan.estimate.reason))
-    if scan.inconclusive:
+    if scan.weak_clip and not scan.estimate.poisoned:
         out.print("CLIP knows these classes hardly better than chance: this scan is inconclusive.", style="yellow")
     for warning in scan.warnings:
         out.print(printable(f"Warning: {warning}"), style="yellow")

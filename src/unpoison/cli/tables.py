@@ -26,6 +26,10 @@ def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
 
 def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str]) -> str:
     """One sentence: whether, toward what, how much."""
+    if not estimate.poisoned and estimate.odd_labels:
+        names = ", ".join(repr(printable(class_names[label])) for label in estimate.odd_labels[:_NAMED])
+        more = f" and {len(estimate.odd_labels) - _NAMED} more" if len(estimate.odd_labels) > _NAMED else ""
+        return f"Inconclusive: no proof of poisoning in {samples:,} samples, but odd labels: {names}{more}."
     if not estimate.poisoned:
         return f"Nothing found: no sign of poisoning in {samples:,} samples."
     names = [repr(printable(class_names[label])) for label in estimate.target_labels[:_NAMED]]

@@ -18,6 +18,7 @@ from unpoison.data.paths import InsideFolder, PathRefused
 from unpoison.results import SkippedRow
 
 Picture = Image.Image | SkippedRow
+_AT_ONCE = 1024
 
 
 @runtime_checkable
@@ -76,6 +77,12 @@ class EncodedImages:
         if self.overlay is None or not images:
             return images
         return self.overlay([self.ids[row] for row in rows.tolist()], images)
+
+    def image_stamps(self) -> Iterable[bytes]:
+        """What tells that an image changed: its bytes where the rows hold them, else its file's size and time."""
+        for table in self._arrow.iter(_AT_ONCE):
+            for cell in image_cells(table):
+                yield cell if isinstance(cell, bytes) else self._inside.stamp(cell or "").encode()
 
     def _chosen(self, rows: np.ndarray) -> dict[str, Any]:
         """The fields of these rows alone, for ``dataclasses.replace``."""

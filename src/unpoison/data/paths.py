@@ -48,6 +48,16 @@ class InsideFolder:
             raise PathRefused(f"{shown} cannot be looked up: {type(error).__name__}") from error
         return real
 
+    def stamp(self, path: str) -> str:
+        """Size and time of change of a file inside the root; the reason where it is refused."""
+        try:
+            status = Path(self.resolve(path)).stat()
+        except PathRefused as refused:
+            return refused.reason
+        except OSError as error:
+            return str(error.strerror)
+        return f"{status.st_size} {status.st_mtime_ns}"
+
     def read(self, path: str, largest: int = _LARGEST_FILE) -> bytes:
         """The bytes of a file inside the root. Raises PathRefused, also for one that cannot be read or has more."""
         real = Path(self.resolve(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
@@ -47,6 +48,15 @@ class LabelledImages(EncodedImages):
     def with_labels(self, labels: Int64[np.ndarray, " n"], overlay: Overlay | None = None) -> LabelledImages:
         """The same images under other labels; ``overlay``, if given, is applied after the one already there."""
         return replace(self, labels=labels, overlay=self._stacked(overlay))
+
+    def fingerprint(self) -> str:
+        """Hash of ids, labels, class names and images: by their bytes where the rows hold them, else by each file's
+        size and time of change, so that no file is read. The overlay does not count."""
+        digest = hashlib.blake2b(repr((self.ids, self.class_names)).encode(errors="surrogatepass"), digest_size=16)
+        digest.update(self.labels.tobytes())
+        for content in self.image_stamps():
+            digest.update(len(content).to_bytes(8, "little") + content)
+        return digest.hexdigest()
 
 
 def open_images(

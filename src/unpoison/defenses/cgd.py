@@ -16,11 +16,13 @@ Steps
     3. L = mean_clean CE(f(x), y) + alpha tau^2 mean_suspect KL(softmax(z / tau) || softmax(f(x) / tau))
        + beta mean_suspect log(p_f[y] + eps), z being CLIP's logits.
     4. SGD from the suspicious weights, all layers; crop and flip.
-    5. Keep the last look that is within ``tolerance`` of the best, and accept or refuse, on held-out clean samples.
+    5. Keep the last look that is not below the best by more than ``tolerance`` and what sampling explains, and accept
+       or refuse, on held-out clean samples.
 Where we differ, and what the paper leaves open
     The authors stop when clean *test* accuracy falls by 1.0 point from its best, and restore the epoch before. We hold
     out ``held_out`` of the clean region, by class, and judge on that. The rate falls to zero, so a dip early on is no
-    reason to stop: training goes on, and the last look within ``tolerance`` of the best one is what is kept.
+    reason to stop: training goes on, and what is kept is the last look that is not clearly worse than the best one. The
+    samples held out are few, and the suspicious model knew them: by 1.0 point alone, chance chose a half-done repair.
     They count epochs (10 of at most 200 batches, no momentum, constant rate); on small sets that is too few steps to
     repair anything, so we count steps, with momentum and a rate that falls to zero. The mixed region is dropped from
     the loader (theirs still moves BatchNorm). A set without evidence of poison leaves the model as it is.
@@ -28,6 +30,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +43,7 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
 from unpoison.detection.cgd import SeparationConfig, apply_classifier
+from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
 from unpoison.results import Split
 from unpoison.runs import Run
@@ -54,6 +58,9 @@ class CGDConfig:
     separation: SeparationConfig = field(default_factory=SeparationConfig)
     regions: Literal["estimated", "published"] = "estimated"
     """``published``: fixed percentiles sigma1, sigma2. ``estimated`` (ours): regions as large as the evidence."""
+    odd_labels: OddLabels = "unlearn"
+    """What the repair does with the doubtful samples of labels that are odd but not proved poisoned. Ours. A scan
+    always leaves them out."""
     sigma1: float = 0.2
     sigma2: float = 0.1
     alpha: float = 5e-4
@@ -77,7 +84,8 @@ class CGDConfig:
     check_every: int = 50
     """Steps between looks at the held-out samples, also the unit of resume."""
     tolerance: float = 1.0
-    """Points under the best held-out accuracy of all looks at which a look is no longer kept (the authors' fall)."""
+    """Points under the best held-out accuracy of all looks at which a look is no longer kept (the authors' fall), on
+    top of twice that accuracy's standard error (ours)."""
     bound: float = 5.0
     """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples. Ours."""
 
@@ -96,7 +104,7 @@ class CGDConfig:
     def as_published(cls, *, samples: int) -> CGDConfig:
         """The released code's setting for a set of ``samples`` (at most 10 epochs of at most 200 batches of 256)."""
         return cls(
-            separation=SeparationConfig(clip_logit_scale=1.0),
+            separation=SeparationConfig(clip_logit_scale=1.0, scorer_batch_size=256),
             regions="published",
             momentum=0.0,
             schedule="constant",
@@ -173,7 +181,7 @@ def repair_with_cgd(
         history.append(_look(repaired, pixels, split, held_out, done, run))  # (5)
         accuracy = history[-1]["held_out_accuracy"]
         best = max(best, accuracy)
-        if accuracy >= best - config.tolerance:
+        if accuracy >= best - config.tolerance - 2 * standard_error(best, len(held_out)):
             kept, kept_step = state_of(net, optimiser), done
     restore(net, optimiser, kept)
     net.eval()
@@ -200,6 +208,12 @@ def teacher_divergence(logits: Logits, teacher: Logits, tau: float) -> Tensor:
 def label_log_likelihood(logits: Logits, labels: Labels, epsilon: float) -> Tensor:
     """mean log(p_f[y] + eps); minimising it unlearns the given labels."""
     return (logits.softmax(1).gather(1, labels[:, None]).squeeze(1) + epsilon).log().mean()
+
+
+def standard_error(percent: float, n: int) -> float:
+    """Of a share of ``n`` samples, both in percent; the share is shrunk toward one half, so that it is never 0."""
+    share = (percent / 100 * n + 1) / (n + 2)
+    return 100 * math.sqrt(share * (1 - share) / n)
 
 
 def hold_out(

@@ -4,7 +4,8 @@ In clean data what is hard for CLIP is hard for an early model too. So the corne
 (high ``clip_rank``) and which are nevertheless learnt first (high ``early_rank``) is nearly empty: in every class it
 holds fewer samples than it would if the two ranks had nothing to do with each other. Poison fills it. A class whose
 corner holds significantly *more* than independence predicts is taken for a target label; a two-component Gaussian
-mixture over the two ranks of its samples, started at the corner, then says which samples and how many.
+mixture over the two ranks of its samples, started at the corner, then says which samples and how many. Classes with a
+weaker trace are named as odd (:mod:`unpoison.detection.odd_labels`); they do not make a set poisoned.
 
 All constants here are our own choice; docs/decisions/0001-regions-from-evidence.md has their reasons.
 """
@@ -19,6 +20,7 @@ from scipy.stats import hypergeom, norm
 from sklearn.mixture import GaussianMixture
 
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS
+from unpoison.detection.odd_labels import Oddity, find_odd_labels, rejected_by_clip
 from unpoison.results import PoisonEstimate, SampleScores
 
 CORNERS = (0.05, 0.1, 0.2)
@@ -46,7 +48,10 @@ class Corner:
 
 
 def estimate_poison(scores: SampleScores, *, seed: int = 0) -> tuple[PoisonEstimate, Float[np.ndarray, " n"]]:
-    """The verdict, and for each sample the probability in [0, 1] of being poisoned (0 outside the target labels)."""
+    """The verdict, and for each sample the probability in [0, 1] of being poisoned.
+
+    It is 0 outside the target labels and the odd ones; the rate counts the target labels only.
+    """
     clip, early, labels = scores.axes[CLIP_AXIS], scores.axes[EARLY_AXIS], scores.labels
     usable = ~np.isnan(clip) & ~np.isnan(early)
     posterior = np.zeros(len(labels))
@@ -54,6 +59,7 @@ def estimate_poison(scores: SampleScores, *, seed: int = 0) -> tuple[PoisonEstim
     corners = {c: fullest_corner(clip[usable & (labels == c)], early[usable & (labels == c)]) for c in classes}
     tests = max(1, len(corners) * len(CORNERS))
     targets = [c for c, corner in corners.items() if corner.p_value * tests < P_VALUE and corner.found >= LEAST]
+    odd = find_odd_labels(scores, classes, targets=targets)
     draws = np.zeros(BOOTSTRAPS)
     for c in targets:
         rows = np.flatnonzero(usable & (labels == c))
@@ -64,6 +70,9 @@ def estimate_poison(scores: SampleScores, *, seed: int = 0) -> tuple[PoisonEstim
     total = max(1, int(usable.sum()))
     rate = float(posterior.sum()) / total
     low, high = (float(np.quantile(draws, q)) / total for q in (0.025, 0.975)) if targets else (0.0, 0.0)
+    for c in odd:  # after the rate has been summed
+        rows = np.flatnonzero(usable & (labels == c))
+        posterior[rows] = mixture_posterior(normal_scores(clip[rows], early[rows]), rejected_by_clip(clip[rows]))
     evidence = {"p_value_bound": P_VALUE / tests}
     for c, corner in corners.items():
         name = scores.class_names[c]
@@ -80,7 +89,8 @@ def estimate_poison(scores: SampleScores, *, seed: int = 0) -> tuple[PoisonEstim
             rate_high=max(high, rate),
             target_labels=tuple(targets),
             evidence=evidence,
-            reason=_reason(scores, corners, targets),
+            reason=_reason(scores, corners, targets) + _oddities(scores, odd),
+            odd_labels=tuple(odd),
         ),
         posterior,
     )
@@ -151,3 +161,15 @@ def _reason(scores: SampleScores, corners: dict[int, Corner], targets: Int[np.nd
         f"{corner.expected:.1f} expected by chance"
     )
     return f"Evidence: {found}." if targets else f"The fullest corner is no evidence: {found}."
+
+
+def _oddities(scores: SampleScores, odd: dict[int, Oddity]) -> str:
+    if not odd:
+        return ""
+    parts = [
+        f"of label {scores.class_names[label]!r} CLIP rejects {found.rejected} samples, and {found.ready} of them are "
+        "learnt as readily as the rest of it"
+        for label, found in list(odd.items())[:3]
+    ]
+    more = f" (and {len(odd) - 3} labels more)" if len(odd) > 3 else ""
+    return f" Odd: {'; '.join(parts)}{more}. Either CLIP does not know the name or labels were changed: look at them."

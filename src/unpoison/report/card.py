@@ -136,12 +136,16 @@ def _estimate(result: Purification, class_names: Sequence[str]) -> list[str]:
     estimate = result.estimate
     if estimate is None:
         return []
+    named = estimate.target_labels if estimate.poisoned else estimate.odd_labels
+    names = ", ".join(code(class_names[label]) if 0 <= label < len(class_names) else str(label) for label in named)
+    if not estimate.poisoned and names:
+        return [
+            "No proof of poisoning was found in the training data, but odd labels, and their doubtful images were "
+            f"unlearnt: {names}."
+        ]
     if not estimate.poisoned:
         return ["No evidence of poisoning was found in the training data; this does not prove them clean."]
-    names = [
-        code(class_names[label]) if 0 <= label < len(class_names) else str(label) for label in estimate.target_labels
-    ]
-    goal = f" toward {', '.join(names)}" if names else ""
+    goal = f" toward {names}" if names else ""
     return [
         f"Evidence of poisoning was found: about {percent(100 * estimate.rate)} "
         f"({100 * estimate.rate_low:.1f} to {percent(100 * estimate.rate_high)}) of the images{goal}."

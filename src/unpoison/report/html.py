@@ -167,7 +167,7 @@ def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
         anchor=anchor,
         kind="Data set scan",
         run=run,
-        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=scan.inconclusive),
+        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=scan.weak_clip),
         tiles=[*_scan_tiles(separation), agreement] if separation else [agreement],
         steps=_scan_steps(run, scan),
         scan=separation,
@@ -209,6 +209,12 @@ def _scan_tiles(view: ScanView) -> list[Tile]:
 
 def _scan_steps(run: ReportRun, scan: DatasetScan) -> list[Step]:
     purify = command("unpoison", "purify", "cgd", "MODEL", "--data", scan.source, "-o", "purified")
+    if not scan.estimate.poisoned and scan.estimate.odd_labels:
+        return [
+            Step(text="Look at the images of the odd labels below. Do they show what their label says?"),
+            Step(text="If they do, CLIP does not know the name: scan with other class names or a larger CLIP."),
+            Step(text="If they do not, repair a classifier that was trained on them:", line=purify),
+        ]  # fmt: skip
     if not scan.estimate.poisoned:
         return [
             Step(text="Nothing has to be removed on this evidence. Look at the most suspicious images all the same."),

@@ -95,6 +95,14 @@ def scan_verdict(
             sentence="Inconclusive: nothing was found, but this CLIP hardly knows the classes. Scan with a better one.",
             detail=estimate.reason,
         )
+    if not estimate.poisoned and estimate.odd_labels:
+        return Verdict(
+            tone="caution",
+            word="Inconclusive",
+            sentence=f"Inconclusive: {_some_labels(named(estimate.odd_labels, class_names))} odd. "
+            "Poisoned labels look like this, and so do classes whose name this CLIP does not know: look at the images.",
+            detail=estimate.reason,
+        )
     if not estimate.poisoned:
         return Verdict(
             tone="ok",
@@ -113,10 +121,19 @@ def scan_verdict(
 
 
 def targets(estimate: PoisonEstimate, class_names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the target labels; a label outside the list keeps its number."""
-    return tuple(
-        class_names[label] if 0 <= label < len(class_names) else str(label) for label in estimate.target_labels
-    )
+    return named(estimate.target_labels, class_names)
+
+
+def named(labels: tuple[int, ...], class_names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of labels; one outside the list keeps its number."""
+    return tuple(class_names[label] if 0 <= label < len(class_names) else str(label) for label in labels)
+
+
+def _some_labels(names: tuple[str, ...]) -> str:
+    if len(names) > 3:
+        return f"{len(names)} labels look"
+    shown = " and ".join(f"'{shortened(name, 60)}'" for name in names)
+    return f"label {shown} looks" if len(names) == 1 else f"labels {shown} look"
 
 
 def toward(names: tuple[str, ...]) -> str:
@@ -291,9 +308,10 @@ def _histograms(run: ReportRun, class_names: tuple[str, ...]) -> list[Figure]:
     if run.scores is None:
         return []
     estimate = _estimate(run)
-    if estimate is not None and estimate.poisoned and 1 <= len(estimate.target_labels) <= 3:
-        chosen = np.isin(run.scores.labels, estimate.target_labels)
-        name = "labelled " + " or ".join(targets(estimate, class_names))
+    labels = () if estimate is None else estimate.target_labels if estimate.poisoned else estimate.odd_labels
+    if 1 <= len(labels) <= 3:
+        chosen = np.isin(run.scores.labels, labels)
+        name = "labelled " + " or ".join(named(labels, class_names))
         rest = "other labels"
     elif run.split is not None and len(run.split.suspect) and run.split.region.shape == run.scores.labels.shape:
         chosen, name, rest = run.split.region == SUSPECT, "flagged", "not flagged"
