@@ -17,7 +17,7 @@ from unpoison.demo import DemoConfig
 from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
-from unpoison.types import ImageTextModel
+from unpoison.types import ZeroShotModel
 
 _PROBED = 128  # images; enough to pass the first, slower batch
 _BATCH = 64
@@ -57,7 +57,7 @@ class Rates:
     train: float
 
 
-def probe(source: LabelledImages, clip: ImageTextModel | None, classifier: ImageClassifier, *, run: Run) -> Rates:
+def probe(source: LabelledImages, clip: ZeroShotModel | None, classifier: ImageClassifier, *, run: Run) -> Rates:
     """Time decoding, CLIP's forward pass (endless where there is no CLIP), and the classifier's two passes."""
     rows = np.random.default_rng(run.seed).permutation(len(source))[:_PROBED]
     decoded: list = []
