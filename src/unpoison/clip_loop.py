@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -92,18 +93,20 @@ def train_steps(
             restore(net, optimiser, state)
             progress, first = _Progress.unpack(state, run.accelerator.scaler), index + 1
             break
-    weight = config.check_every * data.batch_size
-    for index in run.progress.track(
-        range(first, len(starts)), total=(total - first * config.check_every) * data.batch_size, what=name,
-        weight=weight, unit="pairs",
-    ):  # fmt: skip
+    done = min(first * config.check_every, total)
+    steps = iter(
+        run.progress.track(
+            range(done, total), total=(total - done) * data.batch_size, what=name, weight=data.batch_size, unit="pairs"
+        )
+    )
+    for index in range(first, len(starts)):
         if progress.stopped:
             break
         start, stop = starts[index], min(starts[index] + config.check_every, total)
 
         def some_steps(start: int = start, stop: int = stop, progress: _Progress = progress) -> dict[str, Tensor]:
             sums: dict[str, float] = {}
-            for step in range(start, stop):
+            for step in islice(steps, stop - start):
                 for key, value in one_step(step, progress.history).items():
                     sums[key] = sums.get(key, 0.0) + float(value)
                 if not math.isfinite(sums["loss"]):
@@ -124,6 +127,8 @@ def train_steps(
         restore(net, optimiser, state)
         progress = _Progress.unpack(state, run.accelerator.scaler)
         run.forget(names[: max(0, index - 1)])
+    if not progress.stopped:
+        next(steps, None)  # lets the progress say that it is through
     net.load_state_dict(progress.kept)
     return ClipRepair(
         model=clip,

@@ -81,16 +81,19 @@ class PairTrainingConfig:
 
         Rate: :func:`unpoison.schedules.scaled_rate`, which leaves models of 100 M parameters and more as published.
         Batch: the largest power of two, from 32 to the published size, that leaves 32 batches an epoch.
-        Steps: the published epochs, but at least 600 steps: forgetting and recovery take steps, not epochs.
-        ``more`` are keys that override the result.
+        Steps: the published epochs, but at least 600 steps: forgetting and recovery take steps, not epochs. Where
+        ``more`` names ``epochs``, these are taken as they are.
+        ``more`` are keys that override the result; the others follow them.
         """
         published = cls()
         batch = published.batch_size
         if samples < batch * BATCHES_AN_EPOCH:
             batch = min(batch, max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, samples // BATCHES_AN_EPOCH)))))
+        chosen = more.get("batch_size", batch)
+        each = max(1, samples // max(1, chosen if isinstance(chosen, int) else batch))
         values: dict[str, object] = {
             "batch_size": batch,
-            "steps": max(FEWEST_STEPS, published.epochs * (samples // batch)),
+            "steps": None if "epochs" in more else max(FEWEST_STEPS, published.epochs * each),
             "learning_rate": scaled_rate(published.learning_rate, parameters),
         }
         return cls(**(values | more))  # pyright: ignore[reportArgumentType] - checked by __post_init__ and msgspec

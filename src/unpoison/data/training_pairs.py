@@ -127,6 +127,11 @@ def process_slice(batch_size: int, run: Run) -> slice:
     return slice(run.accelerator.process_index * share, (run.accelerator.process_index + 1) * share)
 
 
+def held_out_count(usable: int, *, share: float, most: int) -> int:
+    """How many of ``usable`` pairs are kept aside: a share of them, no fewer than 8 and no more than a quarter."""
+    return min(max(8, round(share * usable)), usable // 4, max(1, most))
+
+
 def prepare_pairs(
     pairs: Captioned,
     pixels: Pixels,
@@ -154,7 +159,7 @@ def prepare_pairs(
             hint="Give more pairs; a few thousand are a sensible least.",
         )
     order = usable[torch.randperm(len(usable), generator=run.generator("hold-out")).numpy()]
-    count = min(max(8, round(held_out * len(usable))), len(usable) // 4, max(1, held_out_pairs))
+    count = held_out_count(len(usable), share=held_out, most=held_out_pairs)
     held, rows = np.sort(order[:count]), np.sort(order[count:])
     size = min(batch_size, len(rows))
     size -= size % processes

@@ -30,9 +30,9 @@ Where we differ, and what the paper leaves open
     with the same gradient (:func:`unpoison.contrastive.cached_gradients`). :meth:`PARConfig.scaled` sets rate, batch
     and steps for models and sets smaller than the paper's.
     Ours, and off by default: ``text_tower = "frozen"`` keeps the texts where they are, so that a rotation of both
-    towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's softmax
-    over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate again once it was shut
-    for a whole interval between looks; ``crop`` and ``flip`` augment further.
+    towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's
+    softmax over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate again once it
+    was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
     tau = 2.15 means a mean cosine under -0.075 with the old embeddings: indexes, heads and connectors built on those no
     longer fit. The looks report the cosines.
 """
