@@ -1,15 +1,18 @@
 """The public verbs for CLIP models: a backdoored one in, a repaired copy out.
 
-from unpoison import load_clip, open_pairs, purify_with_par
+from unpoison import load_any_clip, open_pairs, purify_with_par, save_clip
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
+from unpoison import __version__
 from unpoison.clip_results import ClipPurification
 from unpoison.clip_training import ClipRepair, PairTrainingConfig
 from unpoison.data.pairs import ImageTextPairs
@@ -111,10 +114,16 @@ def _purify(
         warnings=(*repair.warnings, *_warnings(repair)),
         skipped=(*pairs.skipped, *repair.skipped),
         history=repair.history,
-        inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint},
+        inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | _versions(),
         not_covered=CLIP_LIMITS,
     )
     return ClipPurifyOutcome(clip=repair.model, purification=purification)
+
+
+def _versions() -> dict[str, str]:
+    """What the weights may depend on beside the inputs."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"unpoison": __version__, "python": platform.python_version()} | libraries
 
 
 def judge(repair: ClipRepair, config: PairTrainingConfig) -> tuple[bool, str]:

@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 from unpoison.results import ClipEvaluation, SkippedRow
 from unpoison.storage import JsonResult
 
+ATTACK_LEFT = 5.0
+"""Excess ASR, in points, from which on a tested trigger is said to still work."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPurification(JsonResult):
@@ -16,7 +19,8 @@ class ClipPurification(JsonResult):
     Held-out accuracy: percent of held-out images and captions that find each other among at most 100 (``chance``: by
     guessing). ``image_cosine`` and ``text_cosine``: mean cosine of new embeddings with the given model's; what was
     built on those (an index, a head) still fits near 1 only. ``bound`` is in points. ``stopped`` says why training
-    ended before ``planned_steps``, "" if it did not; ``steps`` is where the kept weights come from.
+    ended before ``planned_steps``, "" if it did not; ``steps`` is where the kept weights come from. ``inputs`` are
+    content hashes and versions.
     """
 
     schema: ClassVar[str] = "clip-purification"
@@ -48,3 +52,10 @@ class ClipPurification(JsonResult):
     before: ClipEvaluation | None = None
     after: ClipEvaluation | None = None
     not_covered: tuple[str, ...] = ()
+    command: str = ""
+    """The shell command that repeats the run, "" where it was none."""
+
+    @property
+    def attack_left(self) -> bool:
+        """The trigger that was tested still works on the repaired model."""
+        return self.after is not None and self.after.asr_excess is not None and self.after.asr_excess > ATTACK_LEFT
