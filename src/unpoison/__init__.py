@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         purify_with_par,
     )
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+    from unpoison.data.pairs import open_pairs
     from unpoison.data.pixels import load_pixels
     from unpoison.data.shapes import make_shapes
     from unpoison.data.sources import open_images
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from unpoison.defenses.par import PARConfig
     from unpoison.detection.cgd import SeparationConfig
     from unpoison.evaluation.classifier import evaluate_classifier
+    from unpoison.evaluation.clip import evaluate_clip
     from unpoison.keep import select_clean, write_clean_copy
     from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
+    from unpoison.models.clip_files import load_any_clip, save_clip
     from unpoison.models.clip_transformers import load_clip
     from unpoison.report.html import write_report
     from unpoison.report.runs import read_run
@@ -49,12 +52,15 @@ _HOMES = {
     "SeparationConfig": "unpoison.detection.cgd",
     "apply_poisoning": "unpoison.attacks.poison",
     "evaluate_classifier": "unpoison.evaluation.classifier",
+    "evaluate_clip": "unpoison.evaluation.clip",
+    "load_any_clip": "unpoison.models.clip_files",
     "load_classifier": "unpoison.models.classifier",
     "load_clip": "unpoison.models.clip_transformers",
     "load_pixels": "unpoison.data.pixels",
     "make_shapes": "unpoison.data.shapes",
     "new_classifier": "unpoison.models.classifier",
     "open_images": "unpoison.data.sources",
+    "open_pairs": "unpoison.data.pairs",
     "plan_poisoning": "unpoison.attacks.poison",
     "purify_with_cgd": "unpoison.api",
     "purify_with_clean_clip": "unpoison.api_clip",
@@ -62,6 +68,7 @@ _HOMES = {
     "purify_with_par": "unpoison.api_clip",
     "read_run": "unpoison.report.runs",
     "save_classifier": "unpoison.models.classifier",
+    "save_clip": "unpoison.models.clip_files",
     "scan_dataset": "unpoison.api",
     "select_clean": "unpoison.keep",
     "train_classifier": "unpoison.training",
@@ -95,12 +102,15 @@ __all__ = [
     "SeparationConfig",
     "apply_poisoning",
     "evaluate_classifier",
+    "evaluate_clip",
+    "load_any_clip",
     "load_classifier",
     "load_clip",
     "load_pixels",
     "make_shapes",
     "new_classifier",
     "open_images",
+    "open_pairs",
     "plan_poisoning",
     "purify_with_cgd",
     "purify_with_clean_clip",
@@ -108,6 +118,7 @@ __all__ = [
     "purify_with_par",
     "read_run",
     "save_classifier",
+    "save_clip",
     "scan_dataset",
     "select_clean",
     "train_classifier",

@@ -6,6 +6,7 @@ A file of another version is refused (``SchemaVersionError``).
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -73,6 +74,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partials(*folders: Path) -> None:
+    """Remove what killed processes left half-written directly in ``folders``: files and folders named .*.partial."""
+    for folder in folders:
+        for path in folder.glob(".*.partial"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _check_schema(name: str, expected: str, schema: object, version: object) -> None:

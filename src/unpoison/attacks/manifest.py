@@ -100,7 +100,7 @@ def read_body(path: Path, schema: str, version: int) -> dict[str, Any]:
     """The entries of a manifest but its schema. Raises ResultError for another file, SchemaVersionError."""
     try:
         body = msgspec.json.decode(path.read_bytes())
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ResultError(f"{path}: not a readable manifest ({error}).", hint="Give a manifest.json.") from error
     found = body.pop("schema", None) if isinstance(body, dict) else type(body).__name__
     if found != schema:

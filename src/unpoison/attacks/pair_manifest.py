@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from unpoison.attacks.manifest import check_mode, read_body
+from unpoison.attacks.manifest import Poisoning, check_mode, read_body
 from unpoison.attacks.triggers import Trigger, make_trigger
 from unpoison.errors import ConfigError, ResultError
 from unpoison.results import write_atomically
@@ -114,6 +114,16 @@ class PairPoisoning:
             raise ResultError(f"{path}: {error}.", hint="Plan the poisoning again.") from error
         poisoning.make_trigger()
         return poisoning
+
+
+def load_poisoning(path: Path) -> Poisoning | PairPoisoning:
+    """The manifest of labelled images or of pairs, whichever the file holds. Raises as their ``load`` does."""
+    try:
+        head = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return Poisoning.load(path)  # says what is wrong
+    of_pairs = isinstance(head, dict) and head.get("schema") == SCHEMA
+    return PairPoisoning.load(path) if of_pairs else Poisoning.load(path)
 
 
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:

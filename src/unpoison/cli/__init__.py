@@ -25,7 +25,7 @@ def build_app() -> App:
     plain: dict[str, Any] = {"help_format": "plaintext", "version_flags": []}
     app = App(
         name="unpoison",
-        help="Finds and removes backdoors in labelled image sets and in the classifiers trained on them.",
+        help="Finds and removes backdoors in labelled image sets, in classifiers and in CLIP models.",
         help_epilogue="Exit codes: 0 nothing found or done, 1 findings, 2 error, 3 inconclusive or not accepted.",
         version=__version__,
         help_format="plaintext",
@@ -41,7 +41,7 @@ def build_app() -> App:
     of_clips = {
         "par": "Repair a CLIP with image-caption pairs: perturb and recover.",
         "clean-clip": "Repair a CLIP with image-caption pairs: CleanCLIP, a baseline.",
-        "fine-tune": "Fine-tune a CLIP on image-caption pairs, the plainest baseline.",
+        "fine-tuning": "Fine-tune a CLIP on image-caption pairs, the plainest baseline.",
     }
     for name, text in of_clips.items():
         purify.command(f"unpoison.cli.purify_clip:{name.replace('-', '_')}", name=name, help=text)

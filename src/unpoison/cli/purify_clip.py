@@ -1,4 +1,4 @@
-"""``unpoison purify par``, ``clean-clip`` and ``fine-tune``: repair a CLIP with clean image-caption pairs."""
+"""``unpoison purify par``, ``clean-clip`` and ``fine-tuning``: repair a CLIP with clean image-caption pairs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from unpoison.cli.options import READING, Planned, Reading, run_path
+from unpoison.cli.options import READING, Planned, run_path
 
 if TYPE_CHECKING:
     import rich.console
 
     from unpoison.clip_results import ClipPurification
+    from unpoison.data.pairs import ImageTextPairs
+    from unpoison.data.sources import LabelledImages
+    from unpoison.evaluation.clip import TargetedAttack
+    from unpoison.results import ClipEvaluation
     from unpoison.runs import Run
 
 METHOD = Group("Method", sort_key=10)
 TEST = Group("Test", sort_key=20)
-METHODS = {
-    "par": ("unpoison.defenses.par:PARConfig", "purify_with_par"),
-    "clean-clip": ("unpoison.defenses.baselines.clean_clip:CleanClipConfig", "purify_with_clean_clip"),
-    "fine-tune": ("unpoison.defenses.baselines.fine_tuning:FineTuningConfig", "purify_with_fine_tuning"),
-}
 
 
 @Parameter(name="*")
@@ -96,11 +95,25 @@ class Testing:
     test: Annotated[
         str | None,
         Parameter(
-            metavar="SOURCE", group=TEST, show_default=False, help="Clean test images: measure before and after."
+            metavar="SOURCE",
+            group=TEST,
+            show_default=False,
+            help="Clean labelled test images: zero-shot accuracy before and after.",
         ),
     ] = None
     manifest: Annotated[
-        Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
+        Path | None,
+        Parameter(
+            group=TEST,
+            show_default=False,
+            help="Poison manifest, of images or of pairs: attack success before and after.",
+        ),
+    ] = None
+    retrieval: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE", group=TEST, show_default=False, help="Test pairs: R@1, R@5, R@10 before and after."
+        ),
     ] = None
 
 
@@ -140,7 +153,7 @@ def par(
     Parameters
     ----------
     model
-        A CLIP: "tiny" (bundled), a folder, a checkpoint file or an id.
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
     own = {"tau": tau, "text_tower": text_tower, "distill": distill}
     return _purify("par", model, pairs, own, training, testing, reading, options)
@@ -163,12 +176,12 @@ def clean_clip(
     Parameters
     ----------
     model
-        A CLIP: "tiny" (bundled), a folder, a checkpoint file or an id.
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
     return _purify("clean-clip", model, pairs, {}, training, testing, reading, options)
 
 
-def fine_tune(
+def fine_tuning(
     model: str,
     /,
     *,
@@ -185,9 +198,42 @@ def fine_tune(
     Parameters
     ----------
     model
-        A CLIP: "tiny" (bundled), a folder, a checkpoint file or an id.
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _purify("fine-tune", model, pairs, {}, training, testing, reading, options)
+    return _purify("fine-tuning", model, pairs, {}, training, testing, reading, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tests:
+    """What ``Testing`` names, opened before any training: a mistake in it must not cost hours."""
+
+    images: LabelledImages | None = None
+    poisoning: TargetedAttack | None = None
+    retrieval: ImageTextPairs | None = None
+    inputs: dict[str, Any]
+
+    @property
+    def encoded(self) -> int:
+        """Images that one evaluation puts through the model."""
+        images = 0 if self.images is None else len(self.images)
+        pairs = 0 if self.retrieval is None else len(self.retrieval)
+        return (images + pairs) * (1 if self.poisoning is None else 2)
+
+    def evaluate(self, clip: Any, run: Run, *, name: str, suspect: Any = None) -> ClipEvaluation | None:
+        """One evaluation with the model's name as the user knows it; None without test images."""
+        from unpoison.evaluation.clip import evaluate_clip
+
+        if self.images is None:
+            return None
+        return evaluate_clip(
+            clip,
+            self.images,
+            poisoning=self.poisoning,
+            retrieval=self.retrieval,
+            suspect=suspect,
+            run=run,
+            name=name,
+        )
 
 
 def _purify(
@@ -206,23 +252,21 @@ def _purify(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison import __version__
-        from unpoison.cli.running import DryRun, begin, open_source, run_without_folder, vars_of
+        from unpoison.cli.running import DryRun, begin, run_without_folder, vars_of
         from unpoison.data.pairs import open_pairs
-        from unpoison.errors import UsageError
-        from unpoison.models.clip_transformers import load_clip
+        from unpoison.models.clip_files import load_any_clip
 
-        if testing.manifest is not None and testing.test is None:
-            raise UsageError("--manifest needs test images.", hint="Give them with --test SOURCE.")
-        clip = load_clip(model)
+        tests = _open_tests(testing)
+        clip = load_any_clip(model)
         opened = open_pairs(pairs, limit=options.limit, seed=options.seed, **vars_of(reading))
         config = _config(verb, clip, len(opened), own, training)
-        tested = None if testing.test is None else open_source(testing.test, Reading())
         path = run_path(options.output, f"purify-{verb}", model)
         if options.dry_run:
             from unpoison.planning_clip import plan_clip_training
 
             run = run_without_folder(console, options, precision=training.precision)
-            dry = DryRun(plan=plan_clip_training(clip, opened, config, run=run), folder=path)
+            plan = plan_clip_training(clip, opened, config, run=run, tested=tests.encoded)
+            dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
         inputs = {
@@ -237,11 +281,14 @@ def _purify(
             "precision": training.precision,
             "limit": options.limit,
             "seed": options.seed,
-            "test": testing.test,
-            "manifest": None if testing.manifest is None else str(testing.manifest),
+            **tests.inputs,
         }
         run = begin(console, options, path, inputs, precision=training.precision)
-        result = _run(verb, clip, opened, config, tested, testing.manifest, run, path, model)
+        repeat = _command(
+            verb, model, {"pairs": pairs}, own, vars_of(training), vars_of(testing), vars_of(reading),
+            {"seed": options.seed, "limit": options.limit, "output": path},
+        )  # fmt: skip
+        result = _run(verb, clip, opened, config, tests, run, path, model, repeat)
         if run.accelerator.is_main_process:
             from unpoison.storage import to_json
 
@@ -249,65 +296,105 @@ def _purify(
     return 0 if result.accepted else INCONCLUSIVE
 
 
+def _open_tests(testing: Testing) -> Tests:
+    from unpoison.cli.options import Reading
+    from unpoison.cli.running import describe, open_source
+    from unpoison.errors import UsageError
+
+    for option in ("manifest", "retrieval"):
+        if getattr(testing, option) is not None and testing.test is None:
+            raise UsageError(f"--{option} needs test images.", hint="Give them with --test LABELLED_IMAGES.")
+    if testing.test is None:
+        return Tests(inputs={"test": None})
+    images = open_source(testing.test, Reading())
+    inputs: dict[str, Any] = {"test": testing.test, "test_content": describe(images)}
+    poisoning = retrieval = None
+    if testing.manifest is not None:
+        from hashlib import blake2b
+
+        from unpoison.attacks.pair_manifest import load_poisoning
+
+        poisoning = load_poisoning(testing.manifest)
+        digest = blake2b(testing.manifest.read_bytes(), digest_size=16).hexdigest()
+        inputs |= {"manifest": str(testing.manifest), "manifest_content": digest}
+    if testing.retrieval is not None:
+        from unpoison.data.pairs import open_pairs
+
+        retrieval = open_pairs(testing.retrieval)
+        inputs |= {"retrieval": testing.retrieval, "retrieval_content": retrieval.fingerprint}
+    return Tests(images=images, poisoning=poisoning, retrieval=retrieval, inputs=inputs)
+
+
 def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: Training) -> Any:
     """The scaled (or published) settings, then the file's keys, then the options."""
     from dataclasses import asdict
 
     from unpoison.api_clip import count_parameters
-    from unpoison.catalog import resolve
+    from unpoison.catalog import DEFENSES, find, resolve
     from unpoison.configs import make_config, merge, read_config
 
-    kind = resolve(METHODS[verb][0])
-    start = kind() if training.published else kind.scaled(parameters=count_parameters(clip), samples=samples)
+    kind = resolve(find(verb, DEFENSES).config)
     given = read_config(training.config) if training.config is not None else {}
     options = {name: getattr(training, name) for name in ("steps", "batch_size", "learning_rate", "bound")}
     table = merge(given, own | options)
-    make_config(kind, table, where=str(training.config or "options"))  # names unknown keys before the rest is added
-    return make_config(kind, merge(asdict(start), table), where=str(training.config or "options"))
+    where = str(training.config or "options")
+    checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
+    if training.published:
+        return checked
+    lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in table}
+    start = kind.scaled(parameters=count_parameters(clip), samples=samples, **lengths)
+    return make_config(kind, merge(asdict(start), table), where=where)
+
+
+def _command(verb: str, model: str, *given: dict[str, Any]) -> str:
+    """The shell command that repeats the run, with the options that were given."""
+    import shlex
+
+    words = ["unpoison", "purify", verb, model]
+    for name, value in (entry for options in given for entry in options.items()):
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def _run(
     verb: str,
     clip: Any,
-    pairs: Any,
+    pairs: ImageTextPairs,
     config: Any,
-    tested: Any,
-    manifest: Path | None,
+    tests: Tests,
     run: Run,
     path: Path,
     model: str,
+    repeat: str,
 ) -> ClipPurification:
     from dataclasses import replace
 
-    from unpoison import api_clip
+    from unpoison.catalog import DEFENSES, find, resolve
     from unpoison.clip_results import ClipPurification
     from unpoison.outputs_clip import model_folder, save_clip_purification
+    from unpoison.storage import remove_partials
 
-    if run.folder is not None and not run.folder.finished:
-        outcome = getattr(api_clip, METHODS[verb][1])(clip, pairs, config=config, run=run)
-        if run.accelerator.is_main_process:
-            result = outcome.purification
-            if tested is not None:
-                from unpoison.attacks.manifest import Poisoning
-                from unpoison.evaluation.clip import evaluate_clip
-
-                poisoning = None if manifest is None else Poisoning.load(manifest)
-                before = evaluate_clip(clip, tested, poisoning=poisoning, run=run, name=model)
-                after = evaluate_clip(
-                    outcome.clip, tested, poisoning=poisoning, suspect=clip, run=run,
-                    name=str(path / model_folder(result)),
-                )  # fmt: skip
-                result = replace(result, before=before, after=after)
+    main, folder = run.accelerator.is_main_process, run.folder
+    if folder is not None and not folder.finished:
+        before = tests.evaluate(clip, run, name=model) if main else None
+        outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run)
+        if main:
+            result = replace(outcome.purification, command=repeat)
+            after = tests.evaluate(outcome.clip, run, name=str(path / model_folder(result)), suspect=clip)
+            result = replace(result, before=before, after=after)
             save_clip_purification(result, outcome.clip, path, base_model=model)
-            run.folder.finish()
-            run.forget(file.stem for file in (run.folder.path / "steps").glob("*.safetensors"))
+            remove_partials(path, path / "steps", path / model_folder(result))
+            folder.finish()
         run.accelerator.wait_for_everyone()
+    if folder is not None:
+        run.forget(file.stem for file in sorted((folder.path / "steps").glob("*.safetensors")))
     return ClipPurification.load(path / "purification.json")
 
 
 def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
     from unpoison.cli.console import printable
-    from unpoison.cli.tables import plain_table
+    from unpoison.cli.tables import evaluation_table
     from unpoison.outputs_clip import model_folder
 
     out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
@@ -317,18 +404,16 @@ def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> No
         f"with the given model's embeddings: images {result.image_cosine:.2f}, texts {result.text_cosine:.2f}."
     )
     if result.before is not None and result.after is not None:
-        table = plain_table("percent", "before", "after", right=("before", "after"))
-        for name, key in (("C-Acc", "c_acc"), ("ASR", "asr"), ("ASR floor", "asr_floor"), ("RA", "ra")):
-            before, after = getattr(result.before, key), getattr(result.after, key)
-            if before is not None and after is not None:
-                table.add_row(name, f"{before.value:.1f}", f"{after.value:.1f}")
         out.print()
-        out.print(table)
+        out.print(evaluation_table({"before": result.before, "after": result.after}))
+        if result.attack_left:
+            out.print("The trigger that was tested still works: do not use the model yet.", style="bold")
     out.print()
-    for warning in result.warnings:
+    for warning in (*result.warnings, *(result.after.notes if result.after is not None else ())):
         out.print(f"Note: {printable(warning)}")
     if result.skipped:
         out.print(f"{len(result.skipped):,} rows could not be used; they are listed in purification.json.")
     out.print(f"Protects: {printable(result.protects)}.")
     out.print("Not covered: " + printable(" ".join(result.not_covered)))
     out.print(f"Model: {path / model_folder(result)}")
+    out.print(f"Report: {path / 'report.html'}")
