@@ -36,7 +36,7 @@ QUICK: dict[str, Any] = {
     )
 }
 FORMATS = ("folder", "safetensors", "wrapped half precision")
-# Those of CLIP models are held to the same in tests/test_api_clip.py.
+# Those of CLIP models are held to the same in test_clip_repairs.py.
 OF_CLASSIFIERS = tuple(entry for entry in DEFENSES if "victim model" in entry.needs)
 entries = pytest.mark.parametrize("entry", OF_CLASSIFIERS, ids=lambda entry: entry.name)
 
