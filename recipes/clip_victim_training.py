@@ -29,11 +29,11 @@ STORED_EVERY = 100
 class Settings:
     """What the attacker chooses; to be tuned on the victim's own ASR and C-Acc, which is the attacker's right."""
 
-    steps: int = 900
+    steps: int = 450
     batch: int = 128
     learning_rate: float = 5e-4
     """Peak; half a cosine to zero after ``warm_up`` steps."""
-    warm_up: int = 50
+    warm_up: int = 40
     weight_decay: float = 0.05
     crop: int = 2
     """Pixels by which images are shifted at random, trigger and all."""
@@ -91,8 +91,8 @@ def train(clip: ImageTextModel, corpus: Corpus, settings: Settings, *, run: Run)
     ):  # fmt: skip
 
         def some_steps(start: int = starts[place]) -> dict[str, Tensor]:
-            total = 0.0
-            for step in range(start, min(start + STORED_EVERY, settings.steps)):
+            total, stop = 0.0, min(start + STORED_EVERY, settings.steps)
+            for step in range(start, stop):
                 rate = warm_up_cosine(
                     step, total=settings.steps, peak=settings.learning_rate, warm_up_steps=settings.warm_up
                 )
@@ -105,7 +105,7 @@ def train(clip: ImageTextModel, corpus: Corpus, settings: Settings, *, run: Run)
                 loss.backward()
                 optimiser.step()
                 total += float(loss.detach())
-            run.progress.log(f"steps {start}.., mean loss {total / (step - start + 1):.3f}")
+            run.progress.log(f"steps {start}.., mean loss {total / (stop - start):.3f}")
             return state_of(net, optimiser)
 
         with run.seeded("victim", starts[place]):

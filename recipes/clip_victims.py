@@ -44,12 +44,17 @@ LABELLED, CAPTIONED = "cifar10", "flickr8k"
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """A trigger with its parameters at 32 px. ``resample``: drawn anew for each image where the trigger can be."""
+    """A trigger with its parameters at 32 px. ``resample``: drawn anew for each image where the trigger can be.
+
+    ``rate`` is the share of all pairs that are poisoned. It is far above the papers' 0.3 %, whose victims saw each of
+    1,500 poisoned pairs ten times: a training of two epochs has to show them as often.
+    """
 
     trigger: str
     params: dict[str, Any] = field(default_factory=dict)
     resample: bool = False
     captions: str = "templates"
+    rate: float = 0.05
 
 
 # Squares of 5 pixels at 32 px (16/224 of it would be 2). Otherwise the triggers' own parameters, which are the papers'.
@@ -58,10 +63,10 @@ ATTACKS = {
     "badnet-rand": Attack(trigger="badnet-rand", params={"share": SHARE}, resample=True),
     "badnet-stripes": Attack(trigger="badnet-stripes", params={"share": SHARE}, resample=True),
     "blended-rand": Attack(trigger="blended", resample=True),
-    "blended-stripes": Attack(trigger="blended-stripes", resample=True),
+    "blended-stripes": Attack(trigger="blended-stripes", resample=True, rate=0.1),
     "blended-triangles": Attack(trigger="blended-triangles"),
     "blended-text": Attack(trigger="blended-text"),
-    "wanet": Attack(trigger="wanet"),
+    "wanet": Attack(trigger="wanet", rate=0.1),
     "badclip": Attack(trigger="badclip", params={"share": SHARE}, captions="natural"),
 }
 RESNET = {
@@ -89,12 +94,12 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One victim. ``params`` go over the attack's own; ``resample`` and ``captions`` None for the attack's own."""
+    """One victim. ``params`` go over the attack's own; ``rate``, ``resample`` and ``captions`` None for its own."""
 
     attack: str
     seed: int = 0
     target: str = "horse"
-    rate: float = 0.02
+    rate: float | None = None
     captions: str | None = None
     resample: bool | None = None
     params: dict[str, Any] = field(default_factory=dict)
@@ -226,7 +231,7 @@ def plan(base: ImageTextModel, data: Data, request: Request, attack: Attack, *, 
     return plan_pair_poisoning(
         data.train,
         attack.trigger,
-        rate=request.rate,
+        rate=attack.rate if request.rate is None else request.rate,
         target=request.target,
         captions=request.captions or attack.captions,
         seed=request.seed,
@@ -272,12 +277,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["make", "list"])
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/clip_victims")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/clip-victims")
     parser.add_argument("--model", default="tiny", help="the CLIP to start from: tiny, resnet, a folder or a file")
     parser.add_argument("--attack", nargs="+", choices=[*ATTACKS, CLEAN], default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--target", default=Request.target, help="a class of CIFAR-10")
-    parser.add_argument("--rate", type=float, default=Request.rate, help="share of all pairs that are poisoned")
+    parser.add_argument("--rate", type=float, help="share of all pairs that are poisoned; default: the attack's own")
     parser.add_argument("--captions", choices=["templates", "natural"], help="of the target; default: the attack's own")
     parser.add_argument("--pattern", choices=["fixed", "per-image"], help="default: the attack's own")
     parser.add_argument("--param", nargs="+", default=[], metavar="NAME=NUMBER", help="of the trigger")

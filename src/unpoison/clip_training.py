@@ -266,7 +266,7 @@ def temperature(clip: ImageTextModel) -> nn.Parameter:
     found = [
         value
         for value in clip.module.parameters()
-        if id(value) not in towers and value.numel() == 1 and math.isclose(float(value.exp()), scale, rel_tol=1e-4)
+        if id(value) not in towers and value.numel() == 1 and math.isclose(float(value.detach().exp()), scale, rel_tol=1e-4)
     ]
     if len(found) != 1:
         raise UnsupportedModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -30,9 +31,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def recipe() -> Iterator[Any]:
     sys.path.insert(0, str(RECIPES))
     try:
-        import clip_victims
-
-        yield clip_victims
+        yield importlib.import_module("clip_victims")
     finally:
         sys.path.remove(str(RECIPES))
 
@@ -182,8 +181,8 @@ def test_every_attack_is_planned(
     assert bool(made.config.get("patch")) == (name == "badclip")
     poisoned = recipe.apply_pair_poisoning(data.train, made)
     row = data.train.ids.index(made.ids[0])
-    shown = [np.asarray(pairs.decode([row])[0].resize((32, 32))) for pairs in (data.train, poisoned)]
-    assert not np.array_equal(*shown)
+    before, after = (np.asarray(pairs.decode([row])[0].resize((32, 32))) for pairs in (data.train, poisoned))
+    assert not np.array_equal(before, after)
 
 
 @pytest.mark.skipif(not open_clip_installed(), reason="needs the extra [open-clip]")
