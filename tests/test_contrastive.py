@@ -79,7 +79,8 @@ def gradients(net: nn.Module) -> dict[str, Tensor]:
 def test_gradient_caching_is_exact(chunk: int, accelerator: Accelerator) -> None:
     net = towers()
     expected = copy.deepcopy(net)
-    value = info_nce(*embed_with(expected, 0, SIZE), expected.log_scale.exp())
+    images, texts = embed_with(expected, 0, SIZE)
+    value = info_nce(images, texts, expected.log_scale.exp())
     value.backward()
     calls = []
 
@@ -141,7 +142,8 @@ def test_dropout_is_the_same_in_both_passes_and_moves_on(accelerator: Accelerato
         torch.manual_seed(1)
         expected = towers(dropout=0.5)
         parts = [embed_with(expected, start, min(start + 4, SIZE)) for start in (0, 4, 8)]
-        info_nce(*(torch.cat(kind) for kind in zip(*parts, strict=True)), 5.0).backward()
+        images, texts = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        info_nce(images, texts, 5.0).backward()
         torch.testing.assert_close(found, gradients(expected))
         assert torch.equal(torch.get_rng_state(), after)
         once()
@@ -152,7 +154,8 @@ def test_one_process_needs_no_messages(accelerator: Accelerator) -> None:
     embeddings = unit(4, 0).requires_grad_()
     assert gather_with_gradient(embeddings, accelerator) is embeddings
     net = towers()
-    info_nce(*embed_with(net, 0, SIZE), 5.0).backward()
+    images, texts = embed_with(net, 0, SIZE)
+    info_nce(images, texts, 5.0).backward()
     before = {name: value.clone() for name, value in gradients(net).items()}
     average_gradients(net.parameters(), accelerator)
     torch.testing.assert_close(gradients(net), before)
@@ -173,7 +176,7 @@ def test_without_graph_keeps_gradient_mode_and_what_was_frozen() -> None:
 def test_batch_norm_keeps_its_statistics() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3))).eval()
     train_mode(net)
-    assert net[2][0].training
+    assert net.get_submodule("2.0").training
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(dict(net.state_dict()), before)

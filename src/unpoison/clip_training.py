@@ -263,11 +263,8 @@ def temperature(clip: ImageTextModel) -> nn.Parameter:
     """The logarithm of the logit scale: the one scalar in neither tower. Raises UnsupportedModelError."""
     towers = {id(value) for tower in ("image", "text") for _, value in clip.tower(tower)}
     scale = clip.logit_scale
-    found = [
-        value
-        for value in clip.module.parameters()
-        if id(value) not in towers and value.numel() == 1 and math.isclose(float(value.detach().exp()), scale, rel_tol=1e-4)
-    ]
+    scalars = [value for value in clip.module.parameters() if value.numel() == 1 and id(value) not in towers]
+    found = [value for value in scalars if math.isclose(float(value.detach().exp()), scale, rel_tol=1e-4)]
     if len(found) != 1:
         raise UnsupportedModelError(
             "this model has no logit scale that could be trained.", hint="Set train_logit_scale to false."

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,10 @@ def test_seeds_decide_and_an_interrupted_run_ends_the_same(clip: TransformersCLI
 def test_refusals(clip: TransformersCLIP) -> None:
     with pytest.raises(NotEnoughDataError, match="images of 'zebra'"):
         optimise_patch(clip, PAIRS, "zebra", CONFIG, run=Run())
-    for bad in ({"share": 0.0}, {"epochs": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"margin": -1.0}):
+    refused: tuple[dict[str, Any], ...] = (
+        {"share": 0.0}, {"epochs": 0}, {"batch_size": 1}, {"learning_rate": float("nan")}, {"margin": -1.0},
+    )  # fmt: skip
+    for bad in refused:
         with pytest.raises(ConfigError):
             BadCLIPConfig(**bad)
 

@@ -1,6 +1,7 @@
 """Planning, saving and applying poisonings of image-caption pairs."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import msgspec
@@ -145,7 +146,8 @@ def test_natural_captions_may_come_from_other_pairs() -> None:
 
 
 def test_manifests_come_back_as_they_were(tmp_path: Path) -> None:
-    for trigger, params in (("badnet-stripes", {"resample": True}), ("wanet", {"k": 4}), ("badclip", {})):
+    triggers: dict[str, dict[str, Any]] = {"badnet-stripes": {"resample": True}, "wanet": {"k": 4}, "badclip": {}}
+    for trigger, params in triggers.items():
         made = plan_pair_poisoning(
             PAIRS, trigger, rate=0.2, target="banana", captions="natural", seed=9, size=224, **params
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, clean_clip_loss, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import MAX_LOG_SCALE, FineTuningConfig, repair_with_fine_tuning
-from unpoison.errors import ConfigError, UnsupportedModelError
+from unpoison.errors import ConfigError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.runs import Run, RunFolder
 
@@ -40,13 +40,13 @@ def naive_contrast(first: np.ndarray, second: np.ndarray, scale: float) -> float
 
 
 def test_the_loss_is_its_equation() -> None:
-    parts = [unit(6, seed) for seed in range(4)]
-    x, t, x_view, t_view = (part.numpy() for part in parts)
+    images, texts, image_views, text_views = (unit(6, seed) for seed in range(4))
+    x, t, x_view, t_view = (part.numpy() for part in (images, texts, image_views, text_views))
     for weight in (0.0, 1.0, 0.3):
         expected = naive_contrast(x, t, 8.0) + weight / 2 * (
             naive_contrast(x, x_view, 8.0) + naive_contrast(t, t_view, 8.0)
         )
-        value, terms = clean_clip_loss(*parts, 8.0, weight)
+        value, terms = clean_clip_loss(images, texts, image_views, text_views, 8.0, weight)
         assert float(value) == pytest.approx(expected)
         assert float(terms["image_view_loss"]) == pytest.approx(naive_contrast(x, x_view, 8.0))
 
@@ -96,6 +96,3 @@ def test_the_logit_scale_is_trained_within_its_range_or_not_at_all(method: str, 
     assert kept.model.module.logit_scale == clip.module.logit_scale
     cut = repair_with(clip, pairs, replace(config, steps=1), run=run)
     assert 0 < float(cut.model.module.logit_scale.detach()) <= MAX_LOG_SCALE + 1e-6
-    clip.module.logit_scale = torch.nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises((UnsupportedModelError, ValueError, RuntimeError)):
-        repair_with(clip, pairs, replace(config, steps=1), run=run)

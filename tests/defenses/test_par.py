@@ -60,7 +60,7 @@ def naive_loss(x: np.ndarray, t: np.ndarray, x_p: np.ndarray, t_p: np.ndarray, s
 def test_the_loss_is_its_equation(tau: float) -> None:
     x, t, x_p, t_p = (unit(6, seed) for seed in range(4))
     value, terms = par_loss(x, t, x_p, t_p, 9.0, tau)
-    assert float(value) == pytest.approx(naive_loss(*(part.numpy() for part in (x, t, x_p, t_p)), 9.0, tau))
+    assert float(value) == pytest.approx(naive_loss(x.numpy(), t.numpy(), x_p.numpy(), t_p.numpy(), 9.0, tau))
     assert float(terms["image_distance"]) == pytest.approx(float(2 - 2 * (x * x_p).sum(1).mean()))
     assert bool(terms["text_open"]) == bool(terms["text_distance"] <= tau)
 
@@ -87,11 +87,12 @@ def test_a_shut_gate_has_no_gradient() -> None:
 
 
 def test_relations_are_cross_entropy_to_the_suspects_softmax() -> None:
-    x, t, x_p, t_p = (unit(5, seed).numpy() for seed in range(4))
+    images, texts, old_images, old_texts = (unit(5, seed) for seed in range(4))
+    x, t, x_p, t_p = (part.numpy() for part in (images, texts, old_images, old_texts))
     teacher, student = (np.exp(7.0 * a @ b.T) for a, b in ((x_p, t_p), (x, t)))
     teacher, student = (part / part.sum(1, keepdims=True) for part in (teacher, student))
     expected = -np.mean([sum(teacher[i] * np.log(student[i])) for i in range(5)])
-    found = relation_loss(*(torch.from_numpy(part) for part in (x, t, x_p, t_p)), 7.0)
+    found = relation_loss(images, texts, old_images, old_texts, 7.0)
     assert float(found) == pytest.approx(expected)
 
 

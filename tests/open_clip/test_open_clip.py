@@ -157,7 +157,7 @@ def test_a_torchscript_archive_is_refused_with_what_to_do(tmp_path: Path) -> Non
             return 2 * value
 
     archive = tmp_path / "ViT-B-32.pt"
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
         torch.jit.save(torch.jit.trace(Scaled(), torch.ones(1)), archive)
     with pytest.raises(UnsafeCheckpointError) as found:
         load_any_clip(archive)

@@ -185,7 +185,7 @@ def _target_captions(
 ) -> list[str]:
     """``count`` captions of the target: a new order of the pool each time that it is used up."""
     # Not str.format: braces in the target stay what they are.
-    pool = natural if kind == "natural" else [template.replace("{}", target) for template in templates]
+    pool = list(natural) if kind == "natural" else [template.replace("{}", target) for template in templates]
     if not pool:
         raise NotEnoughDataError(
             f"{pairs.name}: captions that name {target!r}", have=0, need=1,

@@ -174,7 +174,7 @@ class TransformersCLIP:
             (scratch / "preprocessor_config.json").write_text(settings, encoding="utf-8")
 
     def _encode_tokens(self, tokens: Tokens) -> Embeddings:
-        ends = (tokens == self._tokenizer.eos_token_id).long()
+        ends = (tokens == torch.tensor(self._tokenizer.eos_token_id, device=tokens.device)).long()
         # What follows the first mark of the end, padding most of all, is not attended to.
         mask = (ends.cumsum(dim=1) - ends == 0).long()
         with fast_precision(tokens.device):

@@ -108,10 +108,12 @@ def repair_with_clean_clip(
                     ]
 
             def loss(*embedded: Tensor) -> Tensor:
-                four = [gather_with_gradient(part, run.accelerator) for part in embedded]
-                value, figures = clean_clip_loss(
-                    *four, clip.logit_scale if scale is None else scale.exp(), config.self_supervision
+                images, texts, image_views, text_views = (
+                    gather_with_gradient(part, run.accelerator) for part in embedded
                 )
+                factor = clip.logit_scale if scale is None else scale.exp()
+                weight = config.self_supervision
+                value, figures = clean_clip_loss(images, texts, image_views, text_views, factor, weight)
                 terms.update(figures)
                 return value
 
