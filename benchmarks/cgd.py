@@ -304,7 +304,8 @@ def table(args: argparse.Namespace) -> None:
                 values.append(row)
             return mean(values)
 
-        areas = " / ".join(pick("detection", "auroc", axis) if "auroc" in results[0]["detection"] else "-"
+        known = [row["detection"]["auroc"] for row in results if "auroc" in row["detection"]]
+        areas = " / ".join(f"{np.mean([row[axis] for row in known]):.3f}" if known else "-"
                            for axis in (CLIP_AXIS, EARLY_AXIS, JOINT_AXIS))  # fmt: skip
         row = [
             variant, attack, str(len(results)), pick("before", "c_acc", "value"), pick("after", "c_acc", "value"),
