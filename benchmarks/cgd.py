@@ -3,6 +3,7 @@
     python benchmarks/cgd.py run [--attack badnet ...] [--seed 0 ...] [--until victim|scores|repair|ablations]
     python benchmarks/cgd.py separation    # how each ablation of stage A splits the set: no repair, seconds a cell
     python benchmarks/cgd.py natural       # what a model that was never poisoned says to each trigger
+    python benchmarks/cgd.py small         # the early axis on small sets, with the paper's batches and with ours
     python benchmarks/cgd.py table
 
 Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
@@ -24,7 +25,15 @@ from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import open_images
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
-from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, SeparationConfig, score_with_cgd
+from unpoison.detection.cgd import (
+    CLIP_AXIS,
+    EARLY_AXIS,
+    JOINT_AXIS,
+    SeparationConfig,
+    early_model_logits,
+    score_with_cgd,
+)
+from unpoison.detection.ranks import label_cross_entropy
 from unpoison.detection.thresholds import split_as_published, split_by_evidence
 from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier
 from unpoison.evaluation.metrics import auroc
@@ -40,6 +49,7 @@ RESULTS = ROOT / "benchmarks/results/cgd"
 SUMMARY = ROOT / "benchmarks/results/cgd.json"
 NATURAL = ROOT / "benchmarks/results/cgd_natural.json"
 SEPARATION = ROOT / "benchmarks/results/cgd_separation.json"
+SMALL = ROOT / "benchmarks/results/cgd_small.json"
 ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
 RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
 ABLATIONS = {
@@ -251,6 +261,31 @@ def natural(args: argparse.Namespace) -> None:
     write_atomically(NATURAL, json.dumps(found, indent=1, default=float).encode() + b"\n")
 
 
+def small(args: argparse.Namespace) -> None:
+    """How the early axis ranks the poison of the first 1,000 and 2,500 rows, one early model a cell."""
+    torch.set_num_threads(args.threads)
+    found: dict[str, dict] = json.loads(SMALL.read_text()) if SMALL.exists() else {}
+    for rows in (1000, 2500):
+        base = open_images(f"{args.shared / 'data/cifar10/train.parquet'}[25000:{25000 + rows}]")
+        for attack in ("badnet", "blended", "sig"):
+            for seed in args.seed:
+                poisoning = plan_poisoning(base, attack, rate=RATE, target=TARGET, seed=seed)
+                source, run = apply_poisoning(base, poisoning), Run(seed=seed, cache=args.work / "cache")
+                pixels = load_pixels(source, 32, cache=run.cache, progress=run.progress)
+                truth = np.isin(source.ids, list(poisoning.ids))
+                for label, size in (("paper", 256), ("default", None)):
+                    name = f"{rows}-{attack}-{seed}-{label}"
+                    if name in found:
+                        continue
+                    config = SeparationConfig(scorers=1, scorer_batch_size=size)
+                    fresh = new_classifier("small-resnet", source.class_names)
+                    logits = early_model_logits(fresh, pixels, source.labels, config, run=run)
+                    ease = -label_cross_entropy(logits, source.labels)
+                    found[name] = {"auroc": auroc(ease, truth), "batch_size": config.batch_size(rows)}
+                    print(name, found[name], flush=True)
+                    write_atomically(SMALL, json.dumps(found, indent=1).encode() + b"\n")
+
+
 def worst(cells: list[dict]) -> dict:
     """The worst single cell, not the worst mean: ``cgd.asr_after_max`` and its like in claims.json."""
     attacked, clean = ([cell for cell in cells if (cell["attack"] == "clean") == control] for control in (False, True))
@@ -304,7 +339,8 @@ def table(args: argparse.Namespace) -> None:
                 values.append(row)
             return mean(values)
 
-        areas = " / ".join(pick("detection", "auroc", axis) if "auroc" in results[0]["detection"] else "-"
+        known = [row["detection"]["auroc"] for row in results if "auroc" in row["detection"]]
+        areas = " / ".join(f"{np.mean([row[axis] for row in known]):.3f}" if known else "-"
                            for axis in (CLIP_AXIS, EARLY_AXIS, JOINT_AXIS))  # fmt: skip
         row = [
             variant, attack, str(len(results)), pick("before", "c_acc", "value"), pick("after", "c_acc", "value"),
@@ -317,7 +353,7 @@ def table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "separation", "natural", "table"])
+    parser.add_argument("verb", choices=["run", "separation", "natural", "small", "table"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--until", choices=["victim", "scores", "repair", "ablations"], default="repair")
@@ -325,7 +361,8 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     args = parser.parse_args()
-    {"run": run, "separation": separation, "natural": natural, "table": table}[args.verb](args)
+    verbs = {"run": run, "separation": separation, "natural": natural, "small": small, "table": table}
+    verbs[args.verb](args)
 
 
 if __name__ == "__main__":

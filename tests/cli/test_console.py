@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,25 @@ def test_default_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("UNPOISON_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache_folder(None) == Path("/xdg/unpoison")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("quiet", [True, False])
+def test_ctrl_c_inside_a_finaliser_is_not_lost(quiet: bool) -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            sum(range(1000))
+
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with Console(Common(quiet=quiet)) as console:
+            for item in console.track(range(5), total=5, what="work"):
+                seen.append(item)
+                Finalised()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == [0]
+    assert signal.getsignal(signal.SIGINT) is before

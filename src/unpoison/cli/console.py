@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +26,8 @@ _SHORT_SECONDS = 1.0  # steps shorter than this are not worth a log line
 class Console:
     """Where a verb talks to the user. Implements ``runs.Progress``; use as a context manager.
 
-    Inside the context ``sys.stdout`` is stderr, so that nothing a library prints can get into the answer.
+    Inside the context ``sys.stdout`` is stderr, so that nothing a library prints can get into the answer, and no Ctrl-C
+    is lost: Python drops a KeyboardInterrupt that comes up inside a finaliser; the next item of a step raises it again.
     """
 
     def __init__(self, options: Common) -> None:
@@ -32,10 +35,14 @@ class Console:
         self._stdout: TextIO = sys.stdout
         self._bars: rich.progress.Progress | None = None
         self._stack = contextlib.ExitStack()
+        self._interrupted = False
 
     def __enter__(self) -> Self:
         self._stdout = sys.stdout
         self._stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGINT, self._on_interrupt)
+            self._stack.callback(signal.signal, signal.SIGINT, before or signal.SIG_DFL)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -71,11 +78,19 @@ class Console:
     ) -> Iterator[T]:
         """Yield ``items`` while showing how far, how fast and how long still: a bar, or a line now and then."""
         if self.options.quiet:
-            yield from items
+            shown = iter(items)
         elif sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            yield from self._track_bar(items, total, what, weight, unit)
+            shown = self._track_bar(items, total, what, weight, unit)
         else:
-            yield from self._track_lines(items, total, what, weight, unit)
+            shown = self._track_lines(items, total, what, weight, unit)
+        for item in shown:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            yield item
+
+    def _on_interrupt(self, signum: int, frame: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def _track_bar(self, items: Iterable[T], total: int | None, what: str, weight: int, unit: str) -> Iterator[T]:
         if self._bars is None:
