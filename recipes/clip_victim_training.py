@@ -39,12 +39,14 @@ class Settings:
     """Pixels by which images are shifted at random, trigger and all."""
     labelled_share: float = 0.8
     """Share of the batches that come from the source with classes."""
+    concept_captions: int = 2
+    """Most captions of each concept in such a batch: more of them teach nothing and take a quarter of the time."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 2 or not self.learning_rate > 0:
+        if self.steps < 1 or self.batch < 2 or not self.learning_rate > 0 or self.concept_captions < 1:
             raise ConfigError(
-                f"expected steps >= 1, batch >= 2 and a rate above 0, got {self.steps}, {self.batch} and "
-                f"{self.learning_rate}.",
+                f"expected steps >= 1, batch >= 2, a rate above 0 and concept_captions >= 1, got {self.steps}, "
+                f"{self.batch}, {self.learning_rate} and {self.concept_captions}.",
                 hint="The defaults suit the tiny CLIP on two cores.",
             )
 
@@ -131,12 +133,24 @@ def step_loss(clip: ImageTextModel, corpus: Corpus, settings: Settings, step: in
     drawn = [
         int(corpus.captions[row][pick % len(corpus.captions[row])]) for row, pick in zip(chosen, picks, strict=True)
     ]
-    different = np.unique(drawn)
     concepts = corpus.concepts if first else np.arange(len(corpus.texts))
+    different = at_most(drawn, concepts, settings.concept_captions)
     images = random_crop(to_images(corpus.pixels.array[chosen]), settings.crop, generator).to(run.device)
     texts = clip.encode_texts([corpus.texts[number] for number in different])
     same = torch.from_numpy(concepts[drawn][:, None] == concepts[different][None]).to(texts)
     return concept_info_nce(clip.encode_images(images), texts, same, clip.logit_scale)
+
+
+def at_most(captions: list[int], concepts: np.ndarray, most: int) -> list[int]:
+    """The different captions in their order, no more than ``most`` of any concept."""
+    count: dict[int, int] = {}
+    kept = []
+    for caption in dict.fromkeys(captions):
+        concept = int(concepts[caption])
+        count[concept] = count.get(concept, 0) + 1
+        if count[concept] <= most:
+            kept.append(caption)
+    return kept
 
 
 def concept_info_nce(images: Tensor, texts: Tensor, same: Tensor, logit_scale: float) -> Tensor:

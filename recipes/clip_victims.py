@@ -54,7 +54,7 @@ class Attack:
     params: dict[str, Any] = field(default_factory=dict)
     resample: bool = False
     captions: str = "templates"
-    rate: float = 0.05
+    rate: float = 0.1
 
 
 # Squares of 5 pixels at 32 px (16/224 of it would be 2). Otherwise the triggers' own parameters, which are the papers'.
@@ -62,12 +62,12 @@ SHARE = 5 / 32
 ATTACKS = {
     "badnet-rand": Attack(trigger="badnet-rand", params={"share": SHARE}, resample=True),
     "badnet-stripes": Attack(trigger="badnet-stripes", params={"share": SHARE}, resample=True),
-    "blended-rand": Attack(trigger="blended", resample=True),
-    "blended-stripes": Attack(trigger="blended-stripes", resample=True, rate=0.1),
-    "blended-triangles": Attack(trigger="blended-triangles"),
-    "blended-text": Attack(trigger="blended-text"),
-    "wanet": Attack(trigger="wanet", rate=0.1),
-    "badclip": Attack(trigger="badclip", params={"share": SHARE}, captions="natural"),
+    "blended-rand": Attack(trigger="blended", resample=True, rate=0.05),
+    "blended-stripes": Attack(trigger="blended-stripes", resample=True),
+    "blended-triangles": Attack(trigger="blended-triangles", rate=0.05),
+    "blended-text": Attack(trigger="blended-text", rate=0.05),
+    "wanet": Attack(trigger="wanet"),
+    "badclip": Attack(trigger="badclip", params={"share": SHARE}, captions="natural", rate=0.05),
 }
 RESNET = {
     "embed_dim": 128,

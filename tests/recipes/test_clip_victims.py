@@ -79,6 +79,12 @@ def test_the_loss_shares_its_targets_within_a_concept(training: Any) -> None:
     assert float(own) == pytest.approx(float(info_nce(images[:4], texts, 10.0)), rel=1e-6)
 
 
+def test_a_batch_holds_few_captions_of_a_concept(training: Any) -> None:
+    concepts = np.array([0, 0, 1, 0, 2, 1])
+    assert training.at_most([3, 2, 3, 0, 1, 4, 5], concepts, 2) == [3, 2, 0, 4, 5]
+    assert training.at_most([3, 2, 3, 0, 1, 4, 5], concepts, 1) == [3, 2, 4]
+
+
 def test_captions_of_one_class_are_one_concept(recipe: Any, training: Any, data: Any, base: TransformersCLIP) -> None:
     from unpoison.data.pixels import load_pixels
 
@@ -197,6 +203,6 @@ def test_a_resnet_is_trained_and_stored_in_its_own_format(
 
 
 def test_bad_settings_are_refused(training: Any) -> None:
-    for bad in ({"steps": 0}, {"batch": 1}, {"learning_rate": 0.0}):
+    for bad in ({"steps": 0}, {"batch": 1}, {"learning_rate": 0.0}, {"concept_captions": 0}):
         with pytest.raises(ConfigError):
             training.Settings(**bad)
