@@ -15,6 +15,7 @@ A cell that is done is not computed again; one that was interrupted goes on. One
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from par_tables import plot, print_table, read_results, summary
+from par_tables import at, plot, print_table, read_results, summary
 
 from unpoison.api_clip import (
     ClipPurifyOutcome,
@@ -92,16 +93,16 @@ VARIANTS = {
 }
 OURS = "frozen-relations-views"
 """Which variant is ours: to be chosen by ``--set tune``."""
-METHODS = {
-    "none": None,
+REPAIRS = {
     "fine-tuning": Variant(method="fine-tuning"),
     "clean-clip": Variant(method="clean-clip"),
     "par": Variant(method="par"),
     "ours": VARIANTS[OURS],
 }
+METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
 KNOBS = {  # the frontier: what turns between a clean model's accuracy and the attack's end
-    "par": [replace(METHODS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
-    "clean-clip": [replace(METHODS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
+    "par": [replace(REPAIRS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
+    "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
     "ours": [
         replace(VARIANTS[OURS], config=VARIANTS[OURS].config | {"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)
     ],
@@ -156,7 +157,8 @@ class Cell:
         made = json.loads((self.victim / "victim.json").read_bytes())
         inputs = {"victim": made["fingerprint"], "variant": self.variant and asdict(self.variant),
                   "steps": self.args.steps, "batch": self.args.batch, "pairs": self.data.pairs.fingerprint}  # fmt: skip
-        folder = RunFolder.open(self.args.work / name, inputs)
+        key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
+        folder = RunFolder.open(self.args.work / f"{name}-{key}", inputs)
         run = Run(seed=self.seed, progress=Printed(), cache=self.args.work / "cache", folder=folder)
         manifest = self.victim / "manifest.json"
         poisoning = PairPoisoning.load(manifest) if manifest.exists() else None
@@ -195,6 +197,9 @@ class Cell:
             config = self.config(FineTuningConfig, repaired, epochs=1)
             tuned = purify_with_fine_tuning(repaired, self.data.later, config=config, run=later)
             result["rebound"] = figures(evaluate(tuned.clip, whole=False))
+        repaired.save(folder.path / "model")
+        for file in folder.path.rglob("steps/*.safetensors"):  # large, and no longer needed
+            file.unlink()
         return result | {"seconds": seconds | {"all": time.time() - begun}}
 
     def repair(self, suspect: ImageTextModel, run: Run) -> ClipPurifyOutcome:
@@ -309,7 +314,7 @@ def frontier(args: argparse.Namespace) -> None:
             after = row["after"]
             points.setdefault(row["method"].rpartition("-")[0] or "none", []).append({
                 "attack": row["attack"], "seed": row["seed"], "variant": row["variant"],
-                "c_acc": after["c_acc"]["value"], "asr_excess": after["asr_excess"], "ra": after["ra"]["value"],
+                "c_acc": after["c_acc"]["value"], "asr_excess": after["asr_excess"], "ra": at(after, "ra", "value"),
             })  # fmt: skip
     write_atomically(FRONTIER, json.dumps(points, indent=1).encode() + b"\n")
     plot(points, PLOT)

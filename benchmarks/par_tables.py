@@ -16,7 +16,7 @@ def read_results(folder: Path, which: str) -> list[Row]:
     return [json.loads(file.read_bytes()) for file in sorted(folder.glob(f"{which}-*.json"))]
 
 
-def value(body: Any, *path: str) -> float | None:
+def at(body: Any, *path: str) -> float | None:
     """The number at a path, None where something on the way is missing."""
     for key in path:
         body = body.get(key) if body is not None else None
@@ -31,18 +31,18 @@ def print_table(results: list[Row], methods: list[str]) -> None:
     """Mean and spread over seeds, by attack and method; variants come after the methods."""
     victims = victims_of(results)
     columns: dict[str, Callable[[Row], float | None]] = {
-        "C-Acc": lambda row: value(row, "after", "c_acc", "value"),
+        "C-Acc": lambda row: at(row, "after", "c_acc", "value"),
         "fall": lambda row: fall(row, victims),
-        "ASR": lambda row: value(row, "after", "asr", "value"),
-        "floor": lambda row: value(row, "after", "asr_floor", "value"),
-        "excess": lambda row: value(row, "after", "asr_excess"),
-        "RA": lambda row: value(row, "after", "ra", "value"),
-        "R@1 image to text": lambda row: value(row, "after", "image_to_text", "at_1", "value"),
-        "R@1 text to image": lambda row: value(row, "after", "text_to_image", "at_1", "value"),
-        "drift raw": lambda row: value(row, "after", "drift", "image_raw"),
-        "drift aligned": lambda row: value(row, "after", "drift", "image_aligned"),
-        "rebound (excess)": lambda row: value(row, "rebound", "asr_excess"),
-        "s": lambda row: value(row, "seconds", "repair"),
+        "ASR": lambda row: at(row, "after", "asr", "value"),
+        "floor": lambda row: at(row, "after", "asr_floor", "value"),
+        "excess": lambda row: at(row, "after", "asr_excess"),
+        "RA": lambda row: at(row, "after", "ra", "value"),
+        "R@1 image to text": lambda row: at(row, "after", "image_to_text", "at_1", "value"),
+        "R@1 text to image": lambda row: at(row, "after", "text_to_image", "at_1", "value"),
+        "drift raw": lambda row: at(row, "after", "drift", "image_raw"),
+        "drift aligned": lambda row: at(row, "after", "drift", "image_aligned"),
+        "rebound (excess)": lambda row: at(row, "rebound", "asr_excess"),
+        "s": lambda row: at(row, "seconds", "repair"),
     }
     print(f"| attack | method | seeds | {' | '.join(columns)} |")
     print("|" + "---|" * (3 + len(columns)))
@@ -84,12 +84,12 @@ def claims(rows: list[Row], victims: Victims) -> dict[str, Any]:
         return {"mean": float(np.mean([*known.values()])), "max": known[worst], "worst": worst, "cells": len(known)}
 
     return {
-        "asr_before": figure(lambda row: value(victims.get((row["attack"], row["seed"])), "after", "asr_excess")),
-        "asr_after": figure(lambda row: value(row, "after", "asr_excess")),
+        "asr_before": figure(lambda row: at(victims.get((row["attack"], row["seed"])), "after", "asr_excess")),
+        "asr_after": figure(lambda row: at(row, "after", "asr_excess")),
         "c_acc_drop": figure(lambda row: fall(row, victims)),
         "clean_c_acc_drop": figure(lambda row: fall(row, victims), clean=True),
-        "ra_after": figure(lambda row: value(row, "after", "ra", "value")),
-        "rebound": figure(lambda row: value(row, "rebound", "asr_excess")),
+        "ra_after": figure(lambda row: at(row, "after", "ra", "value")),
+        "rebound": figure(lambda row: at(row, "rebound", "asr_excess")),
     }
 
 
