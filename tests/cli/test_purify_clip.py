@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return str(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads here as in the processes of these tests, so that sums round alike."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def names(path: Path) -> set[str]:

@@ -76,6 +76,7 @@ def test_two_processes_train_what_one_trains(small_folder: Path, clip: Any, pair
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_ends_with_the_same_weights(
     small_folder: Path, clip: Any, pairs: Any, tmp_path: Path
 ) -> None:
