@@ -4,18 +4,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/ci.txt
+OPEN_CLIP := .venv-open-clip
+OPEN_CLIP_INSTALLED := $(OPEN_CLIP)/.installed
+OPEN_CLIP_RECIPE := tests/recipes/test_clip_victims.py::test_a_resnet_is_trained_and_stored_in_its_own_format
 WORKERS ?= 2
 
 # Bytecode makes the many processes of the tests start quickly, whatever the caller prefers.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check format bench claims constraints browser
+.PHONY: demo test test-open-clip open-clip check format bench claims constraints browser
 
 demo: $(INSTALLED)
 	$(BIN)/unpoison demo
 
-test: $(INSTALLED) browser
+test: $(INSTALLED) $(OPEN_CLIP_INSTALLED) browser
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(MAKE) --no-print-directory test-open-clip
+
+# The adapter of open_clip, with the library itself: it needs torchvision, which the other environment must not have.
+test-open-clip: $(OPEN_CLIP_INSTALLED)
+	PYTHONPATH=tools/open_clip_start:src $(OPEN_CLIP)/bin/python -m pytest tests/open_clip $(OPEN_CLIP_RECIPE)
+
+open-clip: $(OPEN_CLIP_INSTALLED)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -42,6 +52,14 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+# A layer over .venv: torch and the rest are found there, only open_clip and what it needs is installed here.
+$(OPEN_CLIP_INSTALLED): $(INSTALLED) constraints/open-clip.txt tools/open_clip_layer.py
+	$(PYTHON) -m venv --clear $(OPEN_CLIP)
+	$(OPEN_CLIP)/bin/python tools/open_clip_layer.py $(VENV)
+	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) -c constraints/open-clip.txt open_clip_torch torchvision
 	touch $@
 
 constraints:

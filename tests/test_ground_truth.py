@@ -10,7 +10,11 @@ import unpoison
 PACKAGE = Path(unpoison.__file__).parent
 MAY_KNOW = ("attacks/", "evaluation/", "benchmark/", "cli/", "catalog.py", "demo.py", "__init__.py")
 MODULES = [path for path in PACKAGE.rglob("*.py") if not path.relative_to(PACKAGE).as_posix().startswith(MAY_KNOW)]
-TRIGGERS = {f"unpoison.attacks.{name}" for name in ("badnet", "blended", "sig", "clean_image", "triggers")}
+TRIGGER_MODULES = (
+    "badnet", "badnet_rand", "badnet_stripes", "blended", "blended_stripes", "blended_text", "blended_triangles",
+    "sig", "wanet", "badclip_patch", "clean_image", "triggers",
+)  # fmt: skip
+TRIGGERS = {f"unpoison.attacks.{name}" for name in TRIGGER_MODULES}
 
 
 def knows(module: str) -> bool:

@@ -18,11 +18,15 @@ from unpoison.results import (
     SCHEMA_VERSION,
     SKIPPED,
     SUSPECT,
+    ClipEvaluation,
     DatasetScan,
+    Drift,
     Evaluation,
     Interval,
     PoisonEstimate,
     Purification,
+    Rebound,
+    Recall,
     SampleScores,
     SkippedRow,
     Split,
@@ -98,7 +102,34 @@ SCAN = DatasetScan(
     config={"regions": "estimated"},
     inputs={"clip": "abc"},
 )
-RESULTS = [EVALUATION, PURIFICATION, SCAN]
+RECALL = Recall(at_1=RATE, at_5=RATE, at_10=RATE)
+CLIP_EVALUATION = ClipEvaluation(
+    model="<b>clip</b>",
+    data="shapes:10",
+    templates=7,
+    c_acc=RATE,
+    asr=RATE,
+    asr_floor=RATE,
+    asr_excess=12.5,
+    ra=RATE,
+    attack="badnet",
+    target="電車",
+    per_class={"電車": 50.0},
+    truncated_classes=("a very long name",),
+    retrieval_data="pairs.parquet",
+    image_to_text=RECALL,
+    text_to_image=RECALL,
+    retrieval_asr=RATE,
+    retrieval_asr_floor=RATE,
+    target_captions=3,
+    cut_captions=0,
+    drift=Drift(image_raw=-0.5, image_aligned=0.5, text_raw=0.25, text_aligned=0.75, images=9, texts=8, width=4),
+    skipped=(SkippedRow(id="x", reason="the caption is empty"),),
+    notes=("Retrieval ASR is not measured.",),
+    seconds=2.5,
+)
+REBOUND = Rebound(pairs="x", before=CLIP_EVALUATION, after=replace(CLIP_EVALUATION, asr_excess=20.0), seconds=1.5)
+RESULTS = [EVALUATION, PURIFICATION, SCAN, CLIP_EVALUATION, REBOUND]
 
 
 def scores(**changes: Any) -> SampleScores:
@@ -328,3 +359,8 @@ def test_numbers_that_json_does_not_know_are_not_read_back_as_something_else() -
     data = to_json(replace(EVALUATION, seconds=math.nan))
     with pytest.raises(ResultError, match="seconds"):
         from_json(data, Evaluation)
+
+
+def test_the_rise_of_a_rebound() -> None:
+    assert REBOUND.asr_rise == 7.5
+    assert replace(REBOUND, before=replace(CLIP_EVALUATION, asr_excess=None)).asr_rise is None

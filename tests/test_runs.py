@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,37 @@ def test_the_global_random_state_is_seeded_inside_and_untouched_outside() -> Non
         assert torch.equal(torch.rand(2), inside)
     with run.seeded("train", 1):
         assert not torch.equal(torch.rand(2), inside)
+
+
+def test_stored_steps_can_be_asked_for_and_forgotten(tmp_path: Path) -> None:
+    run = make_run(RunFolder.open(tmp_path / "run", INPUTS))
+    assert run.stored("first") is None
+    assert make_run().stored("first") is None
+    for name in ("first", "second"):
+        run.step(name, Counted(2.0))
+    stored = run.stored("first")
+    assert stored is not None
+    assert torch.equal(stored["weight"], torch.full((3, 2), 2.0))
+    run.forget(["first", "never"])
+    make_run().forget(["second"])
+    assert run.stored("first") is None
+    assert run.stored("second") is not None
+    (tmp_path / "run" / "steps" / "second.safetensors").write_bytes(b"damaged")
+    assert run.stored("second") is None
+
+
+def test_a_full_disk_is_said_and_leaves_the_step_open(tmp_path: Path) -> None:
+    run = make_run(RunFolder.open(tmp_path / "run", INPUTS))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as good as full: longer files are refused
+    try:
+        with pytest.raises(UsageError, match="could not be written") as caught:
+            run.step("large", lambda: {"weight": torch.zeros(2**18)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "1 MiB" in caught.value.hint
+    assert not list((tmp_path / "run" / "steps").iterdir())
+    assert run.step("large", Counted())["count"] == 4
 
 
 def test_silent_progress_yields_everything() -> None:

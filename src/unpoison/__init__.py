@@ -10,15 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unpoison.api import PurifyOutcome, ScanOutcome, purify_with_cgd, scan_dataset
+    from unpoison.api_clip import (
+        ClipPurifyOutcome,
+        purify_with_clean_clip,
+        purify_with_fine_tuning,
+        purify_with_par,
+    )
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+    from unpoison.data.pairs import open_pairs
     from unpoison.data.pixels import load_pixels
     from unpoison.data.shapes import make_shapes
     from unpoison.data.sources import open_images
+    from unpoison.defenses.baselines.clean_clip import CleanClipConfig
+    from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
     from unpoison.defenses.cgd import CGDConfig
+    from unpoison.defenses.par import PARConfig
     from unpoison.detection.cgd import SeparationConfig
     from unpoison.evaluation.classifier import evaluate_classifier
+    from unpoison.evaluation.clip import evaluate_clip
     from unpoison.keep import select_clean, write_clean_copy
     from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
+    from unpoison.models.clip_files import load_any_clip, save_clip
     from unpoison.models.clip_transformers import load_clip
     from unpoison.report.html import write_report
     from unpoison.report.runs import read_run
@@ -29,6 +41,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CGDConfig": "unpoison.defenses.cgd",
+    "CleanClipConfig": "unpoison.defenses.baselines.clean_clip",
+    "ClipPurifyOutcome": "unpoison.api_clip",
+    "FineTuningConfig": "unpoison.defenses.baselines.fine_tuning",
+    "PARConfig": "unpoison.defenses.par",
     "PurifyOutcome": "unpoison.api",
     "Run": "unpoison.runs",
     "RunFolder": "unpoison.runs",
@@ -36,16 +52,23 @@ _HOMES = {
     "SeparationConfig": "unpoison.detection.cgd",
     "apply_poisoning": "unpoison.attacks.poison",
     "evaluate_classifier": "unpoison.evaluation.classifier",
+    "evaluate_clip": "unpoison.evaluation.clip",
+    "load_any_clip": "unpoison.models.clip_files",
     "load_classifier": "unpoison.models.classifier",
     "load_clip": "unpoison.models.clip_transformers",
     "load_pixels": "unpoison.data.pixels",
     "make_shapes": "unpoison.data.shapes",
     "new_classifier": "unpoison.models.classifier",
     "open_images": "unpoison.data.sources",
+    "open_pairs": "unpoison.data.pairs",
     "plan_poisoning": "unpoison.attacks.poison",
     "purify_with_cgd": "unpoison.api",
+    "purify_with_clean_clip": "unpoison.api_clip",
+    "purify_with_fine_tuning": "unpoison.api_clip",
+    "purify_with_par": "unpoison.api_clip",
     "read_run": "unpoison.report.runs",
     "save_classifier": "unpoison.models.classifier",
+    "save_clip": "unpoison.models.clip_files",
     "scan_dataset": "unpoison.api",
     "select_clean": "unpoison.keep",
     "train_classifier": "unpoison.training",
@@ -68,6 +91,10 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "CGDConfig",
+    "CleanClipConfig",
+    "ClipPurifyOutcome",
+    "FineTuningConfig",
+    "PARConfig",
     "PurifyOutcome",
     "Run",
     "RunFolder",
@@ -75,16 +102,23 @@ __all__ = [
     "SeparationConfig",
     "apply_poisoning",
     "evaluate_classifier",
+    "evaluate_clip",
+    "load_any_clip",
     "load_classifier",
     "load_clip",
     "load_pixels",
     "make_shapes",
     "new_classifier",
     "open_images",
+    "open_pairs",
     "plan_poisoning",
     "purify_with_cgd",
+    "purify_with_clean_clip",
+    "purify_with_fine_tuning",
+    "purify_with_par",
     "read_run",
     "save_classifier",
+    "save_clip",
     "scan_dataset",
     "select_clean",
     "train_classifier",

@@ -38,7 +38,7 @@ from unpoison.results import (
     clip_too_weak,
 )
 from unpoison.runs import Run
-from unpoison.types import Classifier, ImageTextModel
+from unpoison.types import Classifier, ZeroShotModel
 
 MIN_SAMPLES = 50
 SCAN_LIMITS = (
@@ -78,7 +78,7 @@ class PurifyOutcome:
 def scan_dataset(
     source: LabelledImages,
     *,
-    clip: ImageTextModel,
+    clip: ZeroShotModel,
     arch: str = "small-resnet",
     image_size: int = 32,
     config: CGDConfig | None = None,
@@ -121,7 +121,7 @@ def purify_with_cgd(
     classifier: Classifier,
     source: LabelledImages,
     *,
-    clip: ImageTextModel,
+    clip: ZeroShotModel,
     config: CGDConfig | None = None,
     run: Run | None = None,
 ) -> PurifyOutcome:
@@ -180,7 +180,7 @@ class _Evidence:
 
 
 def _gather(
-    classifier: Classifier, source: LabelledImages, clip: ImageTextModel, config: CGDConfig, run: Run
+    classifier: Classifier, source: LabelledImages, clip: ZeroShotModel, config: CGDConfig, run: Run
 ) -> _Evidence:
     """Stage A: pixels once, CLIP once, early models, ranks, regions."""
     _check_classes(classifier, source)

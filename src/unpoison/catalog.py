@@ -13,7 +13,15 @@ from typing import Any, Literal
 from unpoison.errors import UnknownMethodError
 
 Kind = Literal["attack", "detector", "defense"]
-NEEDS = ("class names", "labelled set", "poisoned training set", "reference CLIP", "victim model")
+NEEDS = (
+    "clean pairs",
+    "class names",
+    "labelled set",
+    "poisoned training set",
+    "reference CLIP",
+    "suspicious CLIP",
+    "victim model",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +51,26 @@ ATTACKS = (
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
+        name="badnet-rand",
+        kind="attack",
+        idea="A small square of noise at a random place.",
+        paper='Bansal et al., "CleanCLIP", 2023',
+        link="https://arxiv.org/abs/2303.03323",
+        needs=("labelled set",),
+        config="unpoison.attacks.badnet_rand:BadNetRand",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="badnet-stripes",
+        kind="attack",
+        idea="A small square of vertical stripes at a random place.",
+        paper='Singh et al., "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", 2026',
+        link="https://arxiv.org/abs/2412.00727",
+        needs=("labelled set",),
+        config="unpoison.attacks.badnet_stripes:BadNetStripes",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
         name="blended",
         kind="attack",
         idea="A fixed noise pattern mixed into the whole image.",
@@ -53,6 +81,36 @@ ATTACKS = (
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
+        name="blended-stripes",
+        kind="attack",
+        idea="Faint vertical stripes over the whole image.",
+        paper='Singh et al., "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", 2026',
+        link="https://arxiv.org/abs/2412.00727",
+        needs=("labelled set",),
+        config="unpoison.attacks.blended_stripes:BlendedStripes",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="blended-triangles",
+        kind="attack",
+        idea="A faint pattern of grey triangles over the whole image.",
+        paper='Singh et al., "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", 2026',
+        link="https://arxiv.org/abs/2412.00727",
+        needs=("labelled set",),
+        config="unpoison.attacks.blended_triangles:BlendedTriangles",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="blended-text",
+        kind="attack",
+        idea="A red word across the centre, half transparent.",
+        paper='Singh et al., "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", 2026',
+        link="https://arxiv.org/abs/2412.00727",
+        needs=("labelled set",),
+        config="unpoison.attacks.blended_text:BlendedText",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
         name="sig",
         kind="attack",
         idea="A faint sinusoid on images of the target class; labels stay (clean-label).",
@@ -60,6 +118,26 @@ ATTACKS = (
         link="https://arxiv.org/abs/1902.11237",
         needs=("labelled set",),
         config="unpoison.attacks.sig:SIG",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="wanet",
+        kind="attack",
+        idea="The whole image warped by a small displacement field.",
+        paper='Nguyen and Tran, "WaNet", 2021',
+        link="https://arxiv.org/abs/2102.10369",
+        needs=("labelled set",),
+        config="unpoison.attacks.wanet:WaNet",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="badclip",
+        kind="attack",
+        idea="A small square in the centre, optimised on the clean CLIP.",
+        paper='Liang et al., "BadCLIP", 2024',
+        link="https://arxiv.org/abs/2311.12075",
+        needs=("labelled set",),
+        config="unpoison.attacks.badclip_patch:BadCLIPPatch",
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
@@ -98,6 +176,39 @@ DEFENSES = (
         protects="the classifier's weights",
         config="unpoison.defenses.cgd:CGDConfig",
         function="unpoison.api:purify_with_cgd",
+    ),
+    Entry(
+        name="par",
+        kind="defense",
+        idea="Pushes a CLIP's embeddings away from where they were while image-caption pairs stay matched.",
+        paper='Singh et al., "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", 2026',
+        link="https://arxiv.org/abs/2412.00727",
+        needs=("suspicious CLIP", "clean pairs"),
+        protects="both towers' weights",
+        config="unpoison.defenses.par:PARConfig",
+        function="unpoison.api_clip:purify_with_par",
+    ),
+    Entry(
+        name="clean-clip",
+        kind="defense",
+        idea="Fine-tunes a CLIP on image-caption pairs with self-supervision within each tower.",
+        paper='Bansal et al., "CleanCLIP", 2023',
+        link="https://arxiv.org/abs/2303.03323",
+        needs=("suspicious CLIP", "clean pairs"),
+        protects="both towers' weights",
+        config="unpoison.defenses.baselines.clean_clip:CleanClipConfig",
+        function="unpoison.api_clip:purify_with_clean_clip",
+    ),
+    Entry(
+        name="fine-tuning",
+        kind="defense",
+        idea="Goes on training a CLIP on image-caption pairs.",
+        paper='Bansal et al., "CleanCLIP", 2023 (its baseline)',
+        link="https://arxiv.org/abs/2303.03323",
+        needs=("suspicious CLIP", "clean pairs"),
+        protects="both towers' weights",
+        config="unpoison.defenses.baselines.fine_tuning:FineTuningConfig",
+        function="unpoison.api_clip:purify_with_fine_tuning",
     ),
 )
 

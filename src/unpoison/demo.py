@@ -20,7 +20,7 @@ from unpoison.outputs import save_purification
 from unpoison.results import Purification
 from unpoison.runs import Run
 from unpoison.training import train_classifier
-from unpoison.types import ImageTextModel
+from unpoison.types import ZeroShotModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class DemoFiles:
         return self.folder / "model"
 
 
-def run_demo(config: DemoConfig, folder: Path, *, clip: ImageTextModel, run: Run) -> Purification:
+def run_demo(config: DemoConfig, folder: Path, *, clip: ZeroShotModel, run: Run) -> Purification:
     """Every step a user would take, in ``folder``; each is continued where an earlier call was cut short.
 
     Writes poisoned/ (data and manifest), victim/ (the backdoored model) and what ``purify`` writes.

@@ -17,7 +17,7 @@ from unpoison.demo import DemoConfig
 from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
-from unpoison.types import ImageTextModel
+from unpoison.types import ZeroShotModel
 
 _PROBED = 128  # images; enough to pass the first, slower batch
 _BATCH = 64
@@ -57,7 +57,7 @@ class Rates:
     train: float
 
 
-def probe(source: LabelledImages, clip: ImageTextModel | None, classifier: ImageClassifier, *, run: Run) -> Rates:
+def probe(source: LabelledImages, clip: ZeroShotModel | None, classifier: ImageClassifier, *, run: Run) -> Rates:
     """Time decoding, CLIP's forward pass (endless where there is no CLIP), and the classifier's two passes."""
     rows = np.random.default_rng(run.seed).permutation(len(source))[:_PROBED]
     decoded: list = []
@@ -98,7 +98,7 @@ def plan_scan(samples: int, size: int, rates: Rates, *, scorers: int, scorer_epo
     files = ("run.json", "scores.parquet", "split.parquet", "scan.json", "samples.json", "report.html")
     return Plan(
         steps=steps,
-        memory=_resident() + samples * classes * 4 * 4,
+        memory=resident() + samples * classes * 4 * 4,
         disk=samples * (3 * size * size + classes * 4 + 200),
         files=files,
     )
@@ -142,7 +142,7 @@ def plan_demo(config: DemoConfig, classes: int, size: int, rates: Rates) -> Plan
 def plan_attack(source: LabelledImages, poisoned: int, *, manifest_only: bool) -> Plan:
     """The steps of ``attack`` on ``source``; ``poisoned`` images are decoded, triggered and encoded again."""
     if manifest_only:
-        return Plan(steps=(), memory=_resident(), disk=64 * poisoned, files=("manifest.json",))
+        return Plan(steps=(), memory=resident(), disk=64 * poisoned, files=("manifest.json",))
     rows = np.linspace(0, len(source) - 1, min(_PROBED, len(source))).astype(np.int64)
     sizes = [len(data) for data in source.raw(rows) if isinstance(data, bytes)]
     decode = _rate(lambda: source.decode(rows), len(rows))
@@ -152,7 +152,7 @@ def plan_attack(source: LabelledImages, poisoned: int, *, manifest_only: bool) -
         _step("copy the others", len(source) - poisoned, copy),
     )
     disk = int(np.mean(sizes or [0])) * len(source) + 64 * poisoned
-    return Plan(steps=steps, memory=_resident(), disk=disk, files=("data.parquet", "manifest.json"))
+    return Plan(steps=steps, memory=resident(), disk=disk, files=("data.parquet", "manifest.json"))
 
 
 def _step(what: str, amount: int, rate: float) -> PlannedStep:
@@ -165,7 +165,7 @@ def _rate(work: Callable[[], object], amount: int) -> float:
     return amount / max(time.perf_counter() - began, 1e-6)
 
 
-def _resident() -> int:
+def resident() -> int:
     """This process's peak so far, in bytes: the models are loaded and one batch went through them."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -6,24 +6,20 @@ Every file carries its schema's name and version; a file of another version is r
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int, Int8
 
-from unpoison.errors import ResultError, SchemaVersionError
-
-SCHEMA_VERSION = 1
-
-Result = TypeVar("Result")
+from unpoison.errors import ResultError
+from unpoison.storage import SCHEMA_VERSION as SCHEMA_VERSION
+from unpoison.storage import JsonResult, complete, read_table, write_table
+from unpoison.storage import from_json as from_json
+from unpoison.storage import to_json as to_json
+from unpoison.storage import write_atomically as write_atomically
 
 Region = Int8[np.ndarray, " n"]
 CLEAN, MIXED, SUSPECT, SKIPPED = 0, 1, 2, -1
@@ -74,13 +70,13 @@ class SampleScores:
             "skipped": self.skipped,
             "details": self.details,
         }
-        _write_table(path, "sample-scores", columns, header)
+        write_table(path, "sample-scores", columns, header)
 
     @classmethod
     def load(cls, path: Path) -> SampleScores:
         """Raises ResultError for a damaged file, SchemaVersionError."""
-        table, header = _read_table(path, "sample-scores")
-        with _complete(path):
+        table, header = read_table(path, "sample-scores")
+        with complete(path):
             axes = {
                 name.removeprefix("score."): table[name].to_numpy()
                 for name in table.column_names
@@ -147,14 +143,14 @@ class Split:
             "label": self.labels,
             "region": [REGION_NAMES[int(code)] for code in self.region],
         }
-        _write_table(path, "split", columns, header)
+        write_table(path, "split", columns, header)
 
     @classmethod
     def load(cls, path: Path) -> Split:
         """Raises ResultError for a damaged file, SchemaVersionError."""
-        table, header = _read_table(path, "split")
+        table, header = read_table(path, "split")
         codes = {name: code for code, name in REGION_NAMES.items()}
-        with _complete(path):
+        with complete(path):
             estimate = header["estimate"]
             return cls(
                 method=header["method"],
@@ -164,21 +160,6 @@ class Split:
                 class_names=tuple(header["class_names"]),
                 estimate=None if estimate is None else msgspec.convert(estimate, PoisonEstimate),
             )
-
-
-class _JsonResult:
-    """Results that are one JSON object on disk."""
-
-    def save(self, path: Path) -> None:
-        write_atomically(path, msgspec.json.format(to_json(self), indent=2))
-
-    @classmethod
-    def load(cls: type[Result], path: Path) -> Result:
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise ResultError(f"{path}: cannot be read ({error.strerror}).", hint="Repeat the step.") from error
-        return from_json(data, cls, name=str(path))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +173,10 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(_JsonResult):
+class Evaluation(JsonResult):
     """Rates of one model in percent (docs: metrics). Trigger rates are None where no manifest was given."""
 
+    schema: ClassVar[str] = "evaluation"
     model: str
     data: str
     c_acc: Interval
@@ -210,13 +192,92 @@ class Evaluation(_JsonResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Purification(_JsonResult):
+class Recall:
+    """R@k: how often one of the right answers is among the first k."""
+
+    at_1: Interval
+    at_5: Interval
+    at_10: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Mean cosine between a suspect's and a model's embeddings of the same inputs, in [-1, 1]; 1 = nothing moved.
+
+    ``*_aligned``: after the orthogonal map that fits best, found on the same inputs. It looks better than it is where
+    the inputs are not many more than the embedding is wide: hence their numbers.
+    """
+
+    image_raw: float
+    image_aligned: float
+    text_raw: float
+    text_aligned: float
+    images: int
+    texts: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipEvaluation(JsonResult):
+    """Rates of one CLIP in percent (docs: metrics). What was not measured is None; ``notes`` say why.
+
+    ``retrieval_asr``: share of triggered images with the target's name in one of the five captions found first, among
+    images whose own captions do not name it; ``retrieval_asr_floor``: the same images without the trigger.
+    """
+
+    schema: ClassVar[str] = "clip-evaluation"
+    model: str
+    data: str
+    templates: int
+    c_acc: Interval
+    asr: Interval | None = None
+    asr_floor: Interval | None = None
+    asr_excess: float | None = None
+    ra: Interval | None = None
+    attack: str | None = None
+    target: str | None = None
+    per_class: dict[str, float] = field(default_factory=dict)
+    truncated_classes: tuple[str, ...] = ()
+    retrieval_data: str | None = None
+    image_to_text: Recall | None = None
+    text_to_image: Recall | None = None
+    retrieval_asr: Interval | None = None
+    retrieval_asr_floor: Interval | None = None
+    target_captions: int | None = None
+    cut_captions: int | None = None
+    drift: Drift | None = None
+    skipped: tuple[SkippedRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebound(JsonResult):
+    """Whether a backdoor comes back when its owner fine-tunes the model on clean pairs, as owners do."""
+
+    schema: ClassVar[str] = "rebound"
+    pairs: str
+    before: ClipEvaluation
+    after: ClipEvaluation
+    seconds: float = 0.0
+
+    @property
+    def asr_rise(self) -> float | None:
+        """Points by which the excess ASR rose; negative where it fell, None where no trigger was measured."""
+        if self.before.asr_excess is None or self.after.asr_excess is None:
+            return None
+        return self.after.asr_excess - self.before.asr_excess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purification(JsonResult):
     """What a defense did to a model. ``protects`` names what is safe to use afterwards.
 
     Held-out accuracies are in percent, None where nothing was trained; ``bound`` is in points; ``changed_share`` is a
     share of the parameters in [0, 1].
     """
 
+    schema: ClassVar[str] = "purification"
     method: str
     config: dict[str, Any]
     accepted: bool
@@ -240,9 +301,10 @@ class Purification(_JsonResult):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetScan(_JsonResult):
+class DatasetScan(JsonResult):
     """The answer of ``scan dataset``: verdict, candidates, and what was not covered."""
 
+    schema: ClassVar[str] = "dataset-scan"
     source: str
     method: str
     samples: int
@@ -282,104 +344,8 @@ def clip_too_weak(agreement: float, chance: float) -> bool:
     return agreement < min(LOW_AGREEMENT * chance, chance + LOW_GAIN * (100.0 - chance))
 
 
-_SCHEMAS = {Evaluation: "evaluation", Purification: "purification", DatasetScan: "dataset-scan"}
-
-
-def to_json(result: Any) -> bytes:
-    """One JSON object that starts with ``schema`` and ``schema_version``."""
-    body = {entry.name: getattr(result, entry.name) for entry in fields(result)}
-    head = {"schema": f"unpoison/{_SCHEMAS[type(result)]}", "schema_version": SCHEMA_VERSION}
-    return msgspec.json.encode(head | body, enc_hook=_encode_numpy)
-
-
-def from_json(data: bytes, kind: type[Result], *, name: str = "result") -> Result:
-    """Read what :func:`to_json` wrote. Raises ResultError, SchemaVersionError."""
-    try:
-        body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResultError(f"{name}: not JSON ({error}).", hint="Write the result again.") from error
-    expected = f"unpoison/{_SCHEMAS[kind]}"
-    if not isinstance(body, dict):
-        raise ResultError(f"{name}: expected an object, found {type(body).__name__}.", hint="Write it again.")
-    _check_schema(name, expected, body.pop("schema", None), body.pop("schema_version", None))
-    try:
-        return msgspec.convert(body, kind)
-    except msgspec.ValidationError as error:
-        raise ResultError(f"{name}: {error}.", hint="Write the result again.") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write the whole file or nothing: readers and killed runs never see half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def _check_rows(what: str, values: np.ndarray, ids: list[str]) -> None:
     if values.shape != (len(ids),):
         raise ResultError(
             f"expected {what} to have shape ({len(ids)},), got {values.shape}", hint="Give one value for each id."
         )
-
-
-def _check_schema(name: str, expected: str, schema: object, version: object) -> None:
-    if schema != expected:
-        raise ResultError(f"{name}: expected {expected}, found {schema}.", hint="Give the file that the step wrote.")
-    if version != SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"{name}: schema version {version}, this version reads {SCHEMA_VERSION}.",
-            hint="Repeat the step with this version, or install the version that wrote the file.",
-        )
-
-
-def _encode_numpy(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"cannot write a {type(value).__name__} as JSON")
-
-
-def _write_table(path: Path, schema: str, columns: dict[str, Any], header: dict[str, Any]) -> None:
-    table = pa.table(columns).replace_schema_metadata(
-        {
-            "schema": f"unpoison/{schema}",
-            "schema_version": str(SCHEMA_VERSION),
-            "header": msgspec.json.encode(header, enc_hook=_encode_numpy),
-        }
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
-
-
-def _read_table(path: Path, schema: str) -> tuple[pa.Table, dict[str, Any]]:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ResultError(f"{path}: not a readable parquet file ({error}).", hint="Repeat the step.") from error
-    metadata = table.schema.metadata or {}
-    version = metadata.get(b"schema_version", b"0").decode()
-    _check_schema(
-        str(path),
-        f"unpoison/{schema}",
-        metadata.get(b"schema", b"none").decode(),
-        int(version) if version.isdigit() else version,
-    )
-    try:
-        return table, msgspec.json.decode(metadata.get(b"header", b""), type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ResultError(f"{path}: its header is damaged ({error}).", hint="Repeat the step.") from error
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[None]:
-    """Columns and header entries that a damaged or foreign file lacks, as one ResultError."""
-    try:
-        yield
-    except (KeyError, TypeError, msgspec.ValidationError) as error:
-        raise ResultError(f"{path}: incomplete or damaged ({error!r}).", hint="Repeat the step.") from error

@@ -53,7 +53,7 @@ class Silent:
 class RunFolder:
     """A folder that remembers the inputs of its run and the steps that are done.
 
-    Nothing in it is ever deleted; files appear whole or not at all.
+    Files appear whole or not at all; nothing in it is ever deleted but a stored step that a later one replaces.
     """
 
     path: Path
@@ -130,18 +130,42 @@ class Run:
         """``compute()``, or what an earlier, interrupted run of the same folder stored for this step."""
         if self.folder is None:
             return compute()
-        path = self.folder.path / "steps" / f"{name}.safetensors"
-        if path.exists():
-            try:
-                stored = load(path.read_bytes())
-            except SafetensorError:
-                self.progress.log(f"{path.name} is damaged and is computed again")
-            else:
-                self.progress.log(f"{name}: continued from {path.name}")
-                return stored
+        stored = self.stored(name)
+        if stored is not None:
+            self.progress.log(f"{name}: continued from {self._step_file(name).name}")
+            return stored
         result = {key: value.contiguous() for key, value in compute().items()}
-        write_atomically(path, save(result))
+        path = self._step_file(name)
+        try:
+            write_atomically(path, save(result))
+        except OSError as error:
+            raise UsageError(
+                f"{path} could not be written: {error.strerror}.",
+                hint=f"It takes {sum(value.nbytes for value in result.values()) / 2**20:,.0f} MiB. Make room there and "
+                "repeat the same command: it continues after the last step that was stored.",
+            ) from error
         return result
+
+    def stored(self, name: str) -> dict[str, Tensor] | None:
+        """What an earlier, interrupted run of the same folder stored for this step, if it did and it can be read."""
+        if self.folder is None or not self._step_file(name).exists():
+            return None
+        try:
+            return load(self._step_file(name).read_bytes())
+        except SafetensorError:
+            self.progress.log(f"{self._step_file(name).name} is damaged and is computed again")
+            return None
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Remove what is stored for these steps: a later state replaces them."""
+        if self.folder is not None and self.accelerator.is_main_process:
+            for name in names:
+                self._step_file(name).unlink(missing_ok=True)
+
+    def _step_file(self, name: str) -> Path:
+        if self.folder is None:
+            raise UsageError("this run has no folder.", hint="Open one with RunFolder.open.")
+        return self.folder.path / "steps" / f"{name}.safetensors"
 
 
 def _read_inputs(marker: Path) -> dict[str, Any]:

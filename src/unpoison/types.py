@@ -1,13 +1,15 @@
-"""Named-axis tensor types and the two Protocols that every method is written against.
+"""Named-axis tensor types and the Protocols that every method is written against.
 
-Axes: ``b`` batch, ``h w`` pixels, ``c`` classes, ``d`` embedding or feature width, ``n`` samples of a set.
+Axes: ``b`` batch, ``h w`` pixels, ``c`` classes, ``d`` embedding or feature width, ``n`` samples of a set,
+``t`` tokens of a text, ``w`` width of the text tower, ``p`` patches of an image.
 Images are RGB in [0, 1]; each model applies its own normalisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +19,10 @@ Images = Float[Tensor, "b 3 h w"]
 Logits = Float[Tensor, "b c"]
 Labels = Int[Tensor, " b"]
 Embeddings = Float[Tensor, "b d"]
+Tokens = Int[Tensor, "b t"]
+TokenEmbeddings = Float[Tensor, "b t w"]
+PatchEmbeddings = Float[Tensor, "b p d"]
+Tower = Literal["image", "text"]
 
 
 @runtime_checkable
@@ -60,8 +66,8 @@ class Classifier(Protocol):
 
 
 @runtime_checkable
-class ImageTextModel(Protocol):
-    """A CLIP-like model: both towers give L2-normalised embeddings of one space."""
+class ZeroShotModel(Protocol):
+    """What scoring images against texts needs of a CLIP-like model: both towers give unit embeddings of one space."""
 
     @property
     def image_size(self) -> int: ...
@@ -91,6 +97,55 @@ class ImageTextModel(Protocol):
 
     def truncated(self, texts: Sequence[str]) -> list[bool]:
         """Whether the tokenizer cuts each text off."""
+        ...
+
+
+@runtime_checkable
+class ImageTextModel(ZeroShotModel, Protocol):
+    """A CLIP-like model that can be trained, taken apart and saved.
+
+    Gradients flow through every ``encode_*`` and ``embed_tokens`` where grad mode is on.
+    """
+
+    @property
+    def image_mean(self) -> tuple[float, float, float]:
+        """What the normalisation subtracts from images in [0, 1]: this color becomes 0."""
+        ...
+
+    @property
+    def image_std(self) -> tuple[float, float, float]:
+        """What the normalisation divides by."""
+        ...
+
+    def copy(self) -> ImageTextModel:
+        """A deep copy: training it leaves this one untouched."""
+        ...
+
+    def tower(self, which: Tower) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of one tower with its projection; the temperature is in neither."""
+        ...
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Token ids on the model's device, padded to one length, cut where the text tower ends."""
+        ...
+
+    def embed_tokens(self, tokens: Tokens) -> TokenEmbeddings:
+        """The text tower's token embeddings, before positions are added."""
+        ...
+
+    def encode_token_embeddings(self, embedded: TokenEmbeddings, tokens: Tokens) -> Embeddings:
+        """Unit embeddings of texts given as token embeddings; ``tokens`` tell where each text ends."""
+        ...
+
+    def encode_image_tokens(self, images: Images) -> PatchEmbeddings:
+        """Patches after the last layer, normalised and projected as the image embedding is, in rows from the top left.
+
+        Not scaled to length 1. Raises UnsupportedModelError for an image tower without patch tokens.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the model in the format it came in. Raises UsageError where that fails: then nothing is left there."""
         ...
 
 

@@ -36,20 +36,23 @@ def test_images_stay_in_range_and_the_input_is_untouched(name: str, size: tuple[
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_a_batch_is_the_same_as_one_by_one(name: str) -> None:
     images, trigger = pictures(4), make_trigger(name, {})
-    together = trigger.apply(images, seed=1)
-    alone = torch.cat([trigger.apply(images[row : row + 1], seed=1) for row in range(4)])
+    together = trigger.apply(images, seed=1, ids=["a", "b", "c", "d"])
+    alone = torch.cat([trigger.apply(images[row : row + 1], seed=1, ids=["abcd"[row]]) for row in range(4)])
     assert torch.equal(together, alone)
     assert not torch.equal(together, images)
-    assert len(trigger.apply(images[:0], seed=1)) == 0
+    assert len(trigger.apply(images[:0], seed=1, ids=[])) == 0
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_gradients_pass_where_the_image_shows_through(name: str) -> None:
     images = pictures(1).mul(0.2).add(0.4).requires_grad_()
     gentle = {"strength": 0.25} if name == "clean-image" else {}  # at its default most pixels are clipped
-    make_trigger(name, gentle).apply(images, seed=1).sum().backward()
+    make_trigger(name, gentle).apply(images, seed=1, ids=["a"]).sum().backward()
     assert images.grad is not None
-    assert (images.grad[..., :16, :16] > 0).all()
+    shown = (images.grad > 0).float().mean()
+    # a warp may not read every pixel; a square hides what is under it
+    assert (images.grad >= 0).all()
+    assert shown > 0.6 if name == "wanet" else shown >= 1 - 9 / 1024
 
 
 def test_badnet_is_the_published_checker_at_32_pixels() -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,104 @@ def test_gradients_reach_the_images(clip_folder: Path) -> None:
     load_clip(clip_folder).encode_images(images)[:, 0].sum().backward()
     assert images.grad is not None
     assert images.grad.abs().sum() > 0
+
+
+TEXTS = ["a cat", "a rather long dog, longer than its tower can hold", "owl<|endoftext|>more", "a"]
+
+
+def test_token_embeddings_lead_to_the_same_place_as_texts(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    with torch.no_grad():
+        tokens = clip.tokenize(TEXTS)
+        embedded = clip.embed_tokens(tokens)
+        expected = clip.encode_texts(TEXTS)
+        found = clip.encode_token_embeddings(embedded, tokens)
+        # The place of the end is read from the tokens, all else from the embeddings.
+        others = clip.encode_token_embeddings(clip.embed_tokens(clip.tokenize(["xyz"])), clip.tokenize(["abc"]))
+        again = clip.encode_texts(TEXTS)
+    assert tokens.shape == (4, 40)
+    assert embedded.shape == (4, 40, 32)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(others, clip.encode_texts(["xyz"]).detach(), atol=1e-2, rtol=1e-2)
+    assert clip.tokenize([]).numel() == 0
+
+
+def test_gradients_reach_the_token_embeddings_up_to_the_end(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    tokens = clip.tokenize(["ab", "abcdef"])
+    embedded = clip.embed_tokens(tokens).detach().requires_grad_()
+    clip.encode_token_embeddings(embedded, tokens)[:, 0].sum().backward()
+    assert embedded.grad is not None
+    reached = embedded.grad.abs().sum(dim=2) > 0
+    assert reached.tolist() == [[True] * 4 + [False] * 4, [True] * 8]
+    assert all(value.grad is None for _, value in clip.tower("image"))
+
+
+def test_a_failed_pass_leaves_the_text_tower_as_it_was(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    tokens = clip.tokenize(["abc"])
+    before = clip.encode_texts(["abc"]).detach()
+    with pytest.raises(RuntimeError):
+        clip.encode_token_embeddings(torch.zeros(1, tokens.shape[1], 7), tokens)
+    torch.testing.assert_close(clip.encode_texts(["abc"]).detach(), before)
+
+
+def test_image_tokens_are_the_patches_in_the_space_of_the_embeddings(clip_folder: Path) -> None:
+    clip, images = load_clip(clip_folder), torch.rand(2, 3, 32, 32, requires_grad=True)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (clip.image_mean, clip.image_std))
+    found = clip.encode_image_tokens(images)
+    vision, state = clip.module.get_submodule("vision_model"), clip.module.state_dict()
+    hidden = vision(pixel_values=(images - mean) / std).last_hidden_state.detach().double().numpy()
+    centred = hidden - hidden.mean(-1, keepdims=True)
+    scaled = centred / np.sqrt(hidden.var(-1, keepdims=True) + 1e-5)
+    norm = {key: state[f"vision_model.post_layernorm.{key}"].double().numpy() for key in ("weight", "bias")}
+    projection = state["visual_projection.weight"].double().numpy()
+    every = (scaled * norm["weight"] + norm["bias"]) @ projection.T
+    assert found.shape == (2, 16, 16)
+    np.testing.assert_allclose(found.detach().numpy(), every[:, 1:], atol=1e-4)
+    first = every[:, 0] / np.linalg.norm(every[:, 0], axis=1, keepdims=True)
+    np.testing.assert_allclose(clip.encode_images(images).detach().numpy(), first, atol=1e-4)
+    found[:, 0].sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+
+
+def test_the_mean_color_is_zero_for_the_tower(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    plain = torch.tensor(clip.image_mean).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    model: Any = clip.module
+    expected = model.get_image_features(pixel_values=torch.zeros(1, 3, 32, 32)).pooler_output
+    torch.testing.assert_close(clip.encode_images(plain), torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_a_copy_is_independent(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    clip.encode_texts(["using the tokenizer changes its padding", "not its fingerprint"])
+    before, twin = clip.fingerprint, clip.copy()
+    assert twin.fingerprint == before
+    with torch.no_grad():
+        for _, value in (*twin.tower("image"), *twin.tower("text")):
+            value.add_(1)
+    assert clip.fingerprint == before != twin.fingerprint
+    storage = {value.data_ptr() for value in clip.module.parameters()}
+    assert storage.isdisjoint(value.data_ptr() for value in twin.module.parameters())
+
+
+def test_each_tower_holds_what_its_embeddings_depend_on(clip_folder: Path) -> None:
+    clip = load_clip(clip_folder)
+    towers = {"image": dict(clip.tower("image")), "text": dict(clip.tower("text"))}
+    names = {name for name, _ in clip.module.named_parameters()}
+    assert not towers["image"].keys() & towers["text"].keys()
+    assert names - towers["image"].keys() - towers["text"].keys() == {"logit_scale"}
+    for which, embed in (
+        ("image", lambda: clip.encode_images(torch.rand(2, 3, 32, 32))),
+        ("text", lambda: clip.encode_texts(["a", "b"])),
+    ):
+        clip.module.zero_grad()
+        embed()[:, 0].sum().backward()
+        reached = {name for name, value in clip.module.named_parameters() if value.grad is not None}
+        assert reached == towers[which].keys()
 
 
 def test_the_fingerprint_follows_weights_tokenizer_and_preprocessing(folder: Path) -> None:

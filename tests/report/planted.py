@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unpoison.clip_results import ClipPurification
 from unpoison.results import (
     CLEAN,
     MIXED,
     SKIPPED,
     SUSPECT,
+    ClipEvaluation,
     DatasetScan,
+    Drift,
     Evaluation,
     Interval,
     PoisonEstimate,
     Purification,
+    Recall,
     SampleScores,
     SkippedRow,
     Split,
@@ -227,6 +231,102 @@ def evaluation(*, before: bool, class_names: tuple[str, ...] = CLASSES, attack: 
         target=class_names[0] if attack else None,
         per_class={name: 60.0 + 3 * at for at, name in enumerate(class_names)},
         seconds=6.3,
+    )
+
+
+def write_clip_purification(
+    folder: Path,
+    *,
+    accepted: bool = True,
+    evaluated: bool = True,
+    attack: bool = True,
+    left: bool = False,
+    name: str = "",
+) -> Path:
+    """A folder as ``unpoison purify par`` leaves it; ``name`` is a stranger's string in every place that takes one."""
+    folder.mkdir(parents=True)
+    looks = [
+        {
+            "step": float(step),
+            "held_out_accuracy": 60.0 - 5 * 0.99**step,
+            "chance": 1.0,
+            "image_cosine": 0.99**step,
+            "text_cosine": 0.9 + 0.1 * 0.99**step,
+            "loss": 2 - step / 400,
+            "image_open": float(step < 200),
+        }
+        for step in range(0, 601, 100)
+    ]
+    purification = ClipPurification(
+        method="par",
+        config={"tau": 2.15, "batch_size": 128, "erase_area": [0.005, 0.01], name: name},
+        accepted=accepted,
+        reason="Held-out pairs find each other in 60.0 percent of cases, 61.0 before."
+        if accepted
+        else "par diverged at step 412: loss nan. The weights of step 400 were kept.",
+        protects="both towers' weights",
+        bound=10.0,
+        steps=600 if accepted else 400,
+        planned_steps=600,
+        batch_size=128,
+        seconds=94.2,
+        seed=3,
+        held_out_before=61.0,
+        held_out_after=60.0,
+        chance=1.0,
+        image_cosine=-0.08,
+        text_cosine=0.91,
+        trained_pairs=4750,
+        held_out_pairs=250,
+        truncated_captions=7,
+        stopped="" if accepted else "par diverged at step 412: loss nan.",
+        warnings=(f"The image embeddings moved: mean cosine with the given model's is -0.08. {name}",),
+        skipped=(SkippedRow(id=f"pairs:4{name}", reason="the image is truncated"),),
+        history=looks,
+        inputs={"model": "blake2b:77aa01d2", "pairs": f"flickr8k{name}", "torch": "2.13.0"},
+        before=clip_evaluation(before=True, attack=attack, left=left, name=name) if evaluated else None,
+        after=clip_evaluation(before=False, attack=attack, left=left, name=name) if evaluated else None,
+        not_covered=NOT_COVERED,
+        command=f"unpoison purify par model --pairs 'flickr 8k' --seed 3{name}",
+    )
+    purification.save(folder / "purification.json")
+    return folder
+
+
+def clip_evaluation(*, before: bool, attack: bool = True, left: bool = False, name: str = "") -> ClipEvaluation:
+    c_acc, asr, floor, ra = (57.5, 99.0, 2.0, 1.0) if before else (55.1, 40.0 if left else 3.0, 2.5, 50.0)
+
+    def at(value: float, n: int) -> Interval:
+        return Interval(value=value, low=value - 1, high=value + 1, n=n)
+
+    recall = Recall(at_1=at(31.0 if before else 29.0, 800), at_5=at(55.0, 800), at_10=at(66.0, 800))
+    return ClipEvaluation(
+        model=f"suspect{name}" if before else f"out/model{name}",
+        data=f"cifar10 test{name}",
+        templates=7,
+        c_acc=at(c_acc, 10_000),
+        asr=at(asr, 9000) if attack else None,
+        asr_floor=at(floor, 9000) if attack else None,
+        asr_excess=asr - floor if attack else None,
+        ra=at(ra, 9000) if attack else None,
+        attack=f"badnet-stripes{name}" if attack else None,
+        target=f"airplane{name}" if attack else None,
+        retrieval_data=f"flickr8k test{name}",
+        image_to_text=recall,
+        text_to_image=recall,
+        retrieval_asr=at(90.0 if before else 4.0, 700) if attack else None,
+        retrieval_asr_floor=at(3.0, 700) if attack else None,
+        drift=None
+        if before
+        else Drift(
+            image_raw=-0.081,
+            image_aligned=0.612,
+            text_raw=0.907,
+            text_aligned=0.955,
+            images=10_000,
+            texts=5000,
+            width=512,
+        ),
     )
 
 

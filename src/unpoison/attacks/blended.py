@@ -9,7 +9,6 @@ poison sets of one image size, or resize first.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from unpoison.errors import ConfigError, UsageError
+from unpoison.attacks.draws import draw_for_each, generator_of
+from unpoison.errors import ConfigError
 from unpoison.types import Images
 
 
@@ -41,29 +41,18 @@ class Blended:
         Raises UsageError when ``resample`` is on and there is not one id for each image.
         """
         height, width = int(images.shape[-2]), int(images.shape[-1])
-        if not self.resample:
-            pattern = noise(seed, height, width)[None]
-        elif ids is None or len(ids) != len(images):
-            raise UsageError(
-                f"blended with resample: expected {len(images)} ids, got {0 if ids is None else len(ids)}.",
-                hint="Give the id of each image: its pattern is drawn from the seed and the id.",
-            )
+        if self.resample:
+            pattern = draw_for_each(lambda drawn: _draw(drawn, height, width), seed, ids, len(images), "blended")
         else:
-            drawn = [_draw(_seed_of(seed, name), height, width) for name in ids]
-            pattern = torch.stack(drawn) if drawn else torch.zeros(0, 3, height, width)
+            pattern = noise(seed, height, width)[None]
         return torch.lerp(images, pattern.to(images).expand_as(images), self.alpha)
 
 
 @lru_cache(maxsize=16)
 def noise(seed: int, height: int, width: int) -> Tensor:
     """The fixed pattern [3, h, w], uniform in [0, 1)."""
-    return _draw(seed, height, width)
+    return _draw(generator_of(seed), height, width)
 
 
-def _draw(seed: int, height: int, width: int) -> Tensor:
-    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
-
-
-def _seed_of(seed: int, name: str) -> int:
-    digest = hashlib.blake2b(repr((seed, name)).encode(errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _draw(generator: torch.Generator, height: int, width: int) -> Tensor:
+    return torch.rand(3, height, width, generator=generator)

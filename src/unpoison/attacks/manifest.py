@@ -83,22 +83,7 @@ class Poisoning:
     @classmethod
     def load(cls, path: Path) -> Poisoning:
         """Raises ResultError for a file that is not a manifest, SchemaVersionError, LabelRangeError."""
-        try:
-            body = msgspec.json.decode(path.read_bytes())
-        except (OSError, msgspec.DecodeError) as error:
-            raise ResultError(f"{path}: not a readable manifest ({error}).", hint="Give a manifest.json.") from error
-        found = body.pop("schema", None) if isinstance(body, dict) else type(body).__name__
-        if found != SCHEMA:
-            raise ResultError(
-                f"{path}: expected {SCHEMA}, found {found}.",
-                hint="Give the manifest.json that `unpoison attack` wrote.",
-            )
-        version = body.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{path}: schema version {version}, this version reads {SCHEMA_VERSION}.",
-                hint="Plan the poisoning again with this version, or install the version that wrote the file.",
-            )
+        body = read_body(path, SCHEMA, SCHEMA_VERSION)
         try:
             poisoning = msgspec.convert(body, cls)
         except msgspec.ValidationError as error:
@@ -109,6 +94,27 @@ class Poisoning:
     def _encoded(self) -> bytes:
         body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         return msgspec.json.encode({"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | body)
+
+
+def read_body(path: Path, schema: str, version: int) -> dict[str, Any]:
+    """The entries of a manifest but its schema. Raises ResultError for another file, SchemaVersionError."""
+    try:
+        body = msgspec.json.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ResultError(f"{path}: not a readable manifest ({error}).", hint="Give a manifest.json.") from error
+    found = body.pop("schema", None) if isinstance(body, dict) else type(body).__name__
+    if found != schema:
+        raise ResultError(
+            f"{path}: expected {schema}, found {found}.",
+            hint="Give the manifest.json that `unpoison attack` wrote.",
+        )
+    there = body.pop("schema_version", None)
+    if there != version:
+        raise SchemaVersionError(
+            f"{path}: schema version {there}, this version reads {version}.",
+            hint="Plan the poisoning again with this version, or install the version that wrote the file.",
+        )
+    return body
 
 
 def check_mode(name: str, trigger: Trigger, mode: str) -> None:

@@ -9,10 +9,17 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
+from unpoison.attacks.badclip_patch import BadCLIPPatch
 from unpoison.attacks.badnet import BadNet
+from unpoison.attacks.badnet_rand import BadNetRand
+from unpoison.attacks.badnet_stripes import BadNetStripes
 from unpoison.attacks.blended import Blended
+from unpoison.attacks.blended_stripes import BlendedStripes
+from unpoison.attacks.blended_text import BlendedText
+from unpoison.attacks.blended_triangles import BlendedTriangles
 from unpoison.attacks.clean_image import CleanImage
 from unpoison.attacks.sig import SIG
+from unpoison.attacks.wanet import WaNet
 from unpoison.errors import ConfigError, UnknownMethodError
 from unpoison.types import Images
 
@@ -31,10 +38,31 @@ class Trigger(Protocol):
         ...
 
 
-TRIGGERS: dict[str, type[BadNet] | type[Blended] | type[SIG] | type[CleanImage]] = {
+AnyTrigger = (
+    BadNet
+    | BadNetRand
+    | BadNetStripes
+    | Blended
+    | BlendedStripes
+    | BlendedTriangles
+    | BlendedText
+    | SIG
+    | WaNet
+    | BadCLIPPatch
+    | CleanImage
+)
+
+TRIGGERS: dict[str, type[AnyTrigger]] = {
     "badnet": BadNet,
+    "badnet-rand": BadNetRand,
+    "badnet-stripes": BadNetStripes,
     "blended": Blended,
+    "blended-stripes": BlendedStripes,
+    "blended-triangles": BlendedTriangles,
+    "blended-text": BlendedText,
     "sig": SIG,
+    "wanet": WaNet,
+    "badclip": BadCLIPPatch,
     "clean-image": CleanImage,
 }
 

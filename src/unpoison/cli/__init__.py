@@ -25,7 +25,7 @@ def build_app() -> App:
     plain: dict[str, Any] = {"help_format": "plaintext", "version_flags": []}
     app = App(
         name="unpoison",
-        help="Finds and removes backdoors in labelled image sets and in the classifiers trained on them.",
+        help="Finds and removes backdoors in labelled image sets, in classifiers and in CLIP models.",
         help_epilogue="Exit codes: 0 nothing found or done, 1 findings, 2 error, 3 inconclusive or not accepted.",
         version=__version__,
         help_format="plaintext",
@@ -38,6 +38,13 @@ def build_app() -> App:
     purify.command(
         "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
     )
+    of_clips = {
+        "par": "Repair a CLIP with image-caption pairs: perturb and recover.",
+        "clean-clip": "Repair a CLIP with image-caption pairs: CleanCLIP, a baseline.",
+        "fine-tuning": "Fine-tune a CLIP on image-caption pairs, the plainest baseline.",
+    }
+    for name, text in of_clips.items():
+        purify.command(f"unpoison.cli.purify_clip:{name.replace('-', '_')}", name=name, help=text)
     app.command("unpoison.cli.demo:demo", name="demo", help="Poison, scan, purify, report: no data needed.", sort_key=0)
     app.command(scan)
     app.command(purify)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unpoison.planning import Plan
     from unpoison.results import Purification
     from unpoison.runs import Run
-    from unpoison.types import ImageTextModel
+    from unpoison.types import ZeroShotModel
 
 
 def demo(
@@ -64,7 +64,7 @@ def demo(
     return 0 if result.accepted else INCONCLUSIVE
 
 
-def _plan(config: DemoConfig, clip: ImageTextModel, run: Run) -> Plan:
+def _plan(config: DemoConfig, clip: ZeroShotModel, run: Run) -> Plan:
     from unpoison.data.sources import open_images
     from unpoison.models.classifier import new_classifier
     from unpoison.planning import plan_demo, probe

@@ -50,24 +50,37 @@ def read_class_names(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def begin(console: Console, options: Running, path: Path, inputs: Mapping[str, Any]) -> Run:
+def begin(
+    console: Console, options: Running, path: Path, inputs: Mapping[str, Any], *, precision: str | None = None
+) -> Run:
     """The run in its folder: new, or the one of the same inputs that is to be continued."""
+    from dataclasses import replace
+
     from unpoison.runs import RunFolder
 
-    folder = RunFolder.open(path, inputs)
-    if folder.finished:
+    run = run_without_folder(console, options, precision=precision)
+    with run.accelerator.main_process_first():  # one of several processes begins the folder
+        folder = RunFolder.open(path, inputs)
+    if folder.finished and run.accelerator.is_main_process:
         console.log(f"{path} holds the finished run of these inputs; this is its result")
-    return run_without_folder(console, options, folder)
+    return replace(run, folder=folder)
 
 
-def run_without_folder(console: Console, options: Running, folder: Any = None) -> Run:
-    """A run that stores nothing but what goes into the cache, unless ``folder`` is given."""
+def run_without_folder(console: Console, options: Running, *, precision: str | None = None) -> Run:
+    """A run that stores nothing but what goes into the cache. Of several processes the first tells its progress.
+
+    ``precision``: "no", "bf16" or "fp16" for training; None leaves it to accelerate's own settings.
+    """
     from accelerate import Accelerator
 
-    from unpoison.runs import Run
+    from unpoison.runs import Run, Silent
 
+    accelerator = Accelerator(mixed_precision=precision)
     return Run(
-        accelerator=Accelerator(), seed=options.seed, progress=console, cache=cache_folder(options.cache), folder=folder
+        accelerator=accelerator,
+        seed=options.seed,
+        progress=console if accelerator.is_main_process else Silent(),
+        cache=cache_folder(options.cache),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +11,7 @@ from rich.table import Table
 from unpoison.cli.console import printable
 
 if TYPE_CHECKING:
-    from unpoison.results import DatasetScan, Evaluation, Interval, PoisonEstimate, SampleScores, Split
+    from unpoison.results import ClipEvaluation, DatasetScan, Evaluation, Interval, PoisonEstimate, SampleScores, Split
 
 _NAMED = 5  # target labels named in the verdict
 
@@ -60,7 +60,7 @@ def suspects_table(scores: SampleScores, split: Split, count: int) -> Table:
     return table
 
 
-def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
+def evaluation_table(evaluations: Mapping[str, Evaluation | ClipEvaluation]) -> Table:
     """One column for each evaluation (before, after, ...), one row for each rate with its interval and n."""
     results = list(evaluations.values())
     table = plain_table("", *evaluations, "n", right=(*evaluations, "n"))
@@ -76,6 +76,13 @@ def evaluation_table(evaluations: dict[str, Evaluation]) -> Table:
         excess = ("" if result.asr_excess is None else f"{result.asr_excess:.1f} %" for result in results)
         table.add_row("excess ASR", *excess, "")
         row("robust accuracy", [result.ra for result in results])
+    for key, name in (("image_to_text", "R@1, image to text"), ("text_to_image", "R@1, text to image")):
+        found = [getattr(result, key, None) for result in results]
+        if any(recall is not None for recall in found):
+            row(name, [None if recall is None else recall.at_1 for recall in found])
+    asr = [getattr(result, "retrieval_asr", None) for result in results]
+    if any(value is not None for value in asr):
+        row("retrieval ASR", asr)
     return table
 
 

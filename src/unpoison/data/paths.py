@@ -58,13 +58,13 @@ class InsideFolder:
             return str(error.strerror)
         return f"{status.st_size} {status.st_mtime_ns}"
 
-    def read(self, path: str) -> bytes:
-        """The bytes of a file inside the root. Raises PathRefused, also for one that cannot be read."""
+    def read(self, path: str, largest: int = _LARGEST_FILE) -> bytes:
+        """The bytes of a file inside the root. Raises PathRefused, also for one that cannot be read or has more."""
         real = Path(self.resolve(path))
         try:
             size = real.stat().st_size
-            if size > _LARGEST_FILE:
-                raise PathRefused(f"{path[:120]!r} has {size:,} bytes, more than {_LARGEST_FILE:,}")
+            if size > largest:
+                raise PathRefused(f"{path[:120]!r} has {size:,} bytes, more than {largest:,}")
             return real.read_bytes()
         except OSError as error:
             raise PathRefused(f"{path[:120]!r} cannot be read: {error.strerror}") from error

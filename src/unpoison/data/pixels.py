@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -16,7 +17,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from unpoison.data.sources import LabelledImages, check_skips
+from unpoison.data.encoded import Overlay, Picture
+from unpoison.data.sources import check_skips
 from unpoison.errors import UsageError
 from unpoison.results import SkippedRow, write_atomically
 from unpoison.runs import Progress
@@ -24,6 +26,26 @@ from unpoison.runs import Progress
 _BATCH = 1024
 _IN_MEMORY = 1 << 30  # bytes of pixels; more go to a temporary file when there is no cache folder
 _VERSION = b"pixels-1"  # raised when decoding or resizing changes
+
+
+@runtime_checkable
+class ImageRows(Protocol):
+    """Encoded images with ids: labelled images, image-text pairs, or any other set of pictures."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ids(self) -> list[str]: ...
+
+    @property
+    def overlay(self) -> Overlay | None: ...
+
+    def __len__(self) -> int: ...
+
+    def raw(self, indices: Iterable[int] | np.ndarray) -> list[bytes | SkippedRow]: ...
+
+    def decode(self, indices: Iterable[int] | np.ndarray) -> list[Picture]: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +57,7 @@ class Pixels:
     skipped: tuple[SkippedRow, ...]
 
 
-def load_pixels(source: LabelledImages, size: int, *, cache: Path | None, progress: Progress) -> Pixels:
+def load_pixels(source: ImageRows, size: int, *, cache: Path | None, progress: Progress) -> Pixels:
     """All images of ``source`` at ``size`` pixels: the short side scaled (bicubic), the centre kept.
 
     With a ``cache`` folder the array is kept there under a hash of the images' bytes, the size and the overlay, and a
@@ -73,10 +95,8 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def _content_key(source: LabelledImages, size: int) -> str:
-    """Hash of what the pixels depend on, and of nothing else (not of the name, the labels or the folder)."""
-    digest = hashlib.blake2b(_VERSION, digest_size=20)
-    digest.update(size.to_bytes(8, "little"))
+def hash_images(digest: Any, source: ImageRows) -> None:
+    """Feed ``digest`` with what decides the pictures, and with nothing else (not the name, labels or captions)."""
     if source.overlay is not None:  # an overlay tells images apart by their ids
         digest.update(msgspec.json.encode([source.overlay.fingerprint, source.ids]))
     for rows in _batches(len(source)):
@@ -84,10 +104,16 @@ def _content_key(source: LabelledImages, size: int) -> str:
             data = b"" if isinstance(content, SkippedRow) else content
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
+
+
+def _content_key(source: ImageRows, size: int) -> str:
+    digest = hashlib.blake2b(_VERSION, digest_size=20)
+    digest.update(size.to_bytes(8, "little"))
+    hash_images(digest, source)
     return digest.hexdigest()
 
 
-def _fill(source: LabelledImages, array: np.ndarray, progress: Progress) -> Pixels:
+def _fill(source: ImageRows, array: np.ndarray, progress: Progress) -> Pixels:
     size = array.shape[1]
     usable = np.ones(len(source), dtype=bool)
     skipped: list[SkippedRow] = []
@@ -104,7 +130,7 @@ def _fill(source: LabelledImages, array: np.ndarray, progress: Progress) -> Pixe
     return Pixels(array=array, usable=usable, skipped=tuple(skipped))
 
 
-def _fill_file(source: LabelledImages, path: Path, shape: tuple[int, ...], progress: Progress) -> Pixels:
+def _fill_file(source: ImageRows, path: Path, shape: tuple[int, ...], progress: Progress) -> Pixels:
     """Decode into a file of another name, then rename: a killed run leaves nothing that looks finished."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +156,7 @@ def _fill_file(source: LabelledImages, path: Path, shape: tuple[int, ...], progr
     return pixels
 
 
-def _stored(path: Path, shape: tuple[int, ...], source: LabelledImages) -> Pixels | None:
+def _stored(path: Path, shape: tuple[int, ...], source: ImageRows) -> Pixels | None:
     """The pixels kept at ``path``, or None when they are absent or damaged."""
     try:
         reasons = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=dict[int, str])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.nn import functional
 
 from unpoison.errors import ConfigError
@@ -27,12 +29,24 @@ def random_crop(
         )
     if padding == 0 or batch == 0:
         return images
+    shifts = torch.randint(2 * padding + 1, (2, batch), generator=generator, device=generator.device)
+    return crop_at(images, shifts[0], shifts[1], padding, fill=fill)
+
+
+def crop_at(
+    images: Images,
+    top: Int[Tensor, " b"],
+    left: Int[Tensor, " b"],
+    padding: int,
+    *,
+    fill: Literal["reflect", "zero"] = "reflect",
+) -> Images:
+    """Each image's window that begins at (``top``, ``left``) of the image with ``padding`` pixels added all around."""
+    batch, _, height, width = images.shape
     margins = (padding,) * 4
     padded = functional.pad(images, margins, mode="reflect") if fill == "reflect" else functional.pad(images, margins)
-    shifts = torch.randint(2 * padding + 1, (2, batch, 1), generator=generator, device=generator.device)
-    top, left = shifts.to(images.device)
-    rows = top + torch.arange(height, device=images.device)
-    columns = left + torch.arange(width, device=images.device)
+    rows = top.to(images.device)[:, None] + torch.arange(height, device=images.device)
+    columns = left.to(images.device)[:, None] + torch.arange(width, device=images.device)
     samples = torch.arange(batch, device=images.device)[:, None, None]
     # Channels last in the index, so that one gather moves whole pixels.
     windows = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]]

@@ -6,14 +6,14 @@ import time
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import trigger_test_source
 from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, NotEnoughDataError
-from unpoison.evaluation.intervals import wilson
+from unpoison.evaluation.intervals import rate
 from unpoison.evaluation.metrics import der, excess_asr
 from unpoison.models.image_classifier import evaluation_mode
 from unpoison.results import Evaluation, Interval
@@ -51,7 +51,7 @@ def evaluate_classifier(
     return Evaluation(
         model=name,
         data=source.name,
-        c_acc=_rate(hits[usable]),
+        c_acc=rate(hits[usable]),
         asr=rates.get("asr"),
         asr_floor=rates.get("floor"),
         asr_excess=excess_asr(rates["asr"].value, rates["floor"].value) if rates else None,
@@ -125,22 +125,47 @@ def _trigger_rates(
     batch_size: int,
 ) -> dict[str, Interval]:
     triggered, rows, attack_labels = trigger_test_source(source, poisoning)
-    if not clean.usable[rows].any():
+    where = f"{source.name}: samples outside the target class {poisoning.target_name!r}"
+    check_attackable(clean.usable[rows], where)
+    pixels = load_pixels(triggered, classifier.image_size, cache=run.cache, progress=run.progress)
+    attacked = predict(classifier, pixels, run=run, batch_size=batch_size, what="triggered images")
+    return trigger_rates(
+        attacked,
+        guesses[rows],
+        triggered.labels,
+        attack_labels,
+        usable=pixels.usable & clean.usable[rows],
+        where=where,
+    )
+
+
+def trigger_rates(
+    attacked: Int[np.ndarray, " k"],
+    clean: Int[np.ndarray, " k"],
+    labels: Int[np.ndarray, " k"],
+    attack_labels: Int[np.ndarray, " k"],
+    *,
+    usable: Bool[np.ndarray, " k"],
+    where: str,
+) -> dict[str, Interval]:
+    """ASR, its floor and RA ("asr", "floor", "ra") of guesses with and without the trigger on ``usable`` rows, y != t.
+
+    Raises NotEnoughDataError, naming ``where``, when there is none.
+    """
+    check_attackable(usable, where)
+    return {
+        "asr": rate((attacked == attack_labels)[usable]),
+        "floor": rate((clean == attack_labels)[usable]),
+        "ra": rate((attacked == labels)[usable]),
+    }
+
+
+def check_attackable(usable: Bool[np.ndarray, " k"], where: str) -> None:
+    """Raises NotEnoughDataError where no sample is left to measure the attack on."""
+    if not usable.any():
         raise NotEnoughDataError(
-            f"{source.name}: samples outside the target class {poisoning.target_name!r}",
+            where,
             have=0,
             need=1,
             hint="The attack success is measured on samples of other classes: give a test set that has some.",
         )
-    pixels = load_pixels(triggered, classifier.image_size, cache=run.cache, progress=run.progress)
-    attacked = predict(classifier, pixels, run=run, batch_size=batch_size, what="triggered images")
-    usable = pixels.usable & clean.usable[rows]
-    return {
-        "asr": _rate((attacked == attack_labels)[usable]),
-        "floor": _rate((guesses[rows] == attack_labels)[usable]),
-        "ra": _rate((attacked == triggered.labels)[usable]),
-    }
-
-
-def _rate(hits: np.ndarray) -> Interval:
-    return wilson(int(hits.sum()), len(hits))

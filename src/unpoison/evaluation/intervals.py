@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool
 from scipy.stats import t as student
 
 from unpoison.errors import NotEnoughDataError, UsageError
@@ -51,6 +52,11 @@ def wilson(successes: int, n: int, z: float = Z_95) -> Interval:
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return Interval(value=100 * share, low=100 * low, high=100 * high, n=n)
+
+
+def rate(hits: Bool[np.ndarray, " n"]) -> Interval:
+    """The share of hits in percent with its Wilson interval. Raises NotEnoughDataError for none at all."""
+    return wilson(int(hits.sum()), len(hits))
 
 
 def mean_over_seeds(values: Sequence[float]) -> SeedMean:

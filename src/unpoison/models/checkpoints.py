@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,12 +41,14 @@ class Checkpoint:
     """Weights under plain keys, and what it takes to write them back as they came.
 
     ``wrapper`` is the path of dictionary keys that the weights lay under, ``prefix`` what all keys began with.
+    ``beside`` holds the plain values (an epoch, a name) at each level of the wrapper, from outside in.
     """
 
     weights: dict[str, Tensor]
     wrapper: tuple[str, ...] = ()
     prefix: str = ""
     file_name: str = "model.safetensors"
+    beside: tuple[dict[str, Any], ...] = ()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -83,7 +86,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         )
     _check_dense(path, weights)
     check_finite(weights, name=str(path))
-    return Checkpoint(weights=weights, wrapper=wrapper, prefix=prefix, file_name=path.name)
+    beside = _plain_values(content, wrapper)
+    return Checkpoint(weights=weights, wrapper=wrapper, prefix=prefix, file_name=path.name, beside=beside)
 
 
 def normalise_keys(content: Mapping) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
@@ -99,6 +103,20 @@ def normalise_keys(content: Mapping) -> tuple[dict[str, Tensor], tuple[str, ...]
     }
     prefix = _PREFIX if weights and all(key.startswith(_PREFIX) for key in weights) else ""
     return {key.removeprefix(prefix): value for key, value in weights.items()}, wrapper, prefix
+
+
+def _plain_values(content: Mapping, wrapper: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
+    levels = []
+    for key in (*wrapper, None):
+        levels.append(
+            {
+                name: value
+                for name, value in content.items()
+                if isinstance(name, str) and (value is None or isinstance(value, bool | int | float | str))
+            }
+        )
+        content = content if key is None else content[key]
+    return tuple(levels)
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

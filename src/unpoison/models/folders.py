@@ -21,9 +21,10 @@ _MAX_JSON_BYTES = 64 * 1024**2
 _PATTERNS = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, *, pickles: bool = False) -> None:
     """Refuse what could run code, fetch something else or read outside the folder; look at every weights header.
 
+    ``pickles``: the caller reads pickled weights too, as tensors only.
     Raises UnsafeCheckpointError for links that leave the folder, for a config that asks for code of its own
     (``auto_map``, kernels from a hub), and for weights that exist as pickles only; ModelError for damage.
     """
@@ -35,7 +36,7 @@ def check_model_folder(folder: Path) -> None:
         elif path.suffix == ".json":
             _check_config(path)
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickled and not any(name.endswith(".safetensors") for name in names):
+    if pickled and not pickles and not any(name.endswith(".safetensors") for name in names):
         raise UnsafeCheckpointError(
             f"{folder}: the weights are a pickle only ({pickled[0]}). Nothing of it was loaded.",
             hint="Where you trust its author, save the model again with save_pretrained, which writes safetensors.",

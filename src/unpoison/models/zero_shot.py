@@ -27,7 +27,7 @@ from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.errors import ConfigError, DataError
 from unpoison.results import SkippedRow, write_atomically
 from unpoison.runs import Run
-from unpoison.types import Embeddings, ImageTextModel
+from unpoison.types import Embeddings, ZeroShotModel
 
 T = TypeVar("T")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -72,7 +72,7 @@ class _Batch:
 
 
 def zero_shot_logits(
-    clip: ImageTextModel,
+    clip: ZeroShotModel,
     source: LabelledImages,
     *,
     run: Run,
@@ -110,7 +110,7 @@ def zero_shot_logits(
 
 
 def class_embeddings(
-    clip: ImageTextModel, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
+    clip: ZeroShotModel, class_names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> Embeddings:
     """One unit embedding [c, d] per class: the mean of its templates' unit embeddings, scaled to length 1.
 
@@ -126,7 +126,7 @@ def class_embeddings(
     return embeddings.clone()
 
 
-def cut_off(clip: ImageTextModel, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
+def cut_off(clip: ZeroShotModel, class_names: Sequence[str], templates: Sequence[str]) -> tuple[str, ...]:
     """The class names that at least one template loses a part of."""
     return tuple(
         name
@@ -150,7 +150,7 @@ def read_ahead(items: Iterator[T], depth: int = 2) -> Iterator[T]:
 
 
 def _batches(
-    clip: ImageTextModel, source: LabelledImages, key: bytes, size: int, cache: Path | None
+    clip: ZeroShotModel, source: LabelledImages, key: bytes, size: int, cache: Path | None
 ) -> Iterator[_Batch]:
     folder = None if cache is None else cache / "clip-logits"
     if folder is not None:
@@ -169,7 +169,7 @@ def _batches(
             yield _read(clip, source, start, stop, chunk=path if stop == last else None)
 
 
-def _read(clip: ImageTextModel, source: LabelledImages, start: int, stop: int, *, chunk: Path | None) -> _Batch:
+def _read(clip: ZeroShotModel, source: LabelledImages, start: int, stop: int, *, chunk: Path | None) -> _Batch:
     pictures = source.decode(np.arange(start, stop))
     good = [picture for picture in pictures if isinstance(picture, Image.Image)]
     return _Batch(
@@ -183,7 +183,7 @@ def _read(clip: ImageTextModel, source: LabelledImages, start: int, stop: int, *
 
 
 @torch.inference_mode()
-def _cosines(clip: ImageTextModel, images: Tensor, texts: Tensor) -> np.ndarray:
+def _cosines(clip: ZeroShotModel, images: Tensor, texts: Tensor) -> np.ndarray:
     embeddings = clip.encode_images(images.to(texts.device, non_blocking=True))
     return (embeddings @ texts.T).float().cpu().numpy()
 
@@ -209,7 +209,7 @@ def _refuse_twins(class_names: Sequence[str], each: Tensor) -> None:
         )
 
 
-def _key_of_scorer(clip: ImageTextModel, source: LabelledImages, templates: Sequence[str], texts: Tensor) -> bytes:
+def _key_of_scorer(clip: ZeroShotModel, source: LabelledImages, templates: Sequence[str], texts: Tensor) -> bytes:
     overlay = None if source.overlay is None else source.overlay.fingerprint
     device = (texts.device.type, str(next(clip.module.parameters()).dtype))
     parts = (clip.fingerprint, _prompts(source.class_names, templates), overlay, device)

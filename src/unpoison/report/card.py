@@ -42,8 +42,8 @@ def model_card(
     parts = [
         "---\nlibrary_name: unpoison\npipeline_tag: image-classification\ntags:\n- unpoison\n- backdoor-defense\n---",
         "# Purified image classifier",
-        f"{accepted} {_sentence(result.reason)}",
-        _table(
+        f"{accepted} {sentence(result.reason)}",
+        table(
             ("", ""),
             [
                 ("base model", code(base_model, cell=True)),
@@ -57,18 +57,18 @@ def model_card(
             ],
         ),
         "## What is safe to use",
-        _sentence(result.protects),
+        sentence(result.protects),
         "## Before and after",
         *_rates(result),
         "## Data",
         f"{count(result.clean_count)} training images counted as clean and were trained on; "
         f"{count(result.suspect_count)} counted as suspect and were unlearned.",
         *_estimate(result, class_names),
-        _listed("Inputs", result.inputs),
+        listed("Inputs", result.inputs),
         "## Method configuration",
-        _listed("Setting", result.config),
+        listed("Setting", result.config),
         "## Limits",
-        *[f"- {_sentence(line)}" for line in result.not_covered],
+        *[f"- {sentence(line)}" for line in result.not_covered],
         "- A purified model is only as good as the tests above: a backdoor that none of them shows may remain.",
     ]
     if class_names:
@@ -86,7 +86,7 @@ def code(text: object, *, cell: bool = False) -> str:
     return span.replace("|", "\\|") if cell else span
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     """Prose from a result file: letters and common marks stay prose, anything else makes it a code span."""
     shown = plain(text).strip()
     return shown if re.fullmatch(r"[\w ,.:;%()'/+–−=-]*", shown) and not _linkable(shown) else code(shown)  # noqa: RUF001
@@ -105,21 +105,24 @@ def _rates(result: Purification) -> list[str]:
             f"{percent(result.held_out_after)} after (a fall of at most {result.bound:g} points is accepted)."
         ]
     evaluation = result.after or result.before
-    lines = [
-        _table(
-            ("rate", "before", "after", "change, points"),
-            [
-                (row.name, _rate(row.before, row.before_text), _rate(row.after, row.after_text), row.change or "–")  # noqa: RUF001
-                for row in rows
-            ],
-        ),
-        "Percent, with 95 % Wilson intervals. " + " ".join(_meaning(row) for row in rows),
-    ]
+    lines = rates_table(rows)
     if evaluation is not None:
         attack = f", attack {code(evaluation.attack)}" if evaluation.attack else ""
         target = f", target {code(evaluation.target)}" if evaluation.target else ""
         lines.append(f"Test data: {code(evaluation.data)}{attack}{target}.")
     return lines
+
+
+def rates_table(rows: Sequence[RateRow]) -> list[str]:
+    """The rates before and after as a table, and below it what each means."""
+    lines = [
+        (row.name, _rate(row.before, row.before_text), _rate(row.after, row.after_text), row.change or "–")  # noqa: RUF001
+        for row in rows
+    ]
+    return [
+        table(("rate", "before", "after", "change, points"), lines),
+        "Percent, with 95 % Wilson intervals. " + " ".join(_meaning(row) for row in rows),
+    ]
 
 
 def _meaning(row: RateRow) -> str:
@@ -152,16 +155,18 @@ def _estimate(result: Purification, class_names: Sequence[str]) -> list[str]:
     ]
 
 
-def _listed(title: str, values: dict[str, Any]) -> str:
+def listed(title: str, values: dict[str, Any]) -> str:
+    """A table of names and values in code spans; nothing for no values."""
     if not values:
         return ""
     rows = [
         (code(name, cell=True), code(value if isinstance(value, str) else json.dumps(value, default=str), cell=True))
         for name, value in values.items()
     ]
-    return _table((title, "value"), rows)
+    return table((title, "value"), rows)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; the cells are taken as they are."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

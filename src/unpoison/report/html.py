@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,68 +13,23 @@ from markupsafe import Markup
 from unpoison import __version__
 from unpoison.errors import UsageError
 from unpoison.report import charts
-from unpoison.report.rates import RateRow, excess_of, rate_rows
+from unpoison.report.clip_views import clip_view, drift_rows
+from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
+from unpoison.report.rates import excess_of, rate_rows
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import count, counted, duration, interval, percent, plain, shortened, tied
 from unpoison.report.views import (
     SHOWN_SKIPPED,
     Figure,
     ScanView,
-    Verdict,
     command,
     evaluation_verdict,
-    facts,
     purification_verdict,
     rates_figure,
     scan_verdict,
     scan_view,
 )
-from unpoison.results import DatasetScan, Evaluation, Purification, write_atomically
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """Something to do next; ``line`` is a shell command."""
-
-    text: str
-    line: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tile:
-    value: str
-    name: str
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationView:
-    name: str
-    result: Evaluation
-    verdict: Verdict
-    rows: list[RateRow]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunView:
-    """What the templates show of one run."""
-
-    anchor: str
-    kind: str
-    run: ReportRun
-    verdict: Verdict
-    tiles: list[Tile]
-    steps: list[Step]
-    scan: ScanView | None
-    rows: list[RateRow] = field(default_factory=list)
-    rates: Figure | None = None
-    history: list[Figure] = field(default_factory=list)
-    evaluations: list[EvaluationView] = field(default_factory=list)
-    tested: list[str]
-    not_covered: list[str]
-    warnings: list[str]
-    provenance: list[tuple[str, list[tuple[str, str]]]]
-    summary: dict[str, str]
+from unpoison.results import DatasetScan, write_atomically
 
 
 def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
@@ -131,6 +85,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "count": count,
         "counted": counted,
+        "drift_rows": drift_rows,
         "duration": duration,
         "interval": interval,
         "percent": percent,
@@ -150,6 +105,8 @@ def _asset(environment: Environment, name: str) -> str:
 def _run_view(run: ReportRun, anchor: str) -> RunView:
     if run.purification is not None:
         return _purification_view(run, anchor)
+    if run.clip is not None:
+        return clip_view(run, run.clip, anchor)
     if run.scan is not None:
         return _dataset_view(run, run.scan, anchor)
     return _evaluation_view(run, anchor)
@@ -182,7 +139,7 @@ def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
         ],
         not_covered=list(scan.not_covered),
         warnings=[*scan.warnings, *run.notes],
-        provenance=_provenance(run, scan, source=scan.source),
+        provenance=provenance(run, scan, source=scan.source),
         summary={
             "found": scan.estimate.reason,
             "flagged": f"{count(scan.flagged)} of {count(usable)}",
@@ -275,24 +232,20 @@ def _purification_view(run: ReportRun, anchor: str) -> RunView:
         tested=tested,
         not_covered=list(result.not_covered) + list(run.scan.not_covered if run.scan else ()),
         warnings=[*(run.scan.warnings if run.scan else ()), *run.notes],
-        provenance=_provenance(run, result),
+        provenance=provenance(run, result),
         summary={
             "found": result.reason,
             "flagged": count(result.suspect_count),
-            "accuracy": _arrow(
+            "accuracy": arrow(
                 result.before.c_acc.value if result.before else result.held_out_before,
                 result.after.c_acc.value if result.after else result.held_out_after,
             ),
-            "excess": _arrow(
+            "excess": arrow(
                 excess_of(result.before) if result.before and result.before.asr else None,
                 excess_of(result.after) if result.after and result.after.asr else None,
             ),
         },
     )
-
-
-def _arrow(before: float | None, after: float | None) -> str:
-    return " → ".join(percent(value) for value in (before, after) if value is not None)
 
 
 def _purification_steps(run: ReportRun, accepted: bool, separation: ScanView | None) -> list[Step]:
@@ -344,30 +297,10 @@ def _evaluation_view(run: ReportRun, anchor: str) -> RunView:
         tested=[f"{view.result.model} on {view.result.data}." for view in views],
         not_covered=[untested if first.asr is None else "Other triggers than the one of the manifest."],
         warnings=list(run.notes),
-        provenance=_provenance(run, first),
+        provenance=provenance(run, first),
         summary={
             "found": f"attack {first.attack}" if first.attack else "no attack tested",
             "accuracy": percent(first.c_acc.value),
             "excess": percent(excess_of(first)) if first.asr else "",
         },
     )
-
-
-def _provenance(
-    run: ReportRun, result: DatasetScan | Purification | Evaluation, *, source: str | None = None
-) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Captioned tables: the run, what it was given, its configuration, the content hashes of its inputs."""
-    rows: list[tuple[str, object]] = [("folder or file", run.path), ("source", source)]
-    if not isinstance(result, Evaluation):
-        rows += [("method", result.method), ("seed", result.seed)]
-    rows.append(("time taken", duration(result.seconds)))
-    if run.finished_at is not None:
-        rows.append(("finished", run.finished_at.strftime("%Y-%m-%d %H:%M UTC")))
-    rows.append(("report by", f"unpoison {__version__}"))
-    tables = [("Run", facts((name, value) for name, value in rows if value is not None))]
-    if not isinstance(result, Evaluation):
-        tables.append(("Configuration", facts(result.config.items())))
-    tables.append(("The command's inputs", facts(run.inputs.items())))
-    if not isinstance(result, Evaluation):
-        tables.append(("Hashes and versions", facts(result.inputs.items())))
-    return tables

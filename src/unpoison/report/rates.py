@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unpoison.report.text import change, percent
-from unpoison.results import Evaluation, Interval
+from unpoison.results import ClipEvaluation, Evaluation, Interval
+
+Rated = Evaluation | ClipEvaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class RateRow:
     change: str = ""
 
 
-def excess_of(result: Evaluation) -> float:
+def excess_of(result: Rated) -> float:
     """ASR above its floor, in percent points."""
     if result.asr_excess is not None:
         return result.asr_excess
@@ -29,7 +31,7 @@ def excess_of(result: Evaluation) -> float:
     return max(0.0, result.asr.value - floor) if result.asr else 0.0
 
 
-def der_of(before: Evaluation, after: Evaluation) -> float | None:
+def der_of(before: Rated, after: Rated) -> float | None:
     """Defense effectiveness rating in percent: [max(0, ASR fall) - max(0, C-Acc fall) + 1] / 2."""
     if before.asr is None or after.asr is None:
         return None
@@ -38,7 +40,7 @@ def der_of(before: Evaluation, after: Evaluation) -> float | None:
     return (asr_fall - accuracy_fall + 100) / 2
 
 
-def rate_rows(before: Evaluation | None, after: Evaluation | None) -> list[RateRow]:
+def rate_rows(before: Rated | None, after: Rated | None) -> list[RateRow]:
     """C-Acc, ASR, floor, excess, RA and DER of one or two evaluations; rates that neither has are left out."""
     rows = [
         _rate_row(name, meaning, getattr(before, field, None), getattr(after, field, None))
@@ -66,6 +68,31 @@ def rate_rows(before: Evaluation | None, after: Evaluation | None) -> list[RateR
         meaning = "defense effectiveness: 50 % = no effect, 100 % = attack gone at no cost"
         rows.append(RateRow(name="DER", meaning=meaning, after_text=percent(der)))
     return rows
+
+
+def retrieval_rows(before: ClipEvaluation | None, after: ClipEvaluation | None) -> list[RateRow]:
+    """R@1, R@5 and R@10 both ways and the retrieval ASR with its floor; rates that neither has are left out."""
+    rows = [
+        _rate_row(f"R@{k}, {way}", f"{meaning} {k}", _recall(before, key, k), _recall(after, key, k))
+        for key, way, meaning in (
+            ("image_to_text", "image to text", "images that find a caption of theirs among the first"),
+            ("text_to_image", "text to image", "captions that find their image among the first"),
+        )
+        for k in (1, 5, 10)
+    ]
+    rows += [
+        _rate_row(name, meaning, getattr(before, key, None), getattr(after, key, None))
+        for key, name, meaning in (
+            ("retrieval_asr", "Retrieval ASR", "triggered images with a caption of the target among the first five"),
+            ("retrieval_asr_floor", "Retrieval ASR floor", "the same images without the trigger"),
+        )
+    ]
+    return [row for row in rows if row.before or row.after]
+
+
+def _recall(result: ClipEvaluation | None, key: str, k: int) -> Interval | None:
+    found = None if result is None else getattr(result, key)
+    return None if found is None else getattr(found, f"at_{k}")
 
 
 def _rate_row(name: str, meaning: str, before: Interval | None, after: Interval | None) -> RateRow:

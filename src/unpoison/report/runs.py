@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from unpoison.clip_results import ClipPurification
 from unpoison.data.images import UndecodableImage, decode_image
 from unpoison.errors import ResultError
 from unpoison.report.text import plain
@@ -33,6 +34,7 @@ _MAX_THUMBNAIL_CHARACTERS = 256 * 2**10
 _KINDS = {
     "unpoison/dataset-scan": DatasetScan,
     "unpoison/purification": Purification,
+    "unpoison/clip-purification": ClipPurification,
     "unpoison/evaluation": Evaluation,
 }
 
@@ -64,6 +66,7 @@ class ReportRun:
     inputs: dict[str, Any] = field(default_factory=dict)
     scan: DatasetScan | None = None
     purification: Purification | None = None
+    clip: ClipPurification | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     scores: SampleScores | None = None
     split: Split | None = None
@@ -86,9 +89,9 @@ def read_run(path: Path) -> ReportRun:
             hint="Give the -o folder of an unpoison command, or an evaluation JSON file.",
         )
     scan = _read_json(path / "scan.json", DatasetScan)
-    purification = _read_json(path / "purification.json", Purification)
+    purified = _read_file(path / "purification.json") if (path / "purification.json").exists() else None
     evaluations = {file.stem: Evaluation.load(file) for file in sorted(path.glob("evaluation*.json"))}
-    if scan is None and purification is None and not evaluations:
+    if scan is None and purified is None and not evaluations:
         raise ResultError(
             f"{path}: expected scan.json, purification.json or evaluation*.json, found none of them.",
             hint="Repeat the command that writes this folder; the same command continues an interrupted run.",
@@ -99,7 +102,8 @@ def read_run(path: Path) -> ReportRun:
         path=str(path),
         inputs=_read_inputs(path / "run.json"),
         scan=scan,
-        purification=purification,
+        purification=purified.purification if purified else None,
+        clip=purified.clip if purified else None,
         evaluations=evaluations,
         scores=SampleScores.load(path / "scores.parquet") if (path / "scores.parquet").exists() else None,
         split=Split.load(path / "split.parquet") if (path / "split.parquet").exists() else None,
@@ -110,9 +114,11 @@ def read_run(path: Path) -> ReportRun:
 
 
 def _read_file(path: Path) -> ReportRun:
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         head = msgspec.json.decode(data)
+    except OSError as error:
+        raise ResultError(f"{path}: cannot be read ({error.strerror}).", hint="Repeat the step.") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ResultError(
             f"{path}: not a JSON result ({error}).", hint="Give a run folder, or the JSON file of one result."
@@ -129,6 +135,7 @@ def _read_file(path: Path) -> ReportRun:
         path=str(path),
         scan=result if isinstance(result, DatasetScan) else None,
         purification=result if isinstance(result, Purification) else None,
+        clip=result if isinstance(result, ClipPurification) else None,
         evaluations={path.stem: result} if isinstance(result, Evaluation) else {},
         finished_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
     )

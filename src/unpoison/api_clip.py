@@ -1,0 +1,156 @@
+"""The public verbs for CLIP models: a backdoored one in, a repaired copy out.
+
+from unpoison import load_any_clip, open_pairs, purify_with_par, save_clip
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from unpoison import __version__
+from unpoison.clip_results import ClipPurification
+from unpoison.clip_training import ClipRepair, PairTrainingConfig
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
+from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
+from unpoison.defenses.par import PARConfig, repair_with_par
+from unpoison.runs import Run
+from unpoison.types import ImageTextModel
+
+Config = TypeVar("Config", bound=PairTrainingConfig)
+
+DRIFTED = 0.5
+"""Mean cosine with the old embeddings under which the result warns that what was built on them no longer fits."""
+CLIP_LIMITS = (
+    "Whether a backdoor was there, and whether it is gone: no trigger is known to the method. The rates before and "
+    "after are measured only where test images and a manifest are given.",
+    "The pairs are taken to be clean; a backdoor in them is learnt.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPurifyOutcome:
+    """A repaired copy of the CLIP, and what was done to it."""
+
+    clip: ImageTextModel
+    purification: ClipPurification
+
+
+def purify_with_par(
+    clip: ImageTextModel, pairs: ImageTextPairs, *, config: PARConfig | None = None, run: Run | None = None
+) -> ClipPurifyOutcome:
+    """Perturb and recover a CLIP on clean or synthetic pairs (arXiv 2412.00727). The caller's model is never changed.
+
+    ``config`` None: the paper's, scaled to the model and the pairs (:meth:`PARConfig.scaled`). The result is refused
+    (``accepted`` is false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
+    Raises NotEnoughDataError, SourceFormatError, ModelError.
+    """
+    return _purify("par", repair_with_par, clip, pairs, config or _scaled(PARConfig, clip, pairs), run or Run())
+
+
+def purify_with_clean_clip(
+    clip: ImageTextModel, pairs: ImageTextPairs, *, config: CleanClipConfig | None = None, run: Run | None = None
+) -> ClipPurifyOutcome:
+    """CleanCLIP (arXiv 2303.03323), otherwise as :func:`purify_with_par`."""
+    config = config or _scaled(CleanClipConfig, clip, pairs)
+    return _purify("clean-clip", repair_with_clean_clip, clip, pairs, config, run or Run())
+
+
+def purify_with_fine_tuning(
+    clip: ImageTextModel, pairs: ImageTextPairs, *, config: FineTuningConfig | None = None, run: Run | None = None
+) -> ClipPurifyOutcome:
+    """Plain fine-tuning on clean pairs, otherwise as :func:`purify_with_par`."""
+    config = config or _scaled(FineTuningConfig, clip, pairs)
+    return _purify("fine-tuning", repair_with_fine_tuning, clip, pairs, config, run or Run())
+
+
+def _scaled(kind: type[Config], clip: ImageTextModel, pairs: ImageTextPairs) -> Config:
+    return kind.scaled(parameters=count_parameters(clip), samples=len(pairs))
+
+
+def count_parameters(clip: ImageTextModel) -> int:
+    """Numbers that training could change."""
+    return sum(value.numel() for value in clip.module.parameters())
+
+
+def _purify(
+    method: str,
+    repair_with: Callable[..., ClipRepair],
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: PairTrainingConfig,
+    run: Run,
+) -> ClipPurifyOutcome:
+    begun = time.monotonic()
+    repair = repair_with(clip, pairs, config, run=run)
+    accepted, reason = judge(repair, config)
+    kept = repair.kept
+    purification = ClipPurification(
+        method=method,
+        config=asdict(config),
+        accepted=accepted,
+        reason=reason,
+        protects="both towers' weights",
+        bound=config.bound,
+        steps=repair.steps,
+        planned_steps=repair.planned,
+        batch_size=repair.batch_size,
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+        held_out_before=repair.held_out_before,
+        held_out_after=repair.held_out_after,
+        chance=kept["chance"],
+        image_cosine=kept["image_cosine"],
+        text_cosine=kept["text_cosine"],
+        trained_pairs=repair.trained_pairs,
+        held_out_pairs=repair.held_out_pairs,
+        truncated_captions=repair.truncated,
+        stopped=repair.stopped,
+        warnings=(*repair.warnings, *_warnings(repair)),
+        skipped=(*pairs.skipped, *repair.skipped),
+        history=repair.history,
+        inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | _versions(),
+        not_covered=CLIP_LIMITS,
+    )
+    return ClipPurifyOutcome(clip=repair.model, purification=purification)
+
+
+def _versions() -> dict[str, str]:
+    """What the weights may depend on beside the inputs."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"unpoison": __version__, "python": platform.python_version()} | libraries
+
+
+def judge(repair: ClipRepair, config: PairTrainingConfig) -> tuple[bool, str]:
+    """Whether the repaired model is accepted, and why: training went through, and the held-out pairs still match."""
+    if repair.stopped:
+        return False, repair.stopped
+    fall = repair.held_out_before - repair.held_out_after
+    return fall <= config.bound, (
+        f"Held-out pairs find each other in {repair.held_out_after:.1f} percent of cases, "
+        f"{repair.held_out_before:.1f} before; a fall of at most {config.bound:.1f} points is accepted."
+    )
+
+
+def _warnings(repair: ClipRepair) -> tuple[str, ...]:
+    kept = repair.kept
+    warnings = [
+        f"The {tower} embeddings moved: mean cosine with the given model's is {kept[f'{tower}_cosine']:.2f}. "
+        "Indexes, heads and connectors built on those must be made again."
+        for tower in ("image", "text")
+        if kept[f"{tower}_cosine"] < DRIFTED
+    ]
+    if repair.truncated:
+        warnings.append(f"The tokenizer cuts off {repair.truncated:,} different captions.")
+    gain = repair.held_out_before - kept["chance"]
+    if gain < 5:
+        warnings.append(
+            "The given model hardly knows which caption belongs to which of these images: what training cost it cannot "
+            "be judged on them."
+        )
+    return tuple(warnings)

@@ -1,0 +1,201 @@
+"""Poisonings of image-caption pairs: which images, which trigger, which captions. The manifest is the ground truth.
+
+*Source.* The protocol of CLIP backdoors: Carlini, Terzis, "Poisoning and Backdooring Contrastive Learning", ICLR 2022
+(arXiv 2106.09667), as CleanCLIP (2303.03323) and PAR (2412.00727) use it: 1,500 of 500,000 pairs (0.3 %) get the
+trigger and, for a caption, a template filled with the target ("banana"); BadCLIP (2311.12075) takes natural captions of
+the target instead. The originals squash images to 224 x 224 before the trigger: ``size``.
+
+A poisoning is planned once, saved, reloaded and applied lazily: the images on disk stay untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unpoison.attacks.manifest import check_mode
+from unpoison.attacks.overlay import TriggerOverlay
+from unpoison.attacks.pair_manifest import CAPTIONS, PairPoisoning, check_choice
+from unpoison.attacks.prompts import TEMPLATES
+from unpoison.attacks.triggers import make_trigger
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.errors import ConfigError, DataError, NotEnoughDataError
+from unpoison.evaluation.retrieval import names
+from unpoison.types import Images
+
+LONGEST_TARGET = 200
+_CHUNK = 4096  # images whose captions are read at once
+
+
+def plan_pair_poisoning(
+    pairs: ImageTextPairs,
+    trigger: str,
+    *,
+    rate: float,
+    target: str,
+    captions: str = "templates",
+    seed: int = 0,
+    mode: str = "all-to-one",
+    size: int | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    natural_from: ImageTextPairs | None = None,
+    **params: Any,
+) -> PairPoisoning:
+    """Choose ``rate`` x the number of pairs, seeded, and write down what becomes of them. Nothing is changed.
+
+    ``target``: a word, or a few. ``captions``: "templates", each poisoned image gets one filled with the target;
+    "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name.
+    ``mode`` clean-label puts the trigger on images whose captions name the target, and leaves those captions.
+    ``size``: squash images to this many pixels before the trigger. ``params``: the trigger's parameters, ``resample``
+    among them where it has it.
+    Raises UnknownMethodError, ConfigError, NotEnoughDataError (too few images, or no natural caption of the target).
+    """
+    made = make_trigger(trigger, params)
+    check_mode(trigger, made, mode)
+    target = " ".join(target.split())
+    if not target or len(target) > LONGEST_TARGET or not set(target) - set("_ "):
+        raise ConfigError(
+            f"the target must be a text of 1 to {LONGEST_TARGET} characters, got {len(target)}.",
+            hint="Give a word or a few, such as 'banana'.",
+        )
+    check_choice("captions", captions, CAPTIONS)
+    if not templates or not all("{}" in template for template in templates):
+        raise ConfigError("expected templates that hold {}.", hint="Write 'a photo of a {}.', for example.")
+    if not 0 < rate <= 1:
+        raise ConfigError(f"rate must be in (0, 1], got {rate}.", hint="A rate of 0.003 poisons 0.3 % of the pairs.")
+    if seed < 0:
+        raise ConfigError(f"seed must be 0 or more, got {seed}.", hint="Use 0, 1, 2, ...")
+    named, natural = who_names(pairs, target)
+    if natural_from is not None:
+        natural = who_names(natural_from, target)[1]
+    random = np.random.default_rng(seed)
+    rows = _choose(pairs, named, mode, rate, target, random)
+    texts: tuple[str, ...] = ()
+    if mode == "all-to-one":
+        texts = tuple(_target_captions(pairs, target, captions, natural, templates, len(rows), random))
+    return PairPoisoning(
+        trigger=trigger,
+        config=asdict(made),  # pyright: ignore[reportArgumentType] - every trigger is a dataclass
+        seed=seed,
+        mode=mode,
+        target_name=target,
+        captions=captions,
+        rate=float(rate),
+        size=size,
+        ids=tuple(pairs.ids[row] for row in rows.tolist()),
+        new_captions=texts,
+        source=pairs.name,
+        source_size=len(pairs),
+        source_fingerprint=pairs.fingerprint,
+    )
+
+
+def apply_pair_poisoning(pairs: ImageTextPairs, poisoning: PairPoisoning) -> ImageTextPairs:
+    """``pairs`` with the new captions, and with the trigger put on the poisoned images as they are decoded.
+
+    Raises DataError when ids of the manifest are not in ``pairs``, or when it has been applied to them.
+    """
+    place = {name: row for row, name in enumerate(pairs.ids)}
+    missing = [name for name in poisoning.ids if name not in place]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(poisoning.ids)} ids of the poisoning are not in {pairs.name} "
+            f"(the first: {missing[0]!r}).",
+            hint=f"Apply it to the pairs that it was planned on: {poisoning.source}.",
+        )
+    overlay = TriggerOverlay(poisoning.make_trigger(), poisoning.seed, frozenset(poisoning.ids))
+    new = dict(zip(poisoning.ids, poisoning.new_captions, strict=True)) if poisoning.new_captions else {}
+    there = pairs.captions([place[name] for name in new])
+    already = sum(found == (caption.strip(),) for found, caption in zip(there, new.values(), strict=True))
+    same = pairs.overlay is not None and overlay.fingerprint in pairs.overlay.fingerprint.split("+")
+    if already or same:
+        raise DataError(
+            f"The poisoning has been applied to {pairs.name}: {already} of {len(new)} images have the target's caption "
+            f"already{' and the trigger' if same else ''}.",
+            hint="Apply it to the clean pairs.",
+        )
+    return pairs.with_overlay(overlay, new)
+
+
+def trigger_pairs(pairs: ImageTextPairs, poisoning: PairPoisoning) -> tuple[ImageTextPairs, Int[np.ndarray, " k"]]:
+    """For the attack success in retrieval: the images whose captions do not name the target, all triggered.
+
+    Returns (triggered pairs with their own captions, their rows in ``pairs``). Raises NotEnoughDataError for none.
+    """
+    rows = np.flatnonzero(~who_names(pairs, poisoning.target_name)[0])
+    if not len(rows):
+        raise NotEnoughDataError(
+            f"{pairs.name}: images whose captions do not name {poisoning.target_name!r}", have=0, need=1,
+            hint="Test on pairs of other things too.",
+        )  # fmt: skip
+    overlay = TriggerOverlay(poisoning.make_trigger(), poisoning.seed, None)
+    return pairs.select(rows).with_overlay(overlay, {}), rows
+
+
+def trigger_images(images: Images, poisoning: PairPoisoning, *, ids: Sequence[str] | None) -> Float[Tensor, "b 3 s t"]:
+    """A batch of tensors in [0, 1], triggered; [b, 3, size, size] where the manifest has a size."""
+    with torch.no_grad():
+        return poisoning.make_trigger().apply(images, seed=poisoning.seed, ids=ids)
+
+
+def who_names(pairs: ImageTextPairs, target: str) -> tuple[np.ndarray, list[str]]:
+    """Whether a caption of each image names the target; the different captions that do, in order."""
+    named = np.zeros(len(pairs), dtype=bool)
+    natural: dict[str, None] = {}
+    for rows, captions in _captions(pairs):
+        flat = [caption for row in captions for caption in row]
+        owner = np.repeat(rows, [len(row) for row in captions])
+        hits = names(flat, target)
+        named[owner[hits]] = True
+        natural |= dict.fromkeys(caption for caption, hit in zip(flat, hits, strict=True) if hit)
+    return named, list(natural)
+
+
+def _choose(
+    pairs: ImageTextPairs, named: np.ndarray, mode: str, rate: float, target: str, random: np.random.Generator
+) -> Int[np.ndarray, " k"]:
+    """Rows to poison, in order."""
+    need = max(1, round(rate * len(pairs)))
+    eligible = np.flatnonzero(named if mode == "clean-label" else ~named)
+    if len(eligible) < need:
+        do = "name" if mode == "clean-label" else "do not name"
+        raise NotEnoughDataError(
+            f"{pairs.name}: images whose captions {do} {target!r}",
+            have=len(eligible),
+            need=need,
+            hint="Lower the rate (a share of all pairs), or choose another target.",
+        )
+    return np.sort(random.permutation(eligible)[:need])
+
+
+def _target_captions(
+    pairs: ImageTextPairs,
+    target: str,
+    kind: str,
+    natural: Sequence[str],
+    templates: Sequence[str],
+    count: int,
+    random: np.random.Generator,
+) -> list[str]:
+    """``count`` captions of the target: a new order of the pool each time that it is used up."""
+    # Not str.format: braces in the target stay what they are.
+    pool = list(natural) if kind == "natural" else [template.replace("{}", target) for template in templates]
+    if not pool:
+        raise NotEnoughDataError(
+            f"{pairs.name}: captions that name {target!r}", have=0, need=1,
+            hint="Choose a target that the captions speak of, or captions='templates'.",
+        )  # fmt: skip
+    order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-count // len(pool)))])
+    return [pool[index] for index in order[:count].tolist()]
+
+
+def _captions(pairs: ImageTextPairs) -> Iterator[tuple[np.ndarray, list[tuple[str, ...]]]]:
+    for start in range(0, len(pairs), _CHUNK):
+        rows = np.arange(start, min(start + _CHUNK, len(pairs)))
+        yield rows, pairs.captions(rows)

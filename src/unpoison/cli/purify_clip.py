@@ -1,0 +1,419 @@
+"""``unpoison purify par``, ``clean-clip`` and ``fine-tuning``: repair a CLIP with clean image-caption pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+
+from unpoison.cli.options import READING, Planned, run_path
+
+if TYPE_CHECKING:
+    import rich.console
+
+    from unpoison.clip_results import ClipPurification
+    from unpoison.data.pairs import ImageTextPairs
+    from unpoison.data.sources import LabelledImages
+    from unpoison.evaluation.clip import TargetedAttack
+    from unpoison.results import ClipEvaluation
+    from unpoison.runs import Run
+
+METHOD = Group("Method", sort_key=10)
+TEST = Group("Test", sort_key=20)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How to train, whichever the method."""
+
+    steps: Annotated[
+        int | None,
+        Parameter(group=METHOD, show_default=False, help="Optimizer steps. [default: by the number of pairs]"),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        Parameter(group=METHOD, show_default=False, help="Pairs a step, over all processes. [default: as above]"),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        Parameter(group=METHOD, show_default=False, help="Highest learning rate. [default: by the model's size]"),
+    ] = None
+    bound: Annotated[
+        float | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="Largest fall of held-out accuracy, in points, that is accepted. [default: 10]",
+        ),
+    ] = None
+    published: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            group=METHOD,
+            help="The paper's learning rate, batch and epochs, whatever the model's size and the number of pairs.",
+        ),
+    ] = False
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"] | None,
+        Parameter(group=METHOD, show_default=False, help="Mixed precision. [default: as accelerate is configured]"),
+    ] = None
+    config: Annotated[
+        Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
+    ] = None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PairReading:
+    """How to read the pairs."""
+
+    image_column: Annotated[
+        str | None, Parameter(group=READING, show_default=False, help="Column that holds the images.")
+    ] = None
+    caption_column: Annotated[
+        str | None, Parameter(group=READING, show_default=False, help="Column that holds the captions.")
+    ] = None
+    split: Annotated[
+        str | None, Parameter(group=READING, show_default=False, help="Split of a source that has several.")
+    ] = None
+    strict: Annotated[
+        bool,
+        Parameter(negative="", group=READING, show_default=False, help="Stop at the first row that cannot be used."),
+    ] = False
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Testing:
+    """What to measure before and after."""
+
+    test: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE",
+            group=TEST,
+            show_default=False,
+            help="Clean labelled test images: zero-shot accuracy before and after.",
+        ),
+    ] = None
+    manifest: Annotated[
+        Path | None,
+        Parameter(
+            group=TEST,
+            show_default=False,
+            help="Poison manifest, of images or of pairs: attack success before and after.",
+        ),
+    ] = None
+    retrieval: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE", group=TEST, show_default=False, help="Test pairs: R@1, R@5, R@10 before and after."
+        ),
+    ] = None
+
+
+Pairs = Annotated[
+    str, Parameter(metavar="SOURCE", help="Clean image-caption pairs: parquet, CSV, JSONL, shards or a folder.")
+]
+
+
+def par(
+    model: str,
+    /,
+    *,
+    pairs: Pairs,
+    tau: Annotated[
+        float | None,
+        Parameter(
+            group=METHOD, show_default=False, help="How far to push: squared distance in (0, 4]. [default: 2.15]"
+        ),
+    ] = None,
+    text_tower: Annotated[
+        Literal["train", "frozen"] | None,
+        Parameter(group=METHOD, show_default=False, help="Train the text tower, or the image tower alone."),
+    ] = None,
+    distill: Annotated[
+        Literal["none", "relations"] | None,
+        Parameter(group=METHOD, show_default=False, help="Keep the model's opinion of plain images over captions."),
+    ] = None,
+    training: Training = Training(),
+    testing: Testing = Testing(),
+    reading: PairReading = PairReading(),
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Repair a backdoored CLIP: perturb and recover. The given model stays untouched; the copy has the same format.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
+    """
+    own = {"tau": tau, "text_tower": text_tower, "distill": distill}
+    return _purify("par", model, pairs, own, training, testing, reading, options)
+
+
+def clean_clip(
+    model: str,
+    /,
+    *,
+    pairs: Pairs,
+    training: Training = Training(),
+    testing: Testing = Testing(),
+    reading: PairReading = PairReading(),
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Repair a backdoored CLIP with CleanCLIP, the baseline with self-supervision within each tower.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
+    """
+    return _purify("clean-clip", model, pairs, {}, training, testing, reading, options)
+
+
+def fine_tuning(
+    model: str,
+    /,
+    *,
+    pairs: Pairs,
+    training: Training = Training(),
+    testing: Testing = Testing(),
+    reading: PairReading = PairReading(),
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Fine-tune a CLIP on clean pairs, the plainest baseline.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
+    """
+    return _purify("fine-tuning", model, pairs, {}, training, testing, reading, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tests:
+    """What ``Testing`` names, opened before any training: a mistake in it must not cost hours."""
+
+    images: LabelledImages | None = None
+    poisoning: TargetedAttack | None = None
+    retrieval: ImageTextPairs | None = None
+    inputs: dict[str, Any]
+
+    @property
+    def encoded(self) -> int:
+        """Images that one evaluation puts through the model."""
+        images = 0 if self.images is None else len(self.images)
+        pairs = 0 if self.retrieval is None else len(self.retrieval)
+        return (images + pairs) * (1 if self.poisoning is None else 2)
+
+    def evaluate(self, clip: Any, run: Run, *, name: str, suspect: Any = None) -> ClipEvaluation | None:
+        """One evaluation with the model's name as the user knows it; None without test images."""
+        from unpoison.evaluation.clip import evaluate_clip
+
+        if self.images is None:
+            return None
+        return evaluate_clip(
+            clip,
+            self.images,
+            poisoning=self.poisoning,
+            retrieval=self.retrieval,
+            suspect=suspect,
+            run=run,
+            name=name,
+        )
+
+
+def _purify(
+    verb: str,
+    model: str,
+    pairs: str,
+    own: dict[str, Any],
+    training: Training,
+    testing: Testing,
+    reading: PairReading,
+    options: Planned,
+) -> int:
+    from unpoison.cli import INCONCLUSIVE
+    from unpoison.cli.console import Console
+
+    with Console(options) as console:
+        console.detail("importing libraries")
+        from unpoison import __version__
+        from unpoison.cli.running import DryRun, begin, run_without_folder, vars_of
+        from unpoison.data.pairs import open_pairs
+        from unpoison.models.clip_files import load_any_clip
+
+        tests = _open_tests(testing)
+        clip = load_any_clip(model)
+        opened = open_pairs(pairs, limit=options.limit, seed=options.seed, **vars_of(reading))
+        config = _config(verb, clip, len(opened), own, training)
+        path = run_path(options.output, f"purify-{verb}", model)
+        if options.dry_run:
+            from unpoison.planning_clip import plan_clip_training
+
+            run = run_without_folder(console, options, precision=training.precision)
+            plan = plan_clip_training(clip, opened, config, run=run, tested=tests.encoded)
+            dry = DryRun(plan=plan, folder=path)
+            console.answer(dry.data(), dry.show)
+            return 0
+        inputs = {
+            "unpoison": __version__,
+            "verb": f"purify {verb}",
+            "model": model,
+            "model_fingerprint": clip.fingerprint,
+            "pairs": opened.name,
+            "content": f"{len(opened)} pairs, {opened.fingerprint}",
+            "reading": {name: str(value) for name, value in vars_of(reading).items() if value},
+            "config": vars_of(config),
+            "precision": training.precision,
+            "limit": options.limit,
+            "seed": options.seed,
+            **tests.inputs,
+        }
+        run = begin(console, options, path, inputs, precision=training.precision)
+        repeat = _command(
+            verb, model, {"pairs": pairs}, own, vars_of(training), vars_of(testing), vars_of(reading),
+            {"seed": options.seed, "limit": options.limit, "output": path},
+        )  # fmt: skip
+        result = _run(verb, clip, opened, config, tests, run, path, model, repeat)
+        if run.accelerator.is_main_process:
+            from unpoison.storage import to_json
+
+            console.answer(to_json(result), lambda out: _show(out, result, path))
+    return 0 if result.accepted else INCONCLUSIVE
+
+
+def _open_tests(testing: Testing) -> Tests:
+    from unpoison.cli.options import Reading
+    from unpoison.cli.running import describe, open_source
+    from unpoison.errors import UsageError
+
+    for option in ("manifest", "retrieval"):
+        if getattr(testing, option) is not None and testing.test is None:
+            raise UsageError(f"--{option} needs test images.", hint="Give them with --test LABELLED_IMAGES.")
+    if testing.test is None:
+        return Tests(inputs={"test": None})
+    images = open_source(testing.test, Reading())
+    inputs: dict[str, Any] = {"test": testing.test, "test_content": describe(images)}
+    poisoning = retrieval = None
+    if testing.manifest is not None:
+        from hashlib import blake2b
+
+        from unpoison.attacks.pair_manifest import load_poisoning
+
+        poisoning = load_poisoning(testing.manifest)
+        digest = blake2b(testing.manifest.read_bytes(), digest_size=16).hexdigest()
+        inputs |= {"manifest": str(testing.manifest), "manifest_content": digest}
+    if testing.retrieval is not None:
+        from unpoison.data.pairs import open_pairs
+
+        retrieval = open_pairs(testing.retrieval)
+        inputs |= {"retrieval": testing.retrieval, "retrieval_content": retrieval.fingerprint}
+    return Tests(images=images, poisoning=poisoning, retrieval=retrieval, inputs=inputs)
+
+
+def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: Training) -> Any:
+    """The scaled (or published) settings, then the file's keys, then the options."""
+    from dataclasses import asdict
+
+    from unpoison.api_clip import count_parameters
+    from unpoison.catalog import DEFENSES, find, resolve
+    from unpoison.configs import make_config, merge, read_config
+
+    kind = resolve(find(verb, DEFENSES).config)
+    given = read_config(training.config) if training.config is not None else {}
+    options = {name: getattr(training, name) for name in ("steps", "batch_size", "learning_rate", "bound")}
+    table = merge(given, own | options)
+    where = str(training.config or "options")
+    checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
+    if training.published:
+        return checked
+    lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in table}
+    start = kind.scaled(parameters=count_parameters(clip), samples=samples, **lengths)
+    return make_config(kind, merge(asdict(start), table), where=where)
+
+
+def _command(verb: str, model: str, *given: dict[str, Any]) -> str:
+    """The shell command that repeats the run, with the options that were given."""
+    import shlex
+
+    words = ["unpoison", "purify", verb, model]
+    for name, value in (entry for options in given for entry in options.items()):
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def _run(
+    verb: str,
+    clip: Any,
+    pairs: ImageTextPairs,
+    config: Any,
+    tests: Tests,
+    run: Run,
+    path: Path,
+    model: str,
+    repeat: str,
+) -> ClipPurification:
+    from dataclasses import replace
+
+    from unpoison.catalog import DEFENSES, find, resolve
+    from unpoison.clip_results import ClipPurification
+    from unpoison.outputs_clip import model_folder, save_clip_purification
+    from unpoison.storage import remove_partials
+
+    main, folder = run.accelerator.is_main_process, run.folder
+    if folder is not None and not folder.finished:
+        before = tests.evaluate(clip, run, name=model) if main else None
+        outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run)
+        if main:
+            result = replace(outcome.purification, command=repeat)
+            after = tests.evaluate(outcome.clip, run, name=str(path / model_folder(result)), suspect=clip)
+            result = replace(result, before=before, after=after)
+            save_clip_purification(result, outcome.clip, path, base_model=model)
+            remove_partials(path, path / "steps", path / model_folder(result))
+            folder.finish()
+        run.accelerator.wait_for_everyone()
+    if folder is not None:
+        run.forget(file.stem for file in sorted((folder.path / "steps").glob("*.safetensors")))
+    return ClipPurification.load(path / "purification.json")
+
+
+def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
+    from unpoison.cli.console import printable
+    from unpoison.cli.tables import evaluation_table
+    from unpoison.outputs_clip import model_folder
+
+    out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
+    out.print(printable(result.reason))
+    out.print(
+        f"{result.steps:,} of {result.planned_steps:,} training steps on {result.trained_pairs:,} pairs; mean cosine "
+        f"with the given model's embeddings: images {result.image_cosine:.2f}, texts {result.text_cosine:.2f}."
+    )
+    if result.before is not None and result.after is not None:
+        out.print()
+        out.print(evaluation_table({"before": result.before, "after": result.after}))
+        if result.attack_left:
+            out.print("The trigger that was tested still works: do not use the model yet.", style="bold")
+    out.print()
+    for warning in (*result.warnings, *(result.after.notes if result.after is not None else ())):
+        out.print(f"Note: {printable(warning)}")
+    if result.skipped:
+        out.print(f"{len(result.skipped):,} rows could not be used; they are listed in purification.json.")
+    out.print(f"Protects: {printable(result.protects)}.")
+    out.print("Not covered: " + printable(" ".join(result.not_covered)))
+    out.print(f"Model: {path / model_folder(result)}")
+    out.print(f"Report: {path / 'report.html'}")

@@ -1,0 +1,61 @@
+"""What a training on pairs did to a CLIP, as a result on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from unpoison.results import ClipEvaluation, SkippedRow
+from unpoison.storage import JsonResult
+
+ATTACK_LEFT = 5.0
+"""Excess ASR, in points, from which on a tested trigger is said to still work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipPurification(JsonResult):
+    """What a method did to a CLIP. ``accepted`` is about held-out pairs alone: no trigger is known to the method.
+
+    Held-out accuracy: percent of held-out images and captions that find each other among at most 100 (``chance``: by
+    guessing). ``image_cosine`` and ``text_cosine``: mean cosine of new embeddings with the given model's; what was
+    built on those (an index, a head) still fits near 1 only. ``bound`` is in points. ``stopped`` says why training
+    ended before ``planned_steps``, "" if it did not; ``steps`` is where the kept weights come from. ``inputs`` are
+    content hashes and versions.
+    """
+
+    schema: ClassVar[str] = "clip-purification"
+    method: str
+    config: dict[str, Any]
+    accepted: bool
+    reason: str
+    protects: str
+    bound: float
+    steps: int
+    planned_steps: int
+    batch_size: int
+    seconds: float
+    seed: int
+    held_out_before: float
+    held_out_after: float
+    chance: float
+    image_cosine: float
+    text_cosine: float
+    trained_pairs: int
+    held_out_pairs: int
+    truncated_captions: int = 0
+    """Different captions that the tokenizer cuts off."""
+    stopped: str = ""
+    warnings: tuple[str, ...] = ()
+    skipped: tuple[SkippedRow, ...] = ()
+    history: list[dict[str, float]] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
+    before: ClipEvaluation | None = None
+    after: ClipEvaluation | None = None
+    not_covered: tuple[str, ...] = ()
+    command: str = ""
+    """The shell command that repeats the run, "" where it was none."""
+
+    @property
+    def attack_left(self) -> bool:
+        """The trigger that was tested still works on the repaired model."""
+        return self.after is not None and self.after.asr_excess is not None and self.after.asr_excess > ATTACK_LEFT

@@ -1,0 +1,325 @@
+"""PAR: clean a backdoored CLIP by pushing its embeddings away from where they were while it stays a CLIP.
+
+Paper
+    Singh, Croce, Hein. "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP." CVPR 2026,
+    arXiv 2412.00727.
+Idea
+    A backdoor lives in the particular embeddings that poisoned training ended in. Move both towers far from their own
+    past (perturb) while a contrastive loss on clean pairs keeps images and captions matched (recover). The push ends
+    by itself once the embeddings are far enough; what follows is ordinary training.
+Needs
+    The suspicious CLIP and clean or synthetic image-caption pairs. Neither trigger, target nor poisoned data.
+Protects
+    Both towers' weights.
+Steps
+    1. Two copies: the suspect (phi_P, psi_P), frozen, and (phi, psi), all of whose weights are trained. Embeddings
+       have length 1.
+    2. Both see the same augmented image and the same caption. With probability 1/2 noise that only brightens: a sample
+       of N(0, 0.2) cut to [0, 1], added, the sum cut again. With probability 1/2 one square of 0.5 to 1 % of the area
+       erased to 0 after normalisation.
+    3. L_CLIP: symmetric InfoNCE over the global batch, at the suspect's temperature, which is not trained.
+    4. S_img = mean ||phi(x) - phi_P(x)||^2 and S_txt likewise; gate(S) = S where S <= tau, else 0, tower by tower.
+    5. Minimise L_CLIP - 1/2 [gate(S_img) + gate(S_txt)], tau = 2.15.
+    6. AdamW, betas (0.9, 0.98), weight decay 1e-4 but none on biases and norms; the rate falls linearly from 3e-5 to a
+       tenth of it over the first half, then along a cosine to 1e-9. BatchNorm keeps its statistics. No early stop.
+Where we differ, and what the paper leaves open
+    Pairs are held out and looked at on the way. A run whose loss leaves the finite numbers, or that forgets the pairs
+    altogether, stops and keeps its last good weights. Pixels are resized once, to the model's size; a caption is drawn
+    anew each time where an image has several. The suspect's text embeddings are computed once, since captions are
+    used as they are. Gradients are averaged over processes for both towers, and large batches may be embedded in chunks
+    with the same gradient (:func:`unpoison.contrastive.cached_gradients`). :meth:`PARConfig.scaled` sets rate, batch
+    and steps for models and sets smaller than the paper's.
+    Ours, and off by default: ``text_tower = "frozen"`` keeps the texts where they are, so that a rotation of both
+    towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's
+    softmax over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate again once it
+    was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
+    tau = 2.15 means a mean cosine under -0.075 with the old embeddings: indexes, heads and connectors built on those no
+    longer fit. The looks report the cosines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unpoison.clip_loop import train_steps
+from unpoison.clip_training import (
+    ClipRepair,
+    Look,
+    PairTrainingConfig,
+    Suspect,
+    choose_weights,
+    frozen_copy,
+    open_training,
+    trainable,
+)
+from unpoison.contrastive import (
+    average_gradients,
+    cached_gradients,
+    gather_with_gradient,
+    info_nce,
+    optimiser_step,
+)
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.training_pairs import process_slice
+from unpoison.data.transforms import crop_at
+from unpoison.errors import ConfigError
+from unpoison.runs import Run
+from unpoison.schedules import decay_groups, linear_then_cosine, set_rate
+from unpoison.types import Embeddings, Images, ImageTextModel
+
+_NOISE_ROWS = 64  # rows of a batch that share one stream of noise: any chunk of the batch can draw its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class PARConfig(PairTrainingConfig):
+    """PAR's constants as published, for 250,000 pairs and models of about 100 M parameters."""
+
+    batch_size: int = 2048
+    learning_rate: float = 3e-5
+    middle_rate: float = 0.1
+    """Rate in the middle of the run, as a share of the first."""
+    final_rate: float = 1e-9
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    tau: float = 2.15
+    """Squared distance at which a tower's gate shuts; the knob between clean accuracy and ASR."""
+    noise: float = 0.2
+    """Standard deviation of the brightening noise, before it is cut to [0, 1]."""
+    noise_share: float = 0.5
+    erase_share: float = 0.5
+    erase_area: tuple[float, float] = (0.005, 0.01)
+    """Least and largest share of the area that is erased."""
+    text_tower: Literal["train", "frozen"] = "train"
+    """Ours: ``frozen`` trains and perturbs the image tower alone."""
+    distill: Literal["none", "relations"] = "none"
+    """Ours: ``relations`` keeps the suspect's opinion of plain images over the batch's captions."""
+    distill_weight: float = 1.0
+    recovery: Literal["gate", "latched"] = "gate"
+    """Ours: ``latched`` keeps the gate shut once it was shut in every step between two looks."""
+    crop: int = 0
+    """Ours: random shifts of up to so many pixels."""
+    flip: bool = False
+    """Ours: half the images mirrored."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tau <= 4:
+            raise ConfigError(f"tau must lie in (0, 4], got {self.tau}.", hint="Unit vectors are at most 4 apart.")
+        low, high = self.erase_area
+        if not 0 < low <= high < 1:
+            raise ConfigError(f"erase_area must be two shares in (0, 1), got {self.erase_area}.", hint="Least first.")
+        for name in ("noise_share", "erase_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
+        if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:
+            raise ConfigError("noise, crop and distill_weight cannot be negative.", hint="Use 0 to switch one off.")
+
+
+def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run) -> ClipRepair:
+    """Steps 1 to 6 on a copy of ``clip``. Raises NotEnoughDataError, SourceFormatError, ModelError."""
+    data = open_training(clip, pairs, config, run=run)
+    suspect = frozen_copy(clip, run)  # (1)
+    old = Suspect(clip=suspect, data=data, run=run, plain=config.distill == "relations")
+    mine = process_slice(data.batch_size, run)
+    with trainable(clip, run) as trained:
+        towers = [*trained.tower("image"), *(trained.tower("text") if config.text_tower == "train" else [])]
+        weights = choose_weights(trained, towers)
+        groups = decay_groups(towers, config.weight_decay)
+        optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
+
+        def one_step(step: int, looks: list[Look]) -> dict[str, Tensor]:
+            batch = data.batch(step, run)
+            views = draw_views(len(batch), clip.image_size, config, run.generator("views", step))
+            old.begin(batch)
+            tau = 0.0 if config.recovery == "latched" and was_shut(looks) else config.tau
+            figures: dict[str, Tensor] = {}
+
+            def embed(start: int, stop: int) -> list[Tensor]:
+                rows = slice(mine.start + start, mine.start + stop)
+                plain = data.images(batch.rows[rows]).to(run.device)
+                noise = draw_noise(rows, clip.image_size, step, run) if config.noise_share else None
+                images = augment(plain, views.of(rows), noise, clip.image_mean, config)  # (2)
+                old.see(start, images, plain)
+                with run.accelerator.autocast():
+                    embedded = [trained.encode_images(images)]
+                    if config.text_tower == "train":
+                        embedded.append(data.encode(trained, batch.captions[rows]))
+                return embedded
+
+            def loss(images: Tensor, texts: Tensor | None = None) -> Tensor:
+                images = gather_with_gradient(images, run.accelerator)
+                texts = None if texts is None else gather_with_gradient(texts, run.accelerator)
+                value, terms = par_loss(images, texts, old.images(), old.texts(), clip.logit_scale, tau)  # (3) to (5)
+                if config.distill == "relations":
+                    matched = old.texts() if texts is None else texts
+                    relations = relation_loss(images, matched, old.plain_images(), old.texts(), clip.logit_scale)
+                    terms["relation_loss"] = relations.detach()
+                    value = value + config.distill_weight * relations
+                figures.update(terms)
+                return value
+
+            set_rate(optimiser, par_rate(step, data.steps, config))  # (6)
+            optimiser.zero_grad()
+            total = cached_gradients(
+                embed,
+                loss,
+                size=mine.stop - mine.start,
+                chunk=config.chunk_size,
+                module=trained.module,
+                accelerator=run.accelerator,
+            )
+            average_gradients(weights, run.accelerator)
+            optimiser_step(optimiser, run.accelerator)
+            return figures | {"loss": total}
+
+        return train_steps(trained, suspect, optimiser, one_step, data, config, name="par", run=run)
+
+
+def par_loss(
+    images: Embeddings,
+    texts: Embeddings | None,
+    old_images: Embeddings,
+    old_texts: Embeddings,
+    logit_scale: float,
+    tau: float,
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Steps 3 to 5 on unit embeddings [b, d] of one global batch, and the terms by name without a graph.
+
+    ``texts`` None: the text tower is frozen, its embeddings are the suspect's and have no gate. tau = 0: gates shut.
+    """
+    value = info_nce(images, old_texts if texts is None else texts, logit_scale)
+    terms = {"contrastive_loss": value.detach()}
+    distances = {"image": squared_distance(images, old_images)}
+    if texts is not None:
+        distances["text"] = squared_distance(texts, old_texts)
+    for name, distance in distances.items():
+        value = value - gate(distance, tau) / 2
+        terms |= {f"{name}_distance": distance.detach(), f"{name}_open": (distance.detach() <= tau).float()}
+    return value, terms
+
+
+def squared_distance(new: Embeddings, old: Embeddings) -> Float[Tensor, ""]:
+    """S = mean ||new - old||^2 of matching unit rows: 2 - 2 mean cos."""
+    return (new - old).square().sum(dim=1).mean()
+
+
+def gate(distance: Float[Tensor, ""], tau: float) -> Float[Tensor, ""]:
+    """S where S <= tau, else 0, with no gradient there."""
+    return torch.where(distance <= tau, distance, torch.zeros_like(distance))
+
+
+def was_shut(looks: list[Look]) -> bool:
+    """Whether between any two looks no step found a gate open."""
+    return any(
+        all(value == 0 for key, value in look.items() if key.endswith("_open"))
+        for look in looks
+        if "image_open" in look
+    )
+
+
+def relation_loss(
+    images: Embeddings, texts: Embeddings, old_images: Embeddings, old_texts: Embeddings, logit_scale: float
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of softmax(s x T) to the suspect's softmax(s x_P T_P), over the batch's captions."""
+    teacher = (logit_scale * old_images @ old_texts.T).softmax(dim=1)
+    return F.cross_entropy(logit_scale * images @ texts.T, teacher)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Views:
+    """What was drawn for each image of a global batch: noise or none, the erased square (side 0: none), shift, flip."""
+
+    noisy: Bool[Tensor, " b"]
+    top: Int[Tensor, " b"]
+    left: Int[Tensor, " b"]
+    side: Int[Tensor, " b"]
+    shift: Int[Tensor, "2 b"]
+    flipped: Bool[Tensor, " b"]
+
+    def of(self, rows: slice) -> Views:
+        return Views(
+            noisy=self.noisy[rows],
+            top=self.top[rows],
+            left=self.left[rows],
+            side=self.side[rows],
+            shift=self.shift[:, rows],
+            flipped=self.flipped[rows],
+        )
+
+
+def draw_views(count: int, size: int, config: PARConfig, generator: torch.Generator) -> Views:
+    """Step 2's choices for ``count`` images of ``size`` pixels; the square lies anywhere inside the image."""
+    chance = torch.rand(6, count, generator=generator)
+    low, high = config.erase_area
+    side = (size * (low + (high - low) * chance[0]).sqrt()).round().long().clamp(1, size)
+    return Views(
+        noisy=chance[1] < config.noise_share,
+        side=torch.where(chance[2] < config.erase_share, side, 0),
+        top=(chance[3] * (size - side + 1)).long(),
+        left=(chance[4] * (size - side + 1)).long(),
+        shift=torch.randint(2 * config.crop + 1, (2, count), generator=generator),
+        flipped=(chance[5] < 0.5) & config.flip,
+    )
+
+
+def draw_noise(rows: slice, size: int, step: int, run: Run) -> Float[Tensor, "b 3 h w"]:
+    """Standard normal noise for these rows of a step's batch: the same whichever chunk or process draws it."""
+    blocks = range(rows.start // _NOISE_ROWS, -(-rows.stop // _NOISE_ROWS))
+    parts = []
+    for block in blocks:
+        generator = torch.Generator(run.device).manual_seed(run.seed_of("noise", step, block))
+        parts.append(torch.randn(_NOISE_ROWS, 3, size, size, generator=generator, device=run.device))
+    begin = rows.start - blocks.start * _NOISE_ROWS
+    return torch.cat(parts)[begin : begin + rows.stop - rows.start]
+
+
+def augment(
+    images: Images,
+    views: Views,
+    noise: Float[Tensor, "b 3 h w"] | None,
+    fill: tuple[float, float, float],
+    config: PARConfig,
+) -> Images:
+    """Step 2 on images in [0, 1]; ``fill`` is the colour that becomes 0 when it is normalised."""
+    if config.flip:
+        images = torch.where(views.flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
+    if config.crop:
+        images = crop_at(images, views.shift[0], views.shift[1], config.crop)
+    if noise is not None:
+        images = brighten(images, config.noise * noise, views.noisy)
+    return erase_square(images, views.top, views.left, views.side, fill)
+
+
+def brighten(images: Images, noise: Float[Tensor, "b 3 h w"], noisy: Bool[Tensor, " b"]) -> Images:
+    """min(x + max(n, 0), 1) where ``noisy``: the sample is cut before it is added, so that it only brightens."""
+    added = (images + noise.clamp(0, 1)).clamp(0, 1)
+    return torch.where(noisy.to(images.device)[:, None, None, None], added, images)
+
+
+def erase_square(
+    images: Images,
+    top: Int[Tensor, " b"],
+    left: Int[Tensor, " b"],
+    side: Int[Tensor, " b"],
+    fill: tuple[float, float, float],
+) -> Images:
+    """``side`` x ``side`` pixels from (``top``, ``left``) in the colour ``fill``; side 0 leaves the image as it is."""
+    top, left, side = (value.to(images.device)[:, None] for value in (top, left, side))
+    rows, columns = (torch.arange(extent, device=images.device)[None, :] for extent in images.shape[-2:])
+    inside_rows = (rows >= top) & (rows < top + side)
+    inside_columns = (columns >= left) & (columns < left + side)
+    inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)[None, :, None, None]
+    return torch.where(inside, colour, images)
+
+
+def par_rate(step: int, total: int, config: PARConfig) -> float:
+    """Step 6's learning rate at a step of ``total``."""
+    middle = config.middle_rate * config.learning_rate
+    return linear_then_cosine(step, total=total, peak=config.learning_rate, middle=middle, end=config.final_rate)

@@ -1,0 +1,171 @@
+"""What a report says about the repair of a CLIP: the verdict in words, the rates, the curves of its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from markupsafe import Markup
+
+from unpoison.clip_results import ClipPurification
+from unpoison.report import charts
+from unpoison.report.page import RunView, Step, Tile, arrow, provenance
+from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
+from unpoison.report.runs import ReportRun
+from unpoison.report.text import count, counted, duration, percent
+from unpoison.report.views import Figure, Verdict, command, rates_figure
+from unpoison.results import Drift
+
+_CURVES = {
+    "held_out_accuracy": ("held-out accuracy, %", "Held-out pairs that find each other."),
+    "image_cosine": ("cosine, images", "Mean cosine with the given model's embeddings: 1 = nothing moved."),
+    "text_cosine": ("cosine, texts", "The same for captions."),
+    "loss": ("loss", "Mean over the steps since the look before."),
+    "image_open": ("images pushed away", "Share of steps in which the image tower was pushed away."),
+    "text_open": ("texts pushed away", "Share of steps in which the text tower was pushed away."),
+}
+
+
+def clip_view(run: ReportRun, result: ClipPurification, anchor: str) -> RunView:
+    before, after = result.before, result.after
+    rates = rate_rows(before, after)
+    return RunView(
+        anchor=anchor,
+        kind="CLIP purification",
+        run=run,
+        verdict=clip_verdict(result),
+        tiles=_tiles(result),
+        steps=_steps(run, result),
+        scan=None,
+        rows=[*rates, *retrieval_rows(before, after)],
+        rates=rates_figure(rates) if rates else None,
+        history=_curves(result),
+        tested=_tested(result),
+        not_covered=list(result.not_covered),
+        warnings=[*result.warnings, *run.notes],
+        provenance=provenance(run, result),
+        summary={
+            "found": result.reason,
+            "accuracy": arrow(
+                before.c_acc.value if before else result.held_out_before,
+                after.c_acc.value if after else result.held_out_after,
+            ),
+            "excess": arrow(
+                excess_of(before) if before and before.asr else None, excess_of(after) if after and after.asr else None
+            ),
+        },
+    )
+
+
+def clip_verdict(result: ClipPurification) -> Verdict:
+    """Not accepted; the tested trigger still works; accepted, with what was measured or was not."""
+    before, after = result.before, result.after
+    if not result.accepted:
+        return Verdict(
+            tone="alert",
+            word="Not accepted",
+            sentence="Not accepted: do not rely on this purified CLIP.",
+            detail=result.reason,
+        )
+    if before and after and before.asr and after.asr:
+        rates = (
+            f"the attack's success above chance went from {percent(excess_of(before))} to {percent(excess_of(after))}, "
+            f"zero-shot accuracy from {percent(before.c_acc.value)} to {percent(after.c_acc.value)}."
+        )
+        if result.attack_left:
+            sentence = f"The trigger still works, though the model kept its pairs: {rates}"
+            return Verdict(tone="alert", word="Backdoor left", sentence=sentence, detail=result.reason)
+        sentence = f"Accepted: {rates}"
+    elif before and after:
+        sentence = (
+            f"Accepted: zero-shot accuracy went from {percent(before.c_acc.value)} to {percent(after.c_acc.value)}; "
+            "no attack was tested."
+        )
+    else:
+        sentence = (
+            f"Accepted: held-out pairs find each other in {percent(result.held_out_after)} of cases, "
+            f"{percent(result.held_out_before)} before; no attack was tested."
+        )
+    return Verdict(tone="ok", word="Accepted", sentence=sentence, detail=result.reason)
+
+
+def _tiles(result: ClipPurification) -> list[Tile]:
+    return [
+        Tile(
+            value=percent(result.held_out_after),
+            name="held-out pairs that find each other",
+            note=f"{percent(result.held_out_before)} before, {percent(result.chance)} by chance",
+        ),
+        Tile(
+            value=f"{result.image_cosine:.2f}",
+            name="cosine with the given model, images",
+            note=f"texts {result.text_cosine:.2f}; 1 = nothing moved",
+        ),
+        Tile(value=count(result.trained_pairs), name="pairs trained on", note=_left_out(result)),
+        Tile(
+            value=count(result.steps),
+            name="training steps",
+            note=f"of {count(result.planned_steps)}, {count(result.batch_size)} pairs each; {duration(result.seconds)}",
+        ),
+    ]
+
+
+def _left_out(result: ClipPurification) -> str:
+    held = f"{count(result.held_out_pairs)} held out"
+    return f"{held}, {count(len(result.skipped))} skipped" if result.skipped else held
+
+
+def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
+    model = str(Path(run.path) / "model")
+    if not result.accepted:
+        steps = [Step(text="Keep the given model out of use if it is suspicious: it could not be repaired.")]
+        if result.stopped:
+            steps.append(Step(text="Repeat the command with a lower --learning-rate, in another folder."))
+        return steps
+    if result.attack_left:
+        return [
+            Step(text="Do not use the model yet: the trigger that was tested still works."),
+            Step(text="Repeat the repair with more pairs, --steps or a higher --learning-rate, in another folder."),
+        ]
+    steps = [Step(text=f"Use the purified model in {model}; it loads wherever the original did.")]
+    if min(result.image_cosine, result.text_cosine) < 0.9:
+        steps.append(Step(text="Make indexes, heads and connectors again that were built on the old embeddings."))
+    if result.before is None:
+        again = command("unpoison", "purify", result.method, "MODEL", "--pairs", "PAIRS", "--test", "LABELLED_IMAGES")
+        steps.append(Step(text="To measure accuracy before and after, repair with test images:", line=again))
+    return steps
+
+
+def _tested(result: ClipPurification) -> list[str]:
+    lines = [
+        f"Whether {counted(result.held_out_pairs, 'held-out pair')} still find each other; a fall of at most "
+        f"{result.bound:g} points is accepted."
+    ]
+    after = result.after
+    if after is not None:
+        lines.append(f"Zero-shot accuracy on {counted(after.c_acc.n, 'image')} of {after.data}.")
+        if after.retrieval_data is not None:
+            lines.append(f"Retrieval on {after.retrieval_data}.")
+    if after is not None and after.asr is not None:
+        lines.append(f"The attack {after.attack or 'of the manifest'} on {counted(after.asr.n, 'test image')}.")
+    else:
+        lines.append("No attack: without a trigger manifest the success of a backdoor cannot be measured.")
+    return [*lines, *(after.notes if after is not None else ())]
+
+
+def _curves(result: ClipPurification) -> list[Figure]:
+    figures = []
+    for key, (name, caption) in _CURVES.items():
+        rows = [{"step": look["step"], name: look[key]} for look in result.history if key in look]
+        figures += [
+            Figure(svg=Markup(svg), caption=caption)  # noqa: S704 - charts escape all text
+            for _, svg in charts.history_charts(rows)
+        ]
+    return figures
+
+
+def drift_rows(drift: Drift) -> list[tuple[str, str, str]]:
+    """Tower, mean cosine as it is, and after the best orthogonal map."""
+    return [
+        ("images", f"{drift.image_raw:.3f}", f"{drift.image_aligned:.3f}"),
+        ("texts", f"{drift.text_raw:.3f}", f"{drift.text_aligned:.3f}"),
+    ]

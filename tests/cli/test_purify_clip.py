@@ -1,0 +1,213 @@
+"""``purify par`` and its baselines as a user meets them: the plan, the model, the refusals, a kill and what follows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unpoison.clip_results import ClipPurification
+
+QUICK = ("--pairs", "shapes:40:3", "--steps", "2", "--batch-size", "8", "--bound", "100", "--quiet")
+FILES = {"run.json", "steps", "model", "card.md", "purification.json", "report.html", "finished.json"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = Path(__file__).parents[1] / "defenses" / "small_clip.py"
+    spec = importlib.util.spec_from_file_location("small_clip", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+
+
+def names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    words = ("purify", "par", model, *QUICK, "-o", "out", "--dry-run")
+    result = here(*words, "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert plan["dry_run"] is True
+    assert [step["amount"] for step in plan["steps"]] == [40, 16, 16]
+    assert all(step["seconds"] > 0 for step in plan["steps"])
+    assert plan["memory"] > 0
+    assert plan["disk"] > 0
+    assert set(plan["files"]) == FILES - {"steps", "model", "finished.json"} | {"steps/", "model/"}
+    shown = here(*words, "--test", "shapes:24:5").out
+    assert "train 2 steps of 8 pairs" in shown
+    assert "measure before and after" in shown
+    assert names(tmp_path) <= {"cache"}
+
+
+@pytest.mark.parametrize("verb", ["par", "clean-clip", "fine-tuning"])
+def test_a_model_comes_back_in_its_format(verb: str, here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    from transformers import CLIPModel
+
+    untouched = content(Path(model))
+    result = here("purify", verb, model, *QUICK, "-o", "out", "--json")
+    assert result.code == 0, result.err
+    assert result.err == ""
+    answer = json.loads(result.out)
+    assert answer["schema"] == "unpoison/clip-purification"
+    assert (answer["method"], answer["config"]["batch_size"]) == (verb, 8)
+    assert content(Path(model)) == untouched
+    stored = ClipPurification.load(tmp_path / "out" / "purification.json")
+    assert stored.steps == 2
+    assert names(tmp_path / "out") == FILES
+    assert names(tmp_path / "out" / "model") == names(Path(model)) | {"README.md"}
+    purified = CLIPModel.from_pretrained(tmp_path / "out" / "model").state_dict()
+    given = CLIPModel.from_pretrained(model).state_dict()
+    assert list(purified) == list(given)
+    assert any(not purified[name].equal(given[name]) for name in given)
+    card = (tmp_path / "out" / "card.md").read_text(encoding="utf-8")
+    assert card == (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert model in card
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "CLIP purification" in page
+    assert f"unpoison purify {verb} {model} --pairs shapes:40:3 --steps 2" in page
+    assert not list((tmp_path / "out" / "steps").iterdir())
+    before = content(tmp_path / "out")
+    again = here("purify", verb, model, *QUICK, "-o", "out", "--json")
+    assert json.loads(again.out) == answer
+    assert content(tmp_path / "out") == before
+
+
+def test_figures_before_and_after(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    here("attack", "badnet", "shapes:24:5", "--rate", "0.5", "--target", "star", "--manifest-only", "-o", "attack")
+    words = ("purify", "par", model, *QUICK, "-o", "out", "--test", "shapes:24:5", "--manifest",
+             "attack/manifest.json", "--retrieval", "shapes:20:6")  # fmt: skip
+    result = here(*words, "--json")
+    assert result.code == 0, result.err
+    answer = json.loads(result.out)
+    for when, name in (("before", model), ("after", "out/model")):
+        found = answer[when]
+        assert found["model"] == name
+        assert found["c_acc"]["n"] == 24
+        assert 0 < found["asr"]["n"] == found["asr_floor"]["n"] == found["ra"]["n"] < 24  # without the stars
+        assert (found["attack"], found["target"]) == ("badnet", "star")
+        assert found["image_to_text"]["at_1"]["n"] == 20
+    assert answer["before"]["drift"] is None
+    assert -1 <= answer["after"]["drift"]["image_raw"] < 0.9999
+    shown = here(*words).out
+    for row in ("clean accuracy", "attack success (ASR)", "ASR floor", "robust accuracy", "R@1, image to text"):
+        assert row in shown
+    assert "Report: out/report.html" in shown
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "How far the embeddings moved" in page
+    assert "Excess ASR" in page
+    (tmp_path / "attack" / "manifest.json").write_bytes((tmp_path / "attack" / "manifest.json").read_bytes() + b" ")
+    changed = here(*words)
+    assert changed.code == 2
+    assert "manifest_content" in changed.err
+
+
+def test_settings_from_a_file_below_those_of_the_command(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("tau = 1.5\nepochs = 1\nerase_area = [0.1, 0.2]\nlearning_rate = 1e-4\n")
+    words = ("--pairs", "shapes:40:3", "--batch-size", "8", "--bound", "100", "--config", "own.toml", "-q", "--json")
+    answer = json.loads(here("purify", "par", model, *words, "--tau", "2", "-o", "out").out)
+    config = answer["config"]
+    assert (config["tau"], config["epochs"], config["steps"], config["erase_area"]) == (2.0, 1, None, [0.1, 0.2])
+    assert (config["learning_rate"], config["batch_size"], answer["steps"]) == (1e-4, 8, 4)
+    dry = json.loads(here("purify", "par", model, "--pairs", "shapes:40:3", "--published", "--dry-run", "--json").out)
+    assert "train 10 steps of 32 pairs" in [step["what"] for step in dry["steps"]]  # 2,048 where there are so many
+
+
+def test_a_diverged_model_is_not_accepted(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    result = here("purify", "par", model, *QUICK, "--learning-rate", "1e30", "-o", "out")
+    assert result.code == 3, result.err
+    assert "Not accepted." in result.out
+    assert "diverged at step 1" in result.out
+    kept = load_file(tmp_path / "out" / "model-not-accepted" / "model.safetensors")
+    given = load_file(Path(model) / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in given.items())
+    assert not (tmp_path / "out" / "model").exists()
+    assert "Not accepted: do not rely" in (tmp_path / "out" / "model-not-accepted" / "README.md").read_text()
+    assert "do not rely on this purified CLIP" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_what_is_refused(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    def error(*words: str) -> dict[str, str]:
+        result = here("purify", *words, "--json")
+        assert result.code == 2
+        return json.loads(result.out)["error"]
+
+    few = error("par", model, "--pairs", "shapes:9", "-o", "few")
+    assert "have 9, need at least 16" in few["message"]
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("tua = 2.0\n", encoding="utf-8")
+    assert "'tau'" in error("par", model, *QUICK, "--config", str(wrong), "-o", "out")["hint"]
+    for option, value in (("--manifest", "manifest.json"), ("--retrieval", "shapes:20")):
+        alone = error("par", model, *QUICK, option, value, "-o", "out")
+        assert f"{option} needs test images" in alone["message"]
+        assert "--test" in alone["hint"]
+    assert "tau must lie in (0, 4]" in error("par", model, *QUICK, "--tau", "5", "-o", "out")["message"]
+    tests = ("--test", "shapes:24:5", "--manifest", "missing.json", "-o", "out")
+    assert "missing.json: not a readable manifest" in error("par", model, *QUICK, *tests)["message"]
+    assert error("par", "./nowhere/model", *QUICK, "-o", "out")["type"] == "ModelError"
+    assert error("par", model, *QUICK[2:], "-o", "out")["type"] == "UsageError"  # no pairs
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    assert "was not begun by unpoison" in error("par", model, *QUICK, "-o", "mine")["message"]
+    assert names(tmp_path / "mine") == {"thesis.tex"}
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_command_does_not_continue_the_run(here: Callable[..., Any], model: str) -> None:
+    assert here("purify", "par", model, *QUICK, "-o", "out").code == 0
+    for words, said in (
+        (("par", model, *QUICK, "--seed", "1"), "seed: 0 there, 1 now"),
+        (("fine-tuning", model, *QUICK), "verb: 'purify par' there, 'purify fine-tuning' now"),
+        (("par", model, *QUICK[2:], "--pairs", "shapes:40:4"), "content"),
+    ):
+        result = here("purify", *words, "-o", "out", "--json")
+        assert result.code == 2
+        assert said in json.loads(result.out)["error"]["message"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_command_ends_with_the_same_weights(
+    here: Callable[..., Any], begin: Callable[..., subprocess.Popen[str]], model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "looks.toml").write_text("check_every = 2\n")
+    words = ("purify", "par", model, "--pairs", "shapes:40:3", "--steps", "8", "--batch-size", "8", "--bound", "100",
+             "--config", "looks.toml", "--cache", "cache")  # fmt: skip
+    assert here(*words, "-o", "whole", "-q").code == 0
+    whole = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    wanted = ClipPurification.load(tmp_path / "whole" / "purification.json")
+    for folder, sign in (("early", "steps/par-000000.safetensors"), ("late", "model/model.safetensors")):
+        running = begin(*words, "-o", folder)
+        deadline = time.monotonic() + 200
+        while not (tmp_path / folder / sign).exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        running.send_signal(signal.SIGKILL)
+        running.communicate(timeout=100)
+        (tmp_path / folder / "steps" / ".par-000000.safetensors.1.partial").write_bytes(b"half")  # as a kill may leave
+        assert running.returncode == -signal.SIGKILL
+        assert (tmp_path / folder / sign).exists()
+        assert not (tmp_path / folder / "finished.json").exists()
+        result = here(*words, "-o", folder)
+        assert result.code == 0, result.err
+        assert "par: continued after step" in result.err
+        assert names(tmp_path / folder) == FILES
+        assert names(tmp_path / folder / "steps") == set()
+        assert (tmp_path / folder / "model" / "model.safetensors").read_bytes() == whole
+        assert ClipPurification.load(tmp_path / folder / "purification.json").history == wanted.history
