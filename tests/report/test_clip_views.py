@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -94,6 +95,23 @@ def test_beside_another_run_and_from_its_file(tmp_path: Path, planted: ModuleTyp
     alone = read_run(folder / "purification.json")
     assert alone.clip == ClipPurification.load(folder / "purification.json")
     assert alone.purification is None
+
+
+def test_several_repairs_draw_a_frontier(tmp_path: Path, planted: ModuleType, reading: ModuleType) -> None:
+    folders = [planted.write_clip_purification(tmp_path / name, left=name == "b") for name in "abc"]
+    own = ClipPurification.load(folders[2] / "purification.json")
+    replace(own, config=own.config | {"text_tower": "frozen", "crop": 2}).save(folders[2] / "purification.json")
+    assert "lower right corner" not in reading.page(folders[0]).text
+    seen = reading.page(*folders)
+    assert "the lower right corner is best" in seen.text
+    (label,) = [
+        attributes["aria-label"]
+        for tag, attributes in seen.tags
+        if tag == "svg" and attributes["aria-label"].startswith("Accuracy and excess ASR")
+    ]
+    assert label.endswith("par: 55.1 and 0.5, 55.1 and 37.5; par, text tower frozen, crop 2: 55.1 and 0.5")
+    untested = planted.write_clip_purification(tmp_path / "d", attack=False)
+    assert "lower right corner" not in reading.page(folders[0], untested).text
 
 
 def test_strings_of_strangers_stay_text(tmp_path: Path, planted: ModuleType, reading: ModuleType) -> None:

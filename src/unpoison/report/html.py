@@ -14,6 +14,7 @@ from unpoison import __version__
 from unpoison.errors import UsageError
 from unpoison.report import charts
 from unpoison.report.clip_views import clip_view, drift_rows
+from unpoison.report.frontier import frontier
 from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows
 from unpoison.report.runs import ReportRun
@@ -57,6 +58,7 @@ def render_report(runs: Sequence[ReportRun]) -> str:
     script = _asset(environment, "marks.js") if any(run.samples for run in runs) else ""
     return environment.get_template("report.html.j2").render(
         views=views,
+        frontier=frontier(runs),
         title=views[0].verdict.sentence if len(views) == 1 else f"Report on {len(views)} runs",
         version=__version__,
         style=Markup(_asset(environment, "style.css")),  # noqa: S704 - our own file
