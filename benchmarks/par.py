@@ -90,6 +90,12 @@ VARIANTS = {
     "frozen-relations-latched": Variant(method="par", config=FROZEN | RELATIONS | {"recovery": "latched"}),
     "averaged": Variant(method="par", suspect_share=0.3),
     "frozen-relations-averaged": Variant(method="par", config=FROZEN | RELATIONS, suspect_share=0.3),
+    **{
+        f"frozen-relations-views-{rate}": Variant(method="par", config=FROZEN | RELATIONS | VIEWS, rate=rate)
+        for rate in (2.0, 4.0, 8.0)
+    },
+    **{f"views-{rate}": Variant(method="par", config=VIEWS, rate=rate) for rate in (2.0, 4.0)},
+    **{f"frozen-views-{rate}": Variant(method="par", config=FROZEN | VIEWS, rate=rate) for rate in (2.0, 4.0)},
     **{f"tau-{tau}": Variant(method="par", config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.5)},
     **{f"rate-{rate}": Variant(method="par", rate=rate) for rate in (0.5, 2.0, 4.0)},
 }
