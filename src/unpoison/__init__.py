@@ -17,10 +17,11 @@ if TYPE_CHECKING:
         purify_with_par,
     )
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
-    from unpoison.data.pairs import open_pairs
+    from unpoison.data.pairs import join_pairs, open_pairs
     from unpoison.data.pixels import load_pixels
     from unpoison.data.shapes import make_shapes
     from unpoison.data.sources import open_images
+    from unpoison.data.synthetic import render_pairs
     from unpoison.defenses.baselines.clean_clip import CleanClipConfig
     from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
     from unpoison.defenses.cgd import CGDConfig
@@ -53,6 +54,7 @@ _HOMES = {
     "apply_poisoning": "unpoison.attacks.poison",
     "evaluate_classifier": "unpoison.evaluation.classifier",
     "evaluate_clip": "unpoison.evaluation.clip",
+    "join_pairs": "unpoison.data.pairs",
     "load_any_clip": "unpoison.models.clip_files",
     "load_classifier": "unpoison.models.classifier",
     "load_clip": "unpoison.models.clip_transformers",
@@ -67,6 +69,7 @@ _HOMES = {
     "purify_with_fine_tuning": "unpoison.api_clip",
     "purify_with_par": "unpoison.api_clip",
     "read_run": "unpoison.report.runs",
+    "render_pairs": "unpoison.data.synthetic",
     "save_classifier": "unpoison.models.classifier",
     "save_clip": "unpoison.models.clip_files",
     "scan_dataset": "unpoison.api",
@@ -103,6 +106,7 @@ __all__ = [
     "apply_poisoning",
     "evaluate_classifier",
     "evaluate_clip",
+    "join_pairs",
     "load_any_clip",
     "load_classifier",
     "load_clip",
@@ -117,6 +121,7 @@ __all__ = [
     "purify_with_fine_tuning",
     "purify_with_par",
     "read_run",
+    "render_pairs",
     "save_classifier",
     "save_clip",
     "scan_dataset",

@@ -42,6 +42,8 @@ class ClipPurification(JsonResult):
     text_cosine: float
     trained_pairs: int
     held_out_pairs: int
+    synthetic_pairs: int = 0
+    """How many of the pairs that were opened are made up, as the caller says."""
     truncated_captions: int = 0
     """Different captions that the tokenizer cuts off."""
     stopped: str = ""

@@ -171,6 +171,24 @@ def test_what_is_refused(here: Callable[..., Any], model: str, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+def test_made_up_pairs_alone_and_beside_others(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    short = QUICK[2:]
+    alone = here("purify", "par", model, "--synthetic", "shapes:40:3", *short, "-o", "alone", "--json")
+    assert alone.code == 0
+    assert json.loads(alone.out)["synthetic_pairs"] == 40
+    words = ("--pairs", "shapes:30:4", "--synthetic", "shapes:20:3")
+    both = here("purify", "par", model, *words, *short, "-o", "both")
+    assert both.code == 0
+    result = ClipPurification.load(tmp_path / "both" / "purification.json")
+    assert (result.synthetic_pairs, result.trained_pairs + result.held_out_pairs) == (20, 50)
+    assert result.command.startswith(f"unpoison purify par {model} --pairs shapes:30:4 --synthetic shapes:20:3 ")
+    assert "20 made up" in (tmp_path / "both" / "model" / "README.md").read_text()
+    assert "20 made up" in (tmp_path / "both" / "report.html").read_text()
+    neither = here("purify", "par", model, *short, "-o", "neither")
+    assert neither.code == 2
+    assert "--synthetic SOURCE" in neither.err
+
+
 def test_another_command_does_not_continue_the_run(here: Callable[..., Any], model: str) -> None:
     assert here("purify", "par", model, *QUICK, "-o", "out").code == 0
     for words, said in (

@@ -2,131 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from unpoison.cli.options import READING, Planned, run_path
+from unpoison.cli.clip_options import (
+    METHOD,
+    PairReading,
+    Pairs,
+    Sources,
+    Synthetic,
+    Testing,
+    Tests,
+    Training,
+    open_tests,
+)
+from unpoison.cli.options import Planned, run_path
 
 if TYPE_CHECKING:
     import rich.console
 
     from unpoison.clip_results import ClipPurification
     from unpoison.data.pairs import ImageTextPairs
-    from unpoison.data.sources import LabelledImages
-    from unpoison.evaluation.clip import TargetedAttack
-    from unpoison.results import ClipEvaluation
     from unpoison.runs import Run
-
-METHOD = Group("Method", sort_key=10)
-TEST = Group("Test", sort_key=20)
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How to train, whichever the method."""
-
-    steps: Annotated[
-        int | None,
-        Parameter(group=METHOD, show_default=False, help="Optimizer steps. [default: by the number of pairs]"),
-    ] = None
-    batch_size: Annotated[
-        int | None,
-        Parameter(group=METHOD, show_default=False, help="Pairs a step, over all processes. [default: as above]"),
-    ] = None
-    learning_rate: Annotated[
-        float | None,
-        Parameter(group=METHOD, show_default=False, help="Highest learning rate. [default: by the model's size]"),
-    ] = None
-    bound: Annotated[
-        float | None,
-        Parameter(
-            group=METHOD,
-            show_default=False,
-            help="Largest fall of held-out accuracy, in points, that is accepted. [default: 10]",
-        ),
-    ] = None
-    published: Annotated[
-        bool,
-        Parameter(
-            negative="",
-            show_default=False,
-            group=METHOD,
-            help="The paper's learning rate, batch and epochs, whatever the model's size and the number of pairs.",
-        ),
-    ] = False
-    precision: Annotated[
-        Literal["no", "bf16", "fp16"] | None,
-        Parameter(group=METHOD, show_default=False, help="Mixed precision. [default: as accelerate is configured]"),
-    ] = None
-    config: Annotated[
-        Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
-    ] = None
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class PairReading:
-    """How to read the pairs."""
-
-    image_column: Annotated[
-        str | None, Parameter(group=READING, show_default=False, help="Column that holds the images.")
-    ] = None
-    caption_column: Annotated[
-        str | None, Parameter(group=READING, show_default=False, help="Column that holds the captions.")
-    ] = None
-    split: Annotated[
-        str | None, Parameter(group=READING, show_default=False, help="Split of a source that has several.")
-    ] = None
-    strict: Annotated[
-        bool,
-        Parameter(negative="", group=READING, show_default=False, help="Stop at the first row that cannot be used."),
-    ] = False
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Testing:
-    """What to measure before and after."""
-
-    test: Annotated[
-        str | None,
-        Parameter(
-            metavar="SOURCE",
-            group=TEST,
-            show_default=False,
-            help="Clean labelled test images: zero-shot accuracy before and after.",
-        ),
-    ] = None
-    manifest: Annotated[
-        Path | None,
-        Parameter(
-            group=TEST,
-            show_default=False,
-            help="Poison manifest, of images or of pairs: attack success before and after.",
-        ),
-    ] = None
-    retrieval: Annotated[
-        str | None,
-        Parameter(
-            metavar="SOURCE", group=TEST, show_default=False, help="Test pairs: R@1, R@5, R@10 before and after."
-        ),
-    ] = None
-
-
-Pairs = Annotated[
-    str, Parameter(metavar="SOURCE", help="Clean image-caption pairs: parquet, CSV, JSONL, shards or a folder.")
-]
 
 
 def par(
     model: str,
     /,
     *,
-    pairs: Pairs,
+    pairs: Pairs = None,
+    synthetic: Synthetic = None,
     tau: Annotated[
         float | None,
         Parameter(
@@ -141,9 +48,9 @@ def par(
         Literal["none", "relations"] | None,
         Parameter(group=METHOD, show_default=False, help="Keep the model's opinion of plain images over captions."),
     ] = None,
-    training: Training = Training(),
-    testing: Testing = Testing(),
-    reading: PairReading = PairReading(),
+    training: Training = Training(),  # noqa: B008
+    testing: Testing = Testing(),  # noqa: B008
+    reading: PairReading = PairReading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
     """Repair a backdoored CLIP: perturb and recover. The given model stays untouched; the copy has the same format.
@@ -156,17 +63,18 @@ def par(
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
     own = {"tau": tau, "text_tower": text_tower, "distill": distill}
-    return _purify("par", model, pairs, own, training, testing, reading, options)
+    return _purify("par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options)
 
 
 def clean_clip(
     model: str,
     /,
     *,
-    pairs: Pairs,
-    training: Training = Training(),
-    testing: Testing = Testing(),
-    reading: PairReading = PairReading(),
+    pairs: Pairs = None,
+    synthetic: Synthetic = None,
+    training: Training = Training(),  # noqa: B008
+    testing: Testing = Testing(),  # noqa: B008
+    reading: PairReading = PairReading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
     """Repair a backdoored CLIP with CleanCLIP, the baseline with self-supervision within each tower.
@@ -178,17 +86,20 @@ def clean_clip(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _purify("clean-clip", model, pairs, {}, training, testing, reading, options)
+    return _purify(
+        "clean-clip", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
+    )
 
 
 def fine_tuning(
     model: str,
     /,
     *,
-    pairs: Pairs,
-    training: Training = Training(),
-    testing: Testing = Testing(),
-    reading: PairReading = PairReading(),
+    pairs: Pairs = None,
+    synthetic: Synthetic = None,
+    training: Training = Training(),  # noqa: B008
+    testing: Testing = Testing(),  # noqa: B008
+    reading: PairReading = PairReading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
     """Fine-tune a CLIP on clean pairs, the plainest baseline.
@@ -200,46 +111,15 @@ def fine_tuning(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _purify("fine-tuning", model, pairs, {}, training, testing, reading, options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tests:
-    """What ``Testing`` names, opened before any training: a mistake in it must not cost hours."""
-
-    images: LabelledImages | None = None
-    poisoning: TargetedAttack | None = None
-    retrieval: ImageTextPairs | None = None
-    inputs: dict[str, Any]
-
-    @property
-    def encoded(self) -> int:
-        """Images that one evaluation puts through the model."""
-        images = 0 if self.images is None else len(self.images)
-        pairs = 0 if self.retrieval is None else len(self.retrieval)
-        return (images + pairs) * (1 if self.poisoning is None else 2)
-
-    def evaluate(self, clip: Any, run: Run, *, name: str, suspect: Any = None) -> ClipEvaluation | None:
-        """One evaluation with the model's name as the user knows it; None without test images."""
-        from unpoison.evaluation.clip import evaluate_clip
-
-        if self.images is None:
-            return None
-        return evaluate_clip(
-            clip,
-            self.images,
-            poisoning=self.poisoning,
-            retrieval=self.retrieval,
-            suspect=suspect,
-            run=run,
-            name=name,
-        )
+    return _purify(
+        "fine-tuning", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
+    )
 
 
 def _purify(
     verb: str,
     model: str,
-    pairs: str,
+    sources: Sources,
     own: dict[str, Any],
     training: Training,
     testing: Testing,
@@ -253,12 +133,11 @@ def _purify(
         console.detail("importing libraries")
         from unpoison import __version__
         from unpoison.cli.running import DryRun, begin, run_without_folder, vars_of
-        from unpoison.data.pairs import open_pairs
         from unpoison.models.clip_files import load_any_clip
 
-        tests = _open_tests(testing)
+        tests = open_tests(testing)
         clip = load_any_clip(model)
-        opened = open_pairs(pairs, limit=options.limit, seed=options.seed, **vars_of(reading))
+        opened = sources.open(options, vars_of(reading))
         config = _config(verb, clip, len(opened), own, training)
         path = run_path(options.output, f"purify-{verb}", model)
         if options.dry_run:
@@ -285,44 +164,15 @@ def _purify(
         }
         run = begin(console, options, path, inputs, precision=training.precision)
         repeat = _command(
-            verb, model, {"pairs": pairs}, own, vars_of(training), vars_of(testing), vars_of(reading),
+            verb, model, vars_of(sources), own, vars_of(training), vars_of(testing), vars_of(reading),
             {"seed": options.seed, "limit": options.limit, "output": path},
         )  # fmt: skip
-        result = _run(verb, clip, opened, config, tests, run, path, model, repeat)
+        result = _run(verb, clip, opened, config, tests, run, path, model, repeat, sources)
         if run.accelerator.is_main_process:
             from unpoison.storage import to_json
 
             console.answer(to_json(result), lambda out: _show(out, result, path))
     return 0 if result.accepted else INCONCLUSIVE
-
-
-def _open_tests(testing: Testing) -> Tests:
-    from unpoison.cli.options import Reading
-    from unpoison.cli.running import describe, open_source
-    from unpoison.errors import UsageError
-
-    for option in ("manifest", "retrieval"):
-        if getattr(testing, option) is not None and testing.test is None:
-            raise UsageError(f"--{option} needs test images.", hint="Give them with --test LABELLED_IMAGES.")
-    if testing.test is None:
-        return Tests(inputs={"test": None})
-    images = open_source(testing.test, Reading())
-    inputs: dict[str, Any] = {"test": testing.test, "test_content": describe(images)}
-    poisoning = retrieval = None
-    if testing.manifest is not None:
-        from hashlib import blake2b
-
-        from unpoison.attacks.pair_manifest import load_poisoning
-
-        poisoning = load_poisoning(testing.manifest)
-        digest = blake2b(testing.manifest.read_bytes(), digest_size=16).hexdigest()
-        inputs |= {"manifest": str(testing.manifest), "manifest_content": digest}
-    if testing.retrieval is not None:
-        from unpoison.data.pairs import open_pairs
-
-        retrieval = open_pairs(testing.retrieval)
-        inputs |= {"retrieval": testing.retrieval, "retrieval_content": retrieval.fingerprint}
-    return Tests(images=images, poisoning=poisoning, retrieval=retrieval, inputs=inputs)
 
 
 def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: Training) -> Any:
@@ -367,6 +217,7 @@ def _run(
     path: Path,
     model: str,
     repeat: str,
+    sources: Sources,
 ) -> ClipPurification:
     from dataclasses import replace
 
@@ -380,7 +231,7 @@ def _run(
         before = tests.evaluate(clip, run, name=model) if main else None
         outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run)
         if main:
-            result = replace(outcome.purification, command=repeat)
+            result = replace(outcome.purification, command=repeat, synthetic_pairs=sources.made_up(pairs))
             after = tests.evaluate(outcome.clip, run, name=str(path / model_folder(result)), suspect=clip)
             result = replace(result, before=before, after=after)
             save_clip_purification(result, outcome.clip, path, base_model=model)

@@ -195,12 +195,16 @@ def shapes_rows(count: int, seed: int) -> tuple[datasets.Dataset, list[str], Sha
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
         encoded.append(buffer.getvalue())
+    return images_in_memory(encoded), [f"shapes-{seed}:{row}" for row in range(count)], world
+
+
+def images_in_memory(encoded: Sequence[bytes]) -> datasets.Dataset:
+    """A data set with the column "image" of encoded images, held in Arrow's memory."""
     images = pa.StructArray.from_arrays(
-        [pa.array(encoded, pa.binary()), pa.nulls(count, pa.string())], ["bytes", "path"]
+        [pa.array(encoded, pa.binary()), pa.nulls(len(encoded), pa.string())], ["bytes", "path"]
     )
     dataset = datasets.Dataset(InMemoryTable(pa.table({"image": images})))
-    ids = [f"shapes-{seed}:{row}" for row in range(count)]
-    return dataset.cast_column("image", datasets.Image(decode=False)), ids, world
+    return dataset.cast_column("image", datasets.Image(decode=False))
 
 
 def _open_shapes(count: int, seed: int) -> Layout:

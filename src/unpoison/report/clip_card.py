@@ -58,7 +58,8 @@ def clip_card(result: ClipPurification, *, base_model: str, library: str = "") -
 
 
 def _pairs(result: ClipPurification) -> str:
-    return f"{count(result.trained_pairs)} trained on, {count(result.held_out_pairs)} held out"
+    made_up = f"; {count(result.synthetic_pairs)} made up" if result.synthetic_pairs else ""
+    return f"{count(result.trained_pairs)} trained on, {count(result.held_out_pairs)} held out{made_up}"
 
 
 def _batch(result: ClipPurification) -> str:

@@ -110,8 +110,12 @@ def _tiles(result: ClipPurification) -> list[Tile]:
 
 
 def _left_out(result: ClipPurification) -> str:
-    held = f"{count(result.held_out_pairs)} held out"
-    return f"{held}, {count(len(result.skipped))} skipped" if result.skipped else held
+    parts = [f"{count(result.held_out_pairs)} held out"]
+    if result.synthetic_pairs:
+        parts.append(f"{count(result.synthetic_pairs)} made up")
+    if result.skipped:
+        parts.append(f"{count(len(result.skipped))} skipped")
+    return ", ".join(parts)
 
 
 def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
