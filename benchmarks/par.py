@@ -79,6 +79,7 @@ class Variant:
 FROZEN = {"text_tower": "frozen"}
 RELATIONS = {"distill": "relations"}
 VIEWS = {"crop": 2, "flip": True}
+ADVERSARY = {"adversary_share": 0.5}
 VARIANTS = {
     "frozen": Variant(method="par", config=FROZEN),
     "relations": Variant(method="par", config=RELATIONS),
@@ -93,6 +94,14 @@ VARIANTS = {
     **{
         f"frozen-relations-views-{rate}": Variant(method="par", config=FROZEN | RELATIONS | VIEWS, rate=rate)
         for rate in (2.0, 4.0, 8.0)
+    },
+    **{
+        f"adversary-{rate}": Variant(method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY, rate=rate)
+        for rate in (1.0, 2.0, 4.0)
+    },
+    **{
+        f"both-adversary-{rate}": Variant(method="par", config=RELATIONS | VIEWS | ADVERSARY, rate=rate)
+        for rate in (1.0, 2.0, 4.0)
     },
     **{f"views-{rate}": Variant(method="par", config=VIEWS, rate=rate) for rate in (2.0, 4.0)},
     **{f"frozen-views-{rate}": Variant(method="par", config=FROZEN | VIEWS, rate=rate) for rate in (2.0, 4.0)},

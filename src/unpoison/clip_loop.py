@@ -42,10 +42,13 @@ class _Progress:
     kept_step: int = 0
     stopped: str = ""
 
-    def pack(self, net: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any) -> dict[str, Tensor]:
+    def pack(
+        self, net: nn.Module, optimiser: torch.optim.Optimizer, scaler: Any, extra: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         scaling = None if scaler is None else scaler.state_dict()
         summary = msgspec.json.encode([self.history, self.kept_step, self.stopped, scaling])
         state = {name: value.cpu() for name, value in state_of(net, optimiser).items()}
+        state |= {f"extra.{name}": value.cpu() for name, value in extra.items()}
         state["summary"] = torch.frombuffer(bytearray(summary), dtype=torch.uint8)
         if self.kept_step != self.history[-1]["step"]:  # else the weights themselves
             state |= {f"kept.{name}": value for name, value in self.kept.items()}
@@ -73,14 +76,17 @@ def train_steps(
     *,
     name: str,
     run: Run,
+    extra: dict[str, Tensor] | None = None,
 ) -> ClipRepair:
     """Train ``clip`` (from :func:`trainable`) in place and return it with the last good weights.
+
+    ``extra``: further tensors that steps change in place; they are stored and put back with the weights.
 
     Weights, momenta, looks and the last good weights are stored together every ``check_every`` steps, the two newest
     files stay: a run that is killed at any point and repeated ends with the same weights. Raises no DivergedError: the
     result says at which step training left the finite numbers.
     """
-    net, total = clip.module, data.steps
+    net, total, extra = clip.module, data.steps, extra or {}
     before = held_out_embeddings(suspect, data)
     progress = _Progress(history=[_look(0, before, before, data)], kept=_weights(net))
     starts = range(0, total, config.check_every)
@@ -90,7 +96,7 @@ def train_steps(
         state = run.stored(names[index])
         if state is not None:
             run.progress.log(f"{name}: continued after step {min(starts[index] + config.check_every, total)}")
-            restore(net, optimiser, state)
+            _restore(net, optimiser, extra, state)
             progress, first = _Progress.unpack(state, run.accelerator.scaler), index + 1
             break
     done = min(first * config.check_every, total)
@@ -116,7 +122,7 @@ def train_steps(
             look = _look(stop, held_out_embeddings(clip, data), before, data) | means
             train_mode(net)
             _judge(progress, look, net, config)
-            return progress.pack(net, optimiser, run.accelerator.scaler)
+            return progress.pack(net, optimiser, run.accelerator.scaler, extra)
 
         try:
             with run.seeded(name, start, run.accelerator.process_index):
@@ -124,7 +130,7 @@ def train_steps(
         except DivergedError as error:
             progress.stopped = f"{error.message} The weights of step {progress.kept_step} were kept."
             break
-        restore(net, optimiser, state)
+        _restore(net, optimiser, extra, state)
         progress = _Progress.unpack(state, run.accelerator.scaler)
         run.forget(names[: max(0, index - 1)])
     if not progress.stopped:
@@ -145,6 +151,14 @@ def train_steps(
         stopped=progress.stopped,
         warnings=data.warnings,
     )
+
+
+def _restore(
+    net: nn.Module, optimiser: torch.optim.Optimizer, extra: dict[str, Tensor], state: dict[str, Tensor]
+) -> None:
+    restore(net, optimiser, state)
+    for key, value in extra.items():
+        value.copy_(state[f"extra.{key}"])
 
 
 def held_out_embeddings(clip: ImageTextModel, data: TrainingPairs) -> tuple[Embeddings, Embeddings]:

@@ -80,8 +80,9 @@ def test_two_processes_train_what_one_trains(small_folder: Path, clip: Any, pair
 def test_a_killed_training_ends_with_the_same_weights(
     small_folder: Path, clip: Any, pairs: Any, tmp_path: Path
 ) -> None:
-    whole = repair_with_par(clip, pairs, PARConfig(**SETTINGS), run=Run(accelerator=Accelerator(cpu=True)))
-    settings = SETTINGS | {"folder": str(tmp_path / "run")}
+    chosen = SETTINGS | {"adversary_share": 0.5}  # whose pattern and patch are part of the state
+    whole = repair_with_par(clip, pairs, PARConfig(**chosen), run=Run(accelerator=Accelerator(cpu=True)))
+    settings = chosen | {"folder": str(tmp_path / "run")}
     process = run_script(small_folder, tmp_path / "killed.safetensors", settings)
     steps = tmp_path / "run" / "steps"
     try:
@@ -93,19 +94,19 @@ def test_a_killed_training_ends_with_the_same_weights(
     stored = sorted(file.name for file in steps.glob("par-*.safetensors"))
     assert stored
     again = Run(accelerator=Accelerator(cpu=True), folder=RunFolder.open(tmp_path / "run", {}))
-    repeated = repair_with_par(clip, pairs, PARConfig(**SETTINGS), run=again)
+    repeated = repair_with_par(clip, pairs, PARConfig(**chosen), run=again)
     assert_same(state_of(repeated), state_of(whole))
     assert repeated.history == whole.history
     # from every state that a kill can leave: each of the stored ones as the newest, and a damaged one
     left = sorted(steps.glob("par-*.safetensors"))
     assert [file.name for file in left] == ["par-000002.safetensors", "par-000004.safetensors"]
     left[1].write_bytes(left[1].read_bytes()[:100])
-    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**SETTINGS), run=again)), state_of(whole))
+    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**chosen), run=again)), state_of(whole))
     left[1].unlink()
-    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**SETTINGS), run=again)), state_of(whole))
+    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**chosen), run=again)), state_of(whole))
     shutil.rmtree(steps)
     steps.mkdir()
-    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**SETTINGS), run=again)), state_of(whole))
+    assert_same(state_of(repair_with_par(clip, pairs, PARConfig(**chosen), run=again)), state_of(whole))
 
 
 Change = Callable[[Any, int], None]

@@ -32,7 +32,9 @@ Where we differ, and what the paper leaves open
     Ours, and off by default: ``text_tower = "frozen"`` keeps the texts where they are, so that a rotation of both
     towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's
     softmax over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate again once it
-    was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
+    was shut for a whole interval between looks; ``crop`` and ``flip`` augment further; ``adversary_share`` puts a
+    universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step 2: what it finds is what
+    the embeddings are pushed away from.
     tau = 2.15 means a mean cosine under -0.075 with the old embeddings: indexes, heads and connectors built on those no
     longer fit. The looks report the cosines.
 """
@@ -68,6 +70,7 @@ from unpoison.contrastive import (
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import process_slice
 from unpoison.data.transforms import crop_at
+from unpoison.defenses.universal import Places, Universal, draw_places
 from unpoison.errors import ConfigError
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, linear_then_cosine, set_rate
@@ -106,6 +109,14 @@ class PARConfig(PairTrainingConfig):
     """Ours: random shifts of up to so many pixels."""
     flip: bool = False
     """Ours: half the images mirrored."""
+    adversary_share: float = 0.0
+    """Ours: share of the images that carry a universal adversary, half of them as a pattern, half as a patch."""
+    adversary_epsilon: float = 16 / 255
+    """Largest change of a pixel by the adversary's pattern."""
+    adversary_patch: float = 0.2
+    """Side of the adversary's patch as a share of the image's."""
+    adversary_step: float = 2 / 255
+    """How far the adversary's pattern moves in a step; the patch moves four times as far."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +125,7 @@ class PARConfig(PairTrainingConfig):
         low, high = self.erase_area
         if not 0 < low <= high < 1:
             raise ConfigError(f"erase_area must be two shares in (0, 1), got {self.erase_area}.", hint="Least first.")
-        for name in ("noise_share", "erase_share"):
+        for name in ("noise_share", "erase_share", "adversary_share", "adversary_epsilon", "adversary_patch"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
         if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:
@@ -131,6 +142,10 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
         towers = [*trained.tower("image"), *(trained.tower("text") if config.text_tower == "train" else [])]
         weights = choose_weights(trained, towers)
         groups = decay_groups(towers, config.weight_decay)
+        side = max(1, round(config.adversary_patch * clip.image_size))
+        adversary = Universal.draw(
+            clip.image_size, side, config.adversary_epsilon, run.generator("adversary"), run.device
+        )
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 
         def one_step(step: int, looks: list[Look]) -> dict[str, Tensor]:
@@ -139,13 +154,21 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
             old.begin(batch)
             tau = 0.0 if config.recovery == "latched" and was_shut(looks) else config.tau
             figures: dict[str, Tensor] = {}
+            places = draw_places(
+                len(batch), clip.image_size, side, config.adversary_share, run.generator("places", step)
+            )
+            carriers: list[tuple[Tensor, Places]] = []
 
             def embed(start: int, stop: int) -> list[Tensor]:
                 rows = slice(mine.start + start, mine.start + stop)
                 plain = data.images(batch.rows[rows]).to(run.device)
                 noise = draw_noise(rows, clip.image_size, step, run) if config.noise_share else None
                 images = augment(plain, views.of(rows), noise, clip.image_mean, config)  # (2)
+                if config.adversary_share:
+                    images = adversary.apply(images, places.of(rows))
                 old.see(start, images, plain)
+                if config.adversary_share and weights[0].requires_grad:  # not in a pass without a graph
+                    carriers.append((images.requires_grad_(), places.of(rows)))
                 with run.accelerator.autocast():
                     embedded = [trained.encode_images(images)]
                     if config.text_tower == "train":
@@ -174,11 +197,15 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
                 module=trained.module,
                 accelerator=run.accelerator,
             )
+            if config.adversary_share:
+                adversary.ascend(carriers, config.adversary_step, run.accelerator)
             average_gradients(weights, run.accelerator)
             optimiser_step(optimiser, run.accelerator)
             return figures | {"loss": total}
 
-        return train_steps(trained, suspect, optimiser, one_step, data, config, name="par", run=run)
+        return train_steps(
+            trained, suspect, optimiser, one_step, data, config, name="par", run=run, extra=adversary.tensors()
+        )
 
 
 def par_loss(
