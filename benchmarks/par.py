@@ -100,6 +100,18 @@ VARIANTS = {
         for rate in (1.0, 2.0, 4.0)
     },
     **{
+        f"adversary-tau-{tau}": Variant(
+            method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY | {"tau": tau}, rate=2.0
+        )
+        for tau in (0.1, 0.5, 1.0)
+    },
+    **{
+        f"adversary-share-{share}": Variant(
+            method="par", config=FROZEN | RELATIONS | VIEWS | {"adversary_share": share}, rate=2.0
+        )
+        for share in (0.2, 0.35, 0.8)
+    },
+    **{
         f"both-adversary-{rate}": Variant(method="par", config=RELATIONS | VIEWS | ADVERSARY, rate=rate)
         for rate in (1.0, 2.0, 4.0)
     },
