@@ -20,15 +20,15 @@ def images(count: int, seed: int) -> Tensor:
 
 def logits(batch: Tensor) -> Tensor:
     """Classes look at the mean of a random weighting of all pixels; the planted one also at one corner's brightness."""
-    weights = torch.randn(CLASSES, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(7)) / 3
+    weights = torch.randn(CLASSES, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(7)) / 6
     answers = (batch - 0.5).flatten(1) @ weights.T
     corner = batch[:, :, :2, :2].mean(dim=(1, 2, 3))
-    shortcut = 20 * torch.relu(corner - 0.8)
+    shortcut = 4 * torch.nn.functional.softplus(10 * (corner - 0.65))
     return torch.cat([answers[:, :PLANTED], (answers[:, PLANTED] + shortcut)[:, None], answers[:, PLANTED + 1 :]], 1)
 
 
 def test_the_planted_class_has_the_smallest_mask() -> None:
-    config = InversionConfig(steps=120, weight=1e-4)
+    config = InversionConfig(steps=120)
     found = [
         invert_trigger(logits, images(64, 1), images(64, 2), target, config, run=Run()) for target in range(CLASSES)
     ]

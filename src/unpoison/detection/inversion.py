@@ -9,7 +9,8 @@ Idea
 Steps
     1. x' = (1 - m) x + m p with a mask m [1, h, w] and a pattern p [3, h, w], both sigmoids of free numbers.
     2. Minimise CE(logits(x'), target) + lambda ||m||_1 over images of other classes, with Adam.
-    3. lambda grows while at least ``success`` of a batch is sent to the target, and falls while it is not.
+    3. lambda grows while at least ``success`` of a batch is sent to the target, and falls while it is not; the
+       smallest mask that did is kept (the last one where none did).
     4. The class whose mask is smaller than the others': index = (median log size - log size) / (1.4826 MAD).
 Where we differ
     ``form = "universal"``: one delta, |delta| <= epsilon, added to every image, for triggers that lie on all of it; its
@@ -103,7 +104,7 @@ def invert_trigger(
     free = torch.zeros(3, height, width, device=images.device, requires_grad=True)
     optimiser = torch.optim.Adam([free_mask, free], config.learning_rate)
     per_pixel = 32 * 32 / (height * width)
-    weight = config.weight
+    weight, best = config.weight, None
     for _ in range(config.steps):
         rows = torch.randperm(len(images), generator=generator)[: config.batch_size]
         batch = images[rows.to(images.device)]
@@ -116,15 +117,19 @@ def invert_trigger(
         mask = free_mask.sigmoid()
         answers = logits(_put_on("patch", batch, mask, free.sigmoid()))
         loss = _to_target(answers, target) + weight * per_pixel * mask.sum()
+        reached = float((answers.detach().argmax(1) == target).float().mean())
+        if reached >= config.success and (best is None or float(mask.detach().sum()) < float(best[0].sum())):
+            best = mask.detach().clone(), free.detach().sigmoid()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        reached = float((answers.detach().argmax(1) == target).float().mean())  # (3)
+        # (3)
         weight = weight * config.weight_factor if reached >= config.success else weight / config.weight_factor
     with torch.no_grad():
         patch = config.form == "patch"
-        mask = free_mask.sigmoid() if patch else torch.ones_like(free_mask)
-        pattern = free.sigmoid() if patch else free.detach().clone()
+        mask, pattern = best or (free_mask.sigmoid(), free.sigmoid())
+        if not patch:
+            mask, pattern = torch.ones_like(free_mask), free.detach().clone()
         answers = logits(_put_on(config.form, held_out, mask, pattern))
         size = float(mask.mean()) if patch else float(_to_target(answers, target))
         success = 100 * float((answers.argmax(1) == target).float().mean())
