@@ -106,6 +106,16 @@ VARIANTS = {
         for tau in (0.1, 0.5, 1.0)
     },
     **{
+        f"adversary-tau-0.5-share-{share}": Variant(
+            method="par", config=FROZEN | RELATIONS | VIEWS | {"adversary_share": share, "tau": 0.5}, rate=2.0
+        )
+        for share in (0.2, 0.3, 0.7)
+    },
+    "adversary-tau-0.5-distill-3": Variant(
+        method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY | {"tau": 0.5, "distill_weight": 3.0}, rate=2.0
+    ),
+    "adversary-tau-0.5-noviews": Variant(method="par", config=FROZEN | RELATIONS | ADVERSARY | {"tau": 0.5}, rate=2.0),
+    **{
         f"adversary-share-{share}": Variant(
             method="par", config=FROZEN | RELATIONS | VIEWS | {"adversary_share": share}, rate=2.0
         )
