@@ -40,7 +40,7 @@ from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
-from unpoison.defenses.par import PARConfig
+from unpoison.defenses.par import RECOMMENDED, RECOMMENDED_FACTOR, PARConfig
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.models.clip_files import load_any_clip
 from unpoison.report.html import write_report
@@ -130,20 +130,20 @@ VARIANTS = {
     **{f"tau-{tau}": Variant(method="par", config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.5)},
     **{f"rate-{rate}": Variant(method="par", rate=rate) for rate in (0.5, 2.0, 4.0)},
 }
-OURS = "frozen-relations-views"
-"""Which variant is ours: to be chosen by ``--set tune``."""
+OURS = Variant(method="par", config=RECOMMENDED, rate=RECOMMENDED_FACTOR)
+"""What :meth:`PARConfig.recommended` does; chosen by ``--set tune``."""
 REPAIRS = {
     "fine-tuning": Variant(method="fine-tuning"),
     "clean-clip": Variant(method="clean-clip"),
     "par": Variant(method="par"),
-    "ours": VARIANTS[OURS],
+    "ours": OURS,
 }
 METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
 KNOBS = {  # the frontier: what turns between a clean model's accuracy and the attack's end
     "par": [replace(REPAIRS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
     "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
     "ours": [
-        replace(VARIANTS[OURS], config=VARIANTS[OURS].config | {"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)
+        replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     ],
 }
 

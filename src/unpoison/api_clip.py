@@ -46,18 +46,19 @@ def purify_with_par(
 ) -> ClipPurifyOutcome:
     """Perturb and recover a CLIP on clean or synthetic pairs (arXiv 2412.00727). The caller's model is never changed.
 
-    ``config`` None: the paper's, scaled to the model and the pairs (:meth:`PARConfig.scaled`). The result is refused
-    (``accepted`` is false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
+    ``config`` None: :meth:`PARConfig.recommended`, which goes beyond the paper. :meth:`PARConfig.scaled` is the paper's
+    for this model and these pairs, ``PARConfig()`` the paper's as it stands. The result is refused (``accepted`` is
+    false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
     Raises NotEnoughDataError, SourceFormatError, ModelError.
     """
-    return _purify("par", repair_with_par, clip, pairs, config or _scaled(PARConfig, clip, pairs), run or Run())
+    return _purify("par", repair_with_par, clip, pairs, config or _recommended(PARConfig, clip, pairs), run or Run())
 
 
 def purify_with_clean_clip(
     clip: ImageTextModel, pairs: ImageTextPairs, *, config: CleanClipConfig | None = None, run: Run | None = None
 ) -> ClipPurifyOutcome:
     """CleanCLIP (arXiv 2303.03323), otherwise as :func:`purify_with_par`."""
-    config = config or _scaled(CleanClipConfig, clip, pairs)
+    config = config or _recommended(CleanClipConfig, clip, pairs)
     return _purify("clean-clip", repair_with_clean_clip, clip, pairs, config, run or Run())
 
 
@@ -65,12 +66,12 @@ def purify_with_fine_tuning(
     clip: ImageTextModel, pairs: ImageTextPairs, *, config: FineTuningConfig | None = None, run: Run | None = None
 ) -> ClipPurifyOutcome:
     """Plain fine-tuning on clean pairs, otherwise as :func:`purify_with_par`."""
-    config = config or _scaled(FineTuningConfig, clip, pairs)
+    config = config or _recommended(FineTuningConfig, clip, pairs)
     return _purify("fine-tuning", repair_with_fine_tuning, clip, pairs, config, run or Run())
 
 
-def _scaled(kind: type[Config], clip: ImageTextModel, pairs: ImageTextPairs) -> Config:
-    return kind.scaled(parameters=count_parameters(clip), samples=len(pairs))
+def _recommended(kind: type[Config], clip: ImageTextModel, pairs: ImageTextPairs) -> Config:
+    return kind.recommended(parameters=count_parameters(clip), samples=len(pairs))
 
 
 def count_parameters(clip: ImageTextModel) -> int:

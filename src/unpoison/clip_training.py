@@ -98,6 +98,11 @@ class PairTrainingConfig:
         }
         return cls(**(values | more))  # pyright: ignore[reportArgumentType] - checked by __post_init__ and msgspec
 
+    @classmethod
+    def recommended(cls: type[Config], *, parameters: int, samples: int, **more: object) -> Config:
+        """What the verbs use where nothing else is said: :meth:`scaled`, unless a method has something better."""
+        return cls.scaled(parameters=parameters, samples=samples, **more)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRepair:

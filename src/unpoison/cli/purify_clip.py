@@ -37,17 +37,30 @@ def par(
     tau: Annotated[
         float | None,
         Parameter(
-            group=METHOD, show_default=False, help="How far to push: squared distance in (0, 4]. [default: 2.15]"
+            group=METHOD,
+            show_default=False,
+            help="How far to push: squared distance in (0, 4]. [default: 0.5; with --paper 2.15]",
         ),
     ] = None,
     text_tower: Annotated[
         Literal["train", "frozen"] | None,
-        Parameter(group=METHOD, show_default=False, help="Train the text tower, or the image tower alone."),
+        Parameter(
+            group=METHOD, show_default=False, help="Train the text tower too. [default: frozen; with --paper train]"
+        ),
     ] = None,
     distill: Annotated[
         Literal["none", "relations"] | None,
-        Parameter(group=METHOD, show_default=False, help="Keep the model's opinion of plain images over captions."),
+        Parameter(group=METHOD, show_default=False, help="Keep its opinion of plain images. [default: relations]"),
     ] = None,
+    paper: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            group=METHOD,
+            help="As in the paper: both towers, a long push, no adversary; the rate is scaled to the model.",
+        ),
+    ] = False,
     training: Training = Training(),  # noqa: B008
     testing: Testing = Testing(),  # noqa: B008
     reading: PairReading = PairReading(),  # noqa: B008
@@ -62,7 +75,7 @@ def par(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    own = {"tau": tau, "text_tower": text_tower, "distill": distill}
+    own = {"paper": paper, "tau": tau, "text_tower": text_tower, "distill": distill}
     return _purify("par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options)
 
 
@@ -186,13 +199,15 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     kind = resolve(find(verb, DEFENSES).config)
     given = read_config(training.config) if training.config is not None else {}
     options = {name: getattr(training, name) for name in ("steps", "batch_size", "learning_rate", "bound")}
-    table = merge(given, own | options)
+    paper = own.get("paper", False)
+    table = merge(given, {key: value for key, value in own.items() if key != "paper"} | options)
     where = str(training.config or "options")
     checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
     if training.published:
         return checked
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in table}
-    start = kind.scaled(parameters=count_parameters(clip), samples=samples, **lengths)
+    make = kind.scaled if paper else kind.recommended
+    start = make(parameters=count_parameters(clip), samples=samples, **lengths)
     return make_config(kind, merge(asdict(start), table), where=where)
 
 
