@@ -80,7 +80,7 @@ def test_two_processes_train_what_one_trains(small_folder: Path, clip: Any, pair
 def test_a_killed_training_ends_with_the_same_weights(
     small_folder: Path, clip: Any, pairs: Any, tmp_path: Path
 ) -> None:
-    chosen = SETTINGS | {"adversary_share": 0.5}  # whose pattern and patch are part of the state
+    chosen: dict[str, Any] = SETTINGS | {"adversary_share": 0.5}  # whose pattern and patch are part of the state
     whole = repair_with_par(clip, pairs, PARConfig(**chosen), run=Run(accelerator=Accelerator(cpu=True)))
     settings = chosen | {"folder": str(tmp_path / "run")}
     process = run_script(small_folder, tmp_path / "killed.safetensors", settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,7 @@ def test_index_is_its_definition() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(NotEnoughDataError):
         invert_trigger(logits, images(3, 1), images(20, 2), 0, InversionConfig(), run=Run())
-    for wrong in ({"steps": 0}, {"epsilon": 0.0}, {"success": 0.0}, {"weight_factor": 0.5}):
+    refused: list[dict[str, Any]] = [{"steps": 0}, {"epsilon": 0.0}, {"success": 0.0}, {"weight_factor": 0.5}]
+    for wrong in refused:
         with pytest.raises(ConfigError):
             InversionConfig(**wrong)
