@@ -143,7 +143,7 @@ KNOBS = {  # the frontier: what turns between a clean model's accuracy and the a
     "par": [replace(REPAIRS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
     "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
     "ours": [
-        replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+        replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.0, 0.1, 0.2, 0.3, 0.5, 0.8)
     ],
 }
 

@@ -152,7 +152,7 @@ RECOMMENDED: dict[str, object] = {
     "distill": "relations",
     "crop": 2,
     "flip": True,
-    "adversary_share": 0.5,
+    "adversary_share": 0.3,
 }
 RECOMMENDED_FACTOR = 2.0
 
