@@ -109,7 +109,7 @@ def test_several_repairs_draw_a_frontier(tmp_path: Path, planted: ModuleType, re
         for tag, attributes in seen.tags
         if tag == "svg" and attributes["aria-label"].startswith("Accuracy and excess ASR")
     ]
-    assert label.endswith("par: 55.1 and 0.5, 55.1 and 37.5; par, text tower frozen, crop 2: 55.1 and 0.5")
+    assert label.endswith("par: 55.1 and 0.5, 55.1 and 37.5; par, beyond the paper: 55.1 and 0.5")
     untested = planted.write_clip_purification(tmp_path / "d", attack=False)
     assert "lower right corner" not in reading.page(folders[0], untested).text
 

@@ -12,7 +12,7 @@ from unpoison.report.runs import ReportRun
 from unpoison.report.views import Figure
 
 FEWEST = 2
-_OWN = {"text_tower": "train", "distill": "none", "recovery": "gate", "crop": 0, "flip": False}
+_OWN = {"text_tower": "train", "distill": "none", "recovery": "gate", "crop": 0, "flip": False, "adversary_share": 0.0}
 """PAR's keys beyond the paper, and what switches them off."""
 
 
@@ -39,7 +39,6 @@ def frontier(runs: Sequence[ReportRun]) -> Figure | None:
 
 
 def method_name(result: ClipPurification) -> str:
-    """The method, with what it was told beyond its paper."""
-    changed = [key for key, off in _OWN.items() if result.config.get(key, off) != off]
-    told = [f"{key.replace('_', ' ')} {result.config[key]}" for key in changed]
-    return ", ".join([result.method, *told])
+    """The method, and whether it was told more than its paper says."""
+    beyond = any(result.config.get(key, off) != off for key, off in _OWN.items())
+    return f"{result.method}, beyond the paper" if beyond else result.method
