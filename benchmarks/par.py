@@ -111,6 +111,22 @@ VARIANTS = {
         )
         for share in (0.2, 0.3, 0.7)
     },
+    **{
+        f"adversary-epsilon-{epsilon}": Variant(
+            method="par",
+            config=FROZEN
+            | RELATIONS
+            | VIEWS
+            | {
+                "adversary_share": 0.4,
+                "tau": 0.5,
+                "adversary_epsilon": epsilon / 255,
+                "adversary_step": 4 / 255,
+            },
+            rate=2.0,
+        )
+        for epsilon in (32, 64)
+    },
     "adversary-tau-0.5-distill-3": Variant(
         method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY | {"tau": 0.5, "distill_weight": 3.0}, rate=2.0
     ),
