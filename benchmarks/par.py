@@ -127,6 +127,20 @@ VARIANTS = {
         )
         for epsilon in (32, 64)
     },
+    **{
+        f"values-{share}": Variant(method="par", config=RECOMMENDED | {"adversary_values": share}, rate=2.0)
+        for share in (0.02, 0.05, 0.1)
+    },
+    **{
+        f"values-{share}-start-{start}": Variant(
+            method="par", config=RECOMMENDED | {"adversary_values": share, "adversary_start": start}, rate=2.0
+        )
+        for share in (0.0, 0.05)
+        for start in (0.1, 0.2)
+    },
+    "values-0.05-share-0.45": Variant(
+        method="par", config=RECOMMENDED | {"adversary_values": 0.05, "adversary_share": 0.45}, rate=2.0
+    ),
     "adversary-tau-0.5-distill-3": Variant(
         method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY | {"tau": 0.5, "distill_weight": 3.0}, rate=2.0
     ),

@@ -115,8 +115,12 @@ class PARConfig(PairTrainingConfig):
     """Largest change of a pixel by the adversary's pattern."""
     adversary_patch: float = 0.2
     """Side of the adversary's patch as a share of the image's."""
+    adversary_values: float = 0.0
+    """Share of an image's values that the adversary writes over; 0 for no such adversary."""
     adversary_step: float = 2 / 255
-    """How far the adversary's pattern moves in a step; the patch moves four times as far."""
+    """How far the adversary's pattern moves in a step; patch and values move four times as far."""
+    adversary_start: float = 0.0
+    """Share of the steps at the beginning in which the adversary moves and the model stands still."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +129,8 @@ class PARConfig(PairTrainingConfig):
         low, high = self.erase_area
         if not 0 < low <= high < 1:
             raise ConfigError(f"erase_area must be two shares in (0, 1), got {self.erase_area}.", hint="Least first.")
-        for name in ("noise_share", "erase_share", "adversary_share", "adversary_epsilon", "adversary_patch"):
+        for name in ("noise_share", "erase_share", "adversary_share", "adversary_epsilon", "adversary_patch",
+                     "adversary_values", "adversary_start"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
         if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:
@@ -169,8 +174,14 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
         groups = decay_groups(towers, config.weight_decay)
         side = max(1, round(config.adversary_patch * clip.image_size))
         adversary = Universal.draw(
-            clip.image_size, side, config.adversary_epsilon, run.generator("adversary"), run.device
+            clip.image_size,
+            side,
+            config.adversary_epsilon,
+            config.adversary_values,
+            run.generator("adversary"),
+            run.device,
         )
+        waiting = round(config.adversary_start * data.steps)
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 
         def one_step(step: int, looks: list[Look]) -> dict[str, Tensor]:
@@ -180,20 +191,26 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
             tau = 0.0 if config.recovery == "latched" and was_shut(looks) else config.tau
             figures: dict[str, Tensor] = {}
             places = draw_places(
-                len(batch), clip.image_size, side, config.adversary_share, run.generator("places", step)
+                len(batch),
+                clip.image_size,
+                side,
+                config.adversary_share if step >= waiting else 1.0,
+                run.generator("places", step),
+                kinds=3 if config.adversary_values else 2,
             )
-            carriers: list[tuple[Tensor, Places]] = []
+            carriers: list[tuple[Tensor, Tensor, Places]] = []
 
             def embed(start: int, stop: int) -> list[Tensor]:
                 rows = slice(mine.start + start, mine.start + stop)
                 plain = data.images(batch.rows[rows]).to(run.device)
                 noise = draw_noise(rows, clip.image_size, step, run) if config.noise_share else None
                 images = augment(plain, views.of(rows), noise, clip.image_mean, config)  # (2)
+                without = images
                 if config.adversary_share:
                     images = adversary.apply(images, places.of(rows))
                 old.see(start, images, plain)
                 if config.adversary_share and weights[0].requires_grad:  # not in a pass without a graph
-                    carriers.append((images.requires_grad_(), places.of(rows)))
+                    carriers.append((images.requires_grad_(), without, places.of(rows)))
                 with run.accelerator.autocast():
                     embedded = [trained.encode_images(images)]
                     if config.text_tower == "train":
@@ -212,7 +229,7 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
                 figures.update(terms)
                 return value
 
-            set_rate(optimiser, par_rate(step, data.steps, config))  # (6)
+            set_rate(optimiser, par_rate(max(0, step - waiting), data.steps - waiting, config))  # (6)
             optimiser.zero_grad()
             total = cached_gradients(
                 embed,
@@ -224,8 +241,9 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
             )
             if config.adversary_share:
                 adversary.ascend(carriers, config.adversary_step, run.accelerator)
-            average_gradients(weights, run.accelerator)
-            optimiser_step(optimiser, run.accelerator)
+            if step >= waiting:
+                average_gradients(weights, run.accelerator)
+                optimiser_step(optimiser, run.accelerator)
             return figures | {"loss": total}
 
         return train_steps(
