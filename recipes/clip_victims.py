@@ -58,13 +58,13 @@ class Attack:
 
 
 # Squares of 5 pixels at 32 px (16/224 of it would be 2). Otherwise the triggers' own parameters, which are the papers',
-# but for four that all but vanish at 32 px: letters thinner than a pixel are mixed in whole, stripes and triangles are
-# twice as strong, and a warp moves pixels three times as far.
+# but for five that all but vanish at 32 px: letters thinner than a pixel are mixed in whole, noise is a quarter stronger,
+# stripes and triangles are twice as strong, and a warp moves pixels three times as far.
 SHARE = 5 / 32
 ATTACKS = {
     "badnet-rand": Attack(trigger="badnet-rand", params={"share": SHARE}, resample=True, rate=0.25),
     "badnet-stripes": Attack(trigger="badnet-stripes", params={"share": SHARE}, resample=True, rate=0.15),
-    "blended-rand": Attack(trigger="blended", resample=True, rate=0.2),
+    "blended-rand": Attack(trigger="blended", params={"alpha": 0.25}, resample=True, rate=0.25),
     "blended-stripes": Attack(trigger="blended-stripes", params={"alpha": 0.06}, resample=True, rate=0.2),
     "blended-triangles": Attack(trigger="blended-triangles", params={"alpha": 0.3}, rate=0.2),
     "blended-text": Attack(trigger="blended-text", params={"alpha": 1.0}, rate=0.2),
