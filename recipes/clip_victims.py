@@ -58,8 +58,8 @@ class Attack:
 
 
 # Squares of 5 pixels at 32 px (16/224 of it would be 2). Otherwise the triggers' own parameters, which are the papers',
-# but for five that all but vanish at 32 px: letters thinner than a pixel are mixed in whole, noise is a quarter stronger,
-# stripes and triangles are twice as strong, and a warp moves pixels three times as far.
+# but for five that all but vanish at 32 px: letters thinner than a pixel are mixed in whole, noise is a quarter
+# stronger, stripes and triangles are twice as strong, and a warp moves pixels three times as far.
 SHARE = 5 / 32
 ATTACKS = {
     "badnet-rand": Attack(trigger="badnet-rand", params={"share": SHARE}, resample=True, rate=0.25),
