@@ -57,7 +57,7 @@ PLOT = ROOT / "benchmarks/results/par_frontier.svg"
 CLEAN = "clean"
 ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
            "wanet", "badclip", CLEAN)  # fmt: skip
-STEPS, BATCH = 300, 128
+STEPS, BATCH = 200, 128
 SETS = {"test": ("cifar10/test.parquet[0:5000]", "flickr8k/test.parquet"),
         "tune": ("cifar10/train.parquet[45000:50000]", "flickr8k/validation.parquet")}  # fmt: skip
 
@@ -80,6 +80,8 @@ FROZEN = {"text_tower": "frozen"}
 RELATIONS = {"distill": "relations"}
 VIEWS = {"crop": 2, "flip": True}
 ADVERSARY = {"adversary_share": 0.5}
+BOUNDED = {**RECOMMENDED, "adversary_share": 0.3, "adversary_values": 0.0, "adversary_start": 0.0}
+STARTED = BOUNDED | {"adversary_values": 0.05, "adversary_start": 0.1}
 VARIANTS = {
     "frozen": Variant(method="par", config=FROZEN),
     "relations": Variant(method="par", config=RELATIONS),
@@ -128,18 +130,22 @@ VARIANTS = {
         for epsilon in (32, 64)
     },
     **{
-        f"values-{share}": Variant(method="par", config=RECOMMENDED | {"adversary_values": share}, rate=2.0)
+        f"values-{share}": Variant(method="par", config=BOUNDED | {"adversary_values": share}, rate=2.0)
         for share in (0.02, 0.05, 0.1)
     },
     **{
         f"values-{share}-start-{start}": Variant(
-            method="par", config=RECOMMENDED | {"adversary_values": share, "adversary_start": start}, rate=2.0
+            method="par", config=BOUNDED | {"adversary_values": share, "adversary_start": start}, rate=2.0
         )
         for share in (0.0, 0.05)
         for start in (0.1, 0.2)
     },
+    "started": Variant(method="par", config=STARTED, rate=2.0),
+    "started-rate-1": Variant(method="par", config=STARTED, rate=1.0),
+    "started-share-0.2": Variant(method="par", config=STARTED | {"adversary_share": 0.2}, rate=2.0),
+    "started-distill-2": Variant(method="par", config=STARTED | {"distill_weight": 2.0}, rate=2.0),
     "values-0.05-share-0.45": Variant(
-        method="par", config=RECOMMENDED | {"adversary_values": 0.05, "adversary_share": 0.45}, rate=2.0
+        method="par", config=BOUNDED | {"adversary_values": 0.05, "adversary_share": 0.45}, rate=2.0
     ),
     "adversary-tau-0.5-distill-3": Variant(
         method="par", config=FROZEN | RELATIONS | VIEWS | ADVERSARY | {"tau": 0.5, "distill_weight": 3.0}, rate=2.0
@@ -172,9 +178,7 @@ METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
 KNOBS = {  # the frontier: what turns between a clean model's accuracy and the attack's end
     "par": [replace(REPAIRS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
     "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
-    "ours": [
-        replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.0, 0.1, 0.2, 0.3, 0.5, 0.8)
-    ],
+    "ours": [replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.03, 0.1, 0.2, 0.4, 0.8)],
 }
 
 

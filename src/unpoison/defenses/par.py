@@ -31,7 +31,8 @@ Where we differ, and what the paper leaves open
     and steps for models and sets smaller than the paper's.
     Ours, off in :class:`PARConfig`, most of it on in :meth:`PARConfig.recommended`: ``adversary_share`` puts a
     universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step 2, and what it finds is
-    what the embeddings are pushed away from; ``text_tower = "frozen"`` keeps the texts where they are, so that a
+    what the embeddings are pushed away from; with ``adversary_start`` it begins as what the suspect itself is weakest
+    at, an inverted trigger; ``text_tower = "frozen"`` keeps the texts where they are, so that a
     rotation of both towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy
     to the suspect's softmax over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate
     again once it was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
@@ -120,7 +121,8 @@ class PARConfig(PairTrainingConfig):
     adversary_step: float = 2 / 255
     """How far the adversary's pattern moves in a step; patch and values move four times as far."""
     adversary_start: float = 0.0
-    """Share of the steps at the beginning in which the adversary moves and the model stands still."""
+    """Share of the steps at the beginning in which all images carry the adversary, which moves, and the model stands
+    still: it starts from what the suspect is weakest at."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,7 +159,9 @@ RECOMMENDED: dict[str, object] = {
     "distill": "relations",
     "crop": 2,
     "flip": True,
-    "adversary_share": 0.3,
+    "adversary_share": 0.1,
+    "adversary_values": 0.05,
+    "adversary_start": 0.1,
 }
 RECOMMENDED_FACTOR = 2.0
 
