@@ -298,6 +298,7 @@ class Purification(JsonResult):
     before: Evaluation | None = None
     after: Evaluation | None = None
     not_covered: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -41,7 +41,7 @@ from unpoison.results import SampleScores
 from unpoison.runs import Run
 from unpoison.types import Classifier
 
-CLIP_AXIS, EARLY_AXIS, JOINT_AXIS = "clip_rank", "early_rank", "joint_rank"
+CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, MEAN_AXIS = "clip_rank", "early_rank", "joint_rank", "mean_rank"
 BATCH, SMALLEST_BATCH, FULL_BATCH_SAMPLES = 256, 16, 10_000
 """A trigger is learnt after so many steps, not after so many epochs: five epochs of 2,500 samples in batches of 256 are
 45 steps, and poison is then still among the hardest samples. More epochs let the objects catch up; smaller batches do
@@ -122,6 +122,13 @@ def score_with_cgd(
         skipped=merged_skips(source, zero_shot, pixels),
         details={"clip_agreement": agreement(zero_shot.cosines, source.labels)},
     )
+
+
+def with_mean_rank(scores: SampleScores) -> SampleScores:
+    """The same scores with the mean of both ranks as the primary axis: low only where CLIP agrees *and* the label was
+    learnt late. ``joint_rank`` finds what is poisoned for sure; this one finds what is clean for sure. Ours."""
+    mean = (scores.axes[CLIP_AXIS] + scores.axes[EARLY_AXIS]) / 2
+    return replace(scores, axes=scores.axes | {MEAN_AXIS: mean}, primary=MEAN_AXIS)
 
 
 def early_model_logits(
