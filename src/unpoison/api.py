@@ -227,6 +227,7 @@ def describe_samples(
             "label": source.class_names[int(scores.labels[row])],
             "region": REGION_NAMES[int(split.region[row])],
             "thumbnail": base64.b64encode(buffer.getvalue()).decode(),
+            "score": float(scores.suspicion[row]),
         }
         if cosines is not None:
             entry["clip_label"] = source.class_names[int(np.nanargmax(cosines[row]))]

@@ -197,8 +197,8 @@ def judge_agreement(agreement: float, classes: int, name: str) -> tuple[str, ...
         )
     if agreement < FOREIGN_AGREEMENT:
         return (
-            f"The model says the given label for only {agreement:.1f} percent of {name}: this hardly is the set that it
-            " "was trained on, and losses on another set tell little about poison.",
+            f"The model says the given label for only {agreement:.1f} percent of {name}: this hardly is the set that "
+            "it was trained on, and losses on another set tell little about poison.",
         )
     return ()
 
@@ -212,7 +212,7 @@ def check_every_class(split: Split) -> None:
             f"clean samples of {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}",
             have=0,
             need=1,
-            hint="A repair would unlearn these classes: give the whole training set, or a split that trusts some of them.",
+            hint="A repair would unlearn these classes: give the whole training set, or one that trusts some of it.",
         )
 
 
