@@ -31,7 +31,7 @@ from unpoison.types import Classifier
 
 LIMITS = (
     "Poison that this network did not learn, or whose traces are not where this detector looks.",
-    "Whether the set is poisoned at all, unless the verdict says so: most detectors rank samples of any set.",
+    "Whether the set is poisoned at all: these detectors rank samples of any set, clean ones too.",
     "The weights of any model: this looked at data only.",
 )
 
@@ -55,15 +55,12 @@ class DetectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a detector says of the usable samples: scores, those its own rule flags, and labels that it calls poisoned.
-
-    ``poisoned`` is None where the detector ranks and decides nothing.
-    """
+    """What a detector says of the usable samples: scores, those its own rule flags, and labels that it finds odd."""
 
     axis: str
     scores: Float[np.ndarray, " k"]
     flagged: Bool[np.ndarray, " k"]
-    poisoned: tuple[int, ...] | None = None
+    odd: tuple[int, ...] = ()
     reason: str
 
 
@@ -99,7 +96,7 @@ def _clusters(known: Trained, config: DetectorConfig, run: Run) -> Found:
         axis=clusters.AXIS,
         scores=scores,
         flagged=(scores > 0) & np.isin(known.labels, suspicious),
-        poisoned=suspicious,
+        odd=suspicious,
         reason=f"{len(suspicious)} of {len(verdicts)} labels fall into two clusters of unequal size.{detail}",
     )
 
@@ -150,8 +147,8 @@ def scan_with_detector(
 ) -> ScanOutcome:
     """Score every sample with one of NETWORK_DETECTORS, by a network trained on the set.
 
-    Without ``classifier`` one of ``arch`` is trained on it first. Only activation clustering decides whether the set is
-    poisoned; the others rank, and the scan is then inconclusive. Raises NotEnoughDataError, SourceFormatError,
+    Without ``classifier`` one of ``arch`` is trained on it first. None of them decides whether a set is poisoned: they
+    rank samples of any set, and the scan is inconclusive. Raises NotEnoughDataError, SourceFormatError,
     DataError, UnsupportedModelError, DivergedError.
     """
     run, config = run or Run(), config or DetectorConfig()
@@ -160,9 +157,8 @@ def scan_with_detector(
         raise NotEnoughDataError(
             f"samples in {source.name}", have=len(source), need=MIN_SAMPLES, hint="Give the whole training set."
         )
-    network = classifier or new_classifier(
-        arch, source.class_names, image_size=image_size, seed=run.seed_of("network") % 2**32
-    )
+    drawn = {"image_size": image_size, "seed": run.seed_of("network") % 2**32}
+    network = classifier.copy() if classifier else new_classifier(arch, source.class_names, **drawn)
     check_classes(network, source)
     pixels = load_pixels(source, network.image_size, cache=run.cache, progress=run.progress)
     if classifier is None:
@@ -180,10 +176,9 @@ def scan_with_detector(
         method=method, ids=list(source.ids), labels=source.labels, class_names=source.class_names,
         axes={found.axis: values}, primary=found.axis, skipped=skipped,
     )  # fmt: skip
-    rate = float(found.flagged.mean()) if found.poisoned else 0.0
     estimate = PoisonEstimate(
-        poisoned=bool(found.poisoned), rate=rate, rate_low=rate, rate_high=rate,
-        target_labels=found.poisoned or (), evidence={}, reason=found.reason,
+        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), odd_labels=found.odd, evidence={},
+        reason=found.reason,
     )  # fmt: skip
     split = Split(
         method=method, ids=scores.ids, labels=scores.labels, region=region, class_names=scores.class_names,
@@ -199,7 +194,7 @@ def scan_with_detector(
         flagged=len(split.suspect),
         flagged_per_class={name: flagged.get(name, 0) for name in source.class_names},
         skipped=skipped,
-        ranks_only=found.poisoned is None,
+        ranks_only=True,
         warnings=(),
         not_covered=LIMITS,
         seconds=time.monotonic() - begun,

@@ -24,8 +24,8 @@ from unpoison.defenses.baselines.i_bau import IBAUConfig, repair_with_i_bau
 from unpoison.defenses.baselines.nad import NADConfig, repair_with_nad
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair
-from unpoison.detection.cgd import SeparationConfig, score_with_cgd, with_mean_rank
-from unpoison.detection.self_purified import LOSS_AXIS, score_by_own_loss, select_clean
+from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, SeparationConfig, score_with_cgd, with_mean_rank
+from unpoison.detection.self_purified import LOSS_AXIS, score_by_own_loss, select_clean, with_suspects
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.errors import DataError, NotEnoughDataError, ResultError
 from unpoison.models.checkpoints import hash_weights
@@ -59,15 +59,19 @@ def purify_with_pad_ft(
     never changed. Raises NotEnoughDataError, SourceFormatError, DataError, UnsupportedModelError, DivergedError.
     """
     run, config = run or Run(), config or PADFTConfig()
-    begun = time.monotonic()
+    begun, classifier = time.monotonic(), classifier.copy()
     known = _open(classifier, source, run)
-    estimate, cosines = None, None
+    estimate, cosines, suspect = None, None, np.zeros(0, dtype=np.int64)
     if scores is None and clip is not None and config.scores_share > 0:
         zero_shot = zero_shot_logits(clip, source, run=run)
-        cgd = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
-        scores, estimate, cosines = with_mean_rank(cgd), split_by_evidence(cgd).estimate, zero_shot.cosines
+        scores = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
+        cosines = zero_shot.cosines
+    if scores is not None and {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys():
+        separated = split_by_evidence(scores, odd=config.odd_labels)
+        estimate, suspect, scores = separated.estimate, separated.suspect, with_mean_rank(scores)
     share = config.scores_share if scores is not None else 0.0
-    split = replace(select_clean(known.own, config.per_class, other=scores, share=share), estimate=estimate)
+    split = with_suspects(select_clean(known.own, config.per_class, other=scores, share=share), suspect)
+    split = replace(split, estimate=estimate)
     check_every_class(split)
     repair = repair_with_pad_ft(classifier, known.pixels, split, config, run=run)
     shown = known.own if scores is None else replace(scores, axes=scores.axes | {LOSS_AXIS: known.own.suspicion})
@@ -119,7 +123,7 @@ def purify_with_classic(
     """
     repair_with, kind = CLASSICS[method]
     run, config = run or Run(), config or kind()
-    begun = time.monotonic()
+    begun, classifier = time.monotonic(), classifier.copy()
     known = _open(classifier, source, run)
     scores, cosines = known.own, None
     if split is None:
@@ -186,19 +190,16 @@ def _open(classifier: Classifier, source: LabelledImages, run: Run) -> _Known:
 
 
 def judge_agreement(agreement: float, classes: int, name: str) -> tuple[str, ...]:
-    """What a model's agreement, in percent, with the labels of its supposed training set says.
-
-    Raises DataError where it is hardly better than chance: then the labels are shuffled, or another model's.
-    """
+    """Warnings about a model's agreement, in percent, with the labels of its supposed training set."""
+    said = f"The model says the given label for only {agreement:.1f} percent of {name}"
     if clip_too_weak(agreement, 100.0 / classes):
-        raise DataError(
-            f"the model says the given label for {agreement:.1f} percent of {name}; chance is {100 / classes:.1f}.",
-            hint="The labels look shuffled, or the classes are in another order: give the model's own training set.",
+        return (
+            f"{said}; chance is {100 / classes:.1f}. The labels look shuffled, or the classes are in another order: "
+            "nothing that follows means much.",
         )
     if agreement < FOREIGN_AGREEMENT:
         return (
-            f"The model says the given label for only {agreement:.1f} percent of {name}: this hardly is the set that "
-            "it was trained on, and losses on another set tell little about poison.",
+            f"{said}: this hardly is the set that it was trained on, and losses on another set tell little of poison.",
         )
     return ()
 

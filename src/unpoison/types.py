@@ -21,7 +21,7 @@ Labels = Int[Tensor, " b"]
 Embeddings = Float[Tensor, "b d"]
 Tokens = Int[Tensor, "b t"]
 TokenEmbeddings = Float[Tensor, "b t w"]
-Bound = Float[Tensor, " channels"]
+Bound = Float[Tensor, " _"]
 """The largest value of each channel at one activation of a network."""
 PatchEmbeddings = Float[Tensor, "b p d"]
 Tower = Literal["image", "text"]

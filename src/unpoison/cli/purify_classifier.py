@@ -70,9 +70,9 @@ def pad_ft(
         Parameter(group=METHOD, show_default=False, help="Samples of each class to tune on. [default: 250]"),
     ] = None,
     rule: Annotated[
-        Literal["none", "quantile", "learned", "margin"] | None,
+        Literal["suspects", "quantile", "learned", "margin", "none"] | None,
         Parameter(
-            group=METHOD, show_default=False, help="How the bounds of activations are found. [default: quantile]"
+            group=METHOD, show_default=False, help="How the bounds of activations are found. [default: suspects]"
         ),
     ] = None,
     paper: Annotated[

@@ -9,6 +9,10 @@ Rules
     grows while the clipped model's accuracy on the clean samples holds, and falls while it does not.
     ``margin``: the same with c sum_classes (largest margin that any image reaches) in place of the norms. The largest
     margin is that of noise images climbing it while Z is learned.
+    ``suspects`` (ours): bounds that keep the model's opinion of clean samples and take its belief in the labels of
+    suspect ones: KL(f(x) || f(x; Z)) on clean samples - w mean log(1 - p_y(x; Z)) on suspect ones, by Adam. The second
+    term fades by itself once the labels are no longer believed. It needs samples that are suspect: without any, the
+    quantile rule takes its place.
 Where we differ, and what the papers leave open
     One step of the noise images to each step of Z. Every activation is clipped, not a chosen few. c changes every tenth
     of the epochs from two fifths on, as the published schedule (20, 30, 40 of 50) does.
@@ -16,11 +20,14 @@ Where we differ, and what the papers leave open
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,7 +38,7 @@ from unpoison.models.image_classifier import evaluation_mode
 from unpoison.runs import Run
 from unpoison.types import Bound, Classifier, Logits
 
-ClipRule = Literal["none", "quantile", "learned", "margin"]
+ClipRule = Literal["none", "quantile", "learned", "margin", "suspects"]
 _SAMPLED = 2**16  # values of a channel behind its quantile
 _BATCH = 256
 
@@ -54,10 +61,14 @@ class ClippingConfig:
     """On the clean samples, in percent of what the unclipped model reaches, above which c grows."""
     noise_images: int = 50
     """For each class, for the rule ``margin``."""
+    suspect_steps: int = 80
+    """Adam steps of the rule ``suspects``, each with half a batch of clean and half a batch of suspect samples."""
+    suspect_weight: float = 1.0
+    """w of the rule ``suspects``."""
 
     def __post_init__(self) -> None:
-        if self.rule not in ("none", "quantile", "learned", "margin"):
-            raise ConfigError(f"no clip rule {self.rule!r}.", hint="Choose none, quantile, learned or margin.")
+        if self.rule not in get_args(ClipRule):
+            raise ConfigError(f"no clip rule {self.rule!r}.", hint=f"Choose one of {', '.join(get_args(ClipRule))}.")
         if not 0 < self.quantile <= 1:
             raise ConfigError(f"quantile must lie in (0, 1], got {self.quantile}.", hint="Try 0.995.")
         if min(self.batch_size, self.noise_images) < 1 or not self.learning_rate > 0 or self.weight_factor < 1:
@@ -68,18 +79,28 @@ class ClippingConfig:
 
 
 def find_bounds(
-    classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], config: ClippingConfig, *, run: Run
+    classifier: Classifier,
+    pixels: Pixels,
+    rows: Int[np.ndarray, " k"],
+    config: ClippingConfig,
+    *,
+    labels: Int[np.ndarray, " n"],
+    suspect: Int[np.ndarray, " s"],
+    run: Run,
 ) -> tuple[Bound, ...]:
     """Bounds by ``config.rule`` from the clean samples ``rows``; none for the rule "none". The model stays as it is.
 
-    Raises UnsupportedModelError for a network that calls no activation function.
+    ``suspect`` samples and their ``labels`` are for the rule of this name. Raises UnsupportedModelError for a network
+    that calls no activation function.
     """
     if config.rule == "none":
         return ()
     with evaluation_mode(classifier.module.to(run.device)):
-        if config.rule == "quantile":
+        if config.rule == "quantile" or (config.rule == "suspects" and len(suspect) == 0):
             return channel_quantiles(classifier, pixels, rows, config.quantile, run=run)
         start = channel_quantiles(classifier, pixels, rows, 1.0, run=run)
+        if config.rule == "suspects":
+            return _unlearn(classifier, pixels, rows, suspect, labels, start, config, run)
         stored = run.step(
             f"bounds-{config.rule}", lambda: _as_step(_learn(classifier, pixels, rows, start, config, run))
         )
@@ -145,12 +166,9 @@ def _learn(
     aims = torch.arange(classes, device=run.device).repeat_interleave(config.noise_images)
     optimiser = torch.optim.Adam(shares, config.learning_rate)
     climber = torch.optim.Adam([noise], config.learning_rate) if margin else None
-    parameters = [weight for weight in classifier.module.parameters() if weight.requires_grad]
     with torch.no_grad():
         targets = [classifier.logits(part) for part in _batches(pixels, rows, config.batch_size, run)]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
+    with frozen_weights(classifier):
         for epoch in run.progress.track(range(epochs), total=epochs, what=f"{config.rule} bounds", unit="epochs"):
             right = seen = 0
             for images, target in zip(_batches(pixels, rows, config.batch_size, run), targets, strict=True):
@@ -178,15 +196,69 @@ def _learn(
             if epoch + 1 >= 0.4 * epochs and (epoch + 1) % max(1, epochs // 5) == 0 and epoch + 1 < epochs:
                 kept = 100 * right / seen >= config.least_accuracy
                 weight = weight * config.weight_factor if kept else weight / config.weight_factor
+    return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
+
+
+def _unlearn(
+    classifier: Classifier,
+    pixels: Pixels,
+    rows: np.ndarray,
+    suspect: np.ndarray,
+    labels: np.ndarray,
+    start: tuple[Bound, ...],
+    config: ClippingConfig,
+    run: Run,
+) -> tuple[Bound, ...]:
+    """The rule ``suspects``."""
+    scale = [bound.to(run.device).clamp_min(1e-6) for bound in start]
+    shares = [torch.ones_like(bound, requires_grad=True) for bound in scale]
+    optimiser = torch.optim.Adam(shares, config.learning_rate)
+    generator = run.generator("suspect bounds")
+    half = max(1, config.batch_size // 2)
+    with frozen_weights(classifier):
+        for step in run.progress.track(
+            range(config.suspect_steps), total=config.suspect_steps, what="bounds", unit="steps"
+        ):
+            optimiser.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.suspect_steps)
+            drawn = [part[torch.randint(len(part), (half,), generator=generator).numpy()] for part in (rows, suspect)]
+            images = to_images(pixels.array[np.concatenate(drawn)]).to(run.device)
+            with torch.no_grad():
+                target = classifier.logits(images[:half]).float()
+            bounds = [share * most for share, most in zip(shares, scale, strict=True)]
+            logits = classifier.bounded(bounds).logits(images).float()
+            given = torch.from_numpy(labels[drawn[1]]).to(run.device)
+            kept = F.kl_div(logits[:half].log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
+            loss = kept + config.suspect_weight * disbelief(logits[half:], given)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            for share in shares:
+                share.data.clamp_(0, 1)
+    return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
+
+
+def disbelief(logits: Logits, labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+    """-mean log(1 - p_y): large while the label is believed, with a gradient that does not vanish there."""
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return (logits.logsumexp(1) - others).mean()
+
+
+@contextmanager
+def frozen_weights(classifier: Classifier) -> Iterator[None]:
+    """No gradient is made for the weights inside."""
+    parameters = [weight for weight in classifier.module.parameters() if weight.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
 
 
 def margins(logits: Logits, classes: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
     """z_c minus the largest other logit."""
-    own = torch.nn.functional.one_hot(classes, logits.shape[1]).bool()
+    own = F.one_hot(classes, logits.shape[1]).bool()
     return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
 
 

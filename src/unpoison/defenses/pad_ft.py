@@ -34,8 +34,9 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
-from unpoison.defenses.clipping import ClippingConfig, find_bounds
+from unpoison.defenses.clipping import ClippingConfig, disbelief, find_bounds
 from unpoison.defenses.repair import Repair, hold_out, label_accuracy
+from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError
 from unpoison.models.features import features_on
 from unpoison.models.image_classifier import evaluation_mode
@@ -54,14 +55,18 @@ class PADFTConfig:
     """n_c: samples of each class in D_c."""
     scores_share: float = 1.0
     """Weight of the given scores' rank in the choice of D_c; the rest is the paper's rule. Ours."""
-    clip: ClippingConfig = field(default_factory=ClippingConfig)
-    reset_head: bool = True
+    odd_labels: OddLabels = "leave-out"
+    """Whether the doubtful samples of labels that are odd but not proved poisoned are suspect too. Ours."""
+    clip: ClippingConfig = field(default_factory=lambda: ClippingConfig(rule="suspects"))
+    reset_head: bool = False
     """Draw the head anew before it is tuned."""
     epochs: int = 20
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
+    unlearn: float = 1.0
+    """Weight of -mean log(1 - p_y) on the suspect samples of the split, where there are any. Ours."""
     views: int = 0
     """Shifted and mirrored copies of D_c beside the plain one."""
     held_out: float = 0.1
@@ -81,7 +86,7 @@ class PADFTConfig:
     @classmethod
     def as_published(cls) -> PADFTConfig:
         """The paper's rule for D_c and its order of steps; the head is tuned from where it is."""
-        return cls(scores_share=0.0, reset_head=False)
+        return cls(scores_share=0.0, clip=ClippingConfig(rule="quantile"), unlearn=0.0)
 
 
 def repair_with_pad_ft(
@@ -93,12 +98,17 @@ def repair_with_pad_ft(
     """
     chosen, held_out = hold_out(split.clean, split.labels, config.held_out, run.generator("hold-out"))
     before = label_accuracy(classifier, pixels, split.labels, held_out, run=run)
-    bounds = find_bounds(classifier, pixels, chosen, config.clip, run=run)  # (2)
+    bounds = find_bounds(
+        classifier, pixels, chosen, config.clip, labels=split.labels, suspect=split.suspect, run=run
+    )  # (2)
     repaired = classifier.copy().bounded(bounds)
     features = [features_on(repaired, pixels, chosen, run=run)]
     features += [features_of_view(repaired, pixels, chosen, view, run=run) for view in range(config.views)]
     labels = torch.from_numpy(split.labels[chosen])
-    tune_head(repaired, torch.stack(features), labels, config, run=run)  # (3)
+    doubted = None
+    if config.unlearn > 0 and len(split.suspect):
+        doubted = features_on(repaired, pixels, split.suspect, run=run), torch.from_numpy(split.labels[split.suspect])
+    tune_head(repaired, torch.stack(features), labels, config, doubted=doubted, run=run)  # (3)
     after = label_accuracy(repaired, pixels, split.labels, held_out, run=run)
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     head = sum(weight.numel() for weight in repaired.head().parameters())
@@ -118,9 +128,13 @@ def tune_head(
     labels: Int[Tensor, " k"],
     config: PADFTConfig,
     *,
+    doubted: tuple[Float[Tensor, "s d"], Int[Tensor, " s"]] | None = None,
     run: Run,
 ) -> None:
-    """Step 3 in place: SGD along a cosine on stored features; each epoch draws a view for each sample."""
+    """Step 3 in place: SGD along a cosine on stored features; each epoch draws a view for each sample.
+
+    ``doubted``: features and labels of suspect samples, whose labels are unlearnt.
+    """
     head = classifier.head()
     with run.seeded("head"):
         if config.reset_head:
@@ -134,6 +148,9 @@ def tune_head(
         seen = features[torch.randint(len(features), (len(rows),), generator=generator), rows]
         for drawn in torch.randperm(len(rows), generator=generator).split(config.batch_size):
             loss = F.cross_entropy(F.linear(seen[drawn], *tuned), labels[drawn])
+            if doubted is not None:
+                some = torch.randint(len(doubted[1]), (len(drawn),), generator=generator)
+                loss = loss + config.unlearn * disbelief(F.linear(doubted[0][some], *tuned), doubted[1][some])
             if not torch.isfinite(loss):
                 raise DivergedError("Tuning of the head", step=epoch, loss=float(loss.detach()))
             optimiser.zero_grad()

@@ -36,6 +36,7 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.ranks import label_cross_entropy, rank_normalise
 from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.image_classifier import evaluation_mode
 from unpoison.models.zero_shot import ZeroShot
 from unpoison.results import SampleScores
 from unpoison.runs import Run
@@ -194,11 +195,11 @@ def apply_classifier(
     classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], *, run: Run, batch_size: int = 512
 ) -> Float[np.ndarray, "k c"]:
     """Logits [k, c] of the classifier, in evaluation mode, on the given rows."""
-    classifier.module.to(run.device).eval()
-    parts = [
-        classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
-        for start in range(0, len(rows), batch_size)
-    ]
+    with evaluation_mode(classifier.module.to(run.device)):
+        parts = [
+            classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
+            for start in range(0, len(rows), batch_size)
+        ]
     return torch.cat(parts).numpy()
 
 

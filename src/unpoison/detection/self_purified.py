@@ -20,12 +20,14 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from unpoison.detection.ranks import rank_normalise
 from unpoison.errors import NotEnoughDataError, ResultError
-from unpoison.results import CLEAN, MIXED, SKIPPED, Region, SampleScores, SkippedRow, Split
+from unpoison.results import CLEAN, MIXED, SKIPPED, SUSPECT, Region, SampleScores, SkippedRow, Split
 
 LOSS_AXIS, MARGIN_AXIS = "own_loss", "own_margin"
 
@@ -48,6 +50,13 @@ def score_by_own_loss(
         primary=LOSS_AXIS,
         skipped=skipped,
     )
+
+
+def with_suspects(split: Split, suspect: Int[np.ndarray, " s"]) -> Split:
+    """The same split with those rows suspect that it does not trust. Ours: PAD-FT itself suspects nobody."""
+    region = split.region.copy()
+    region[suspect] = np.where(region[suspect] == MIXED, SUSPECT, region[suspect])
+    return replace(split, region=region)
 
 
 def own_loss(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

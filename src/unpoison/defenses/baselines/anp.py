@@ -123,7 +123,7 @@ def learn_masks(classifier: Classifier, data: CleanData, config: ANPConfig, run:
         if config.alpha < 1:
             loss = (1 - config.alpha) * F.cross_entropy(net.logits(images).float(), labels)
             loss.backward()
-        set_changes([*deltas, *xis], 0)
+        set_changes([*deltas, *xis], 0.0)
         clean = F.cross_entropy(net.logits(images).float(), labels)
         (config.alpha * clean).backward()
         if not torch.isfinite(clean):
@@ -139,7 +139,7 @@ def worst_neurons(
     classifier: Classifier, images: Tensor, labels: Tensor, changes: Sequence[Tensor], epsilon: float
 ) -> None:
     """Step 1 in place: epsilon times the sign of the loss's gradient at no change."""
-    set_changes(changes, 0)
+    set_changes(changes, 0.0)
     for change in changes:
         change.requires_grad_()
     loss = F.cross_entropy(classifier.logits(images).float(), labels)
