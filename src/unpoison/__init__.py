@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         purify_with_fine_tuning,
         purify_with_par,
     )
+    from unpoison.api_detectors import DetectorConfig, scan_with_detector
+    from unpoison.api_repairs import purify_with_classic, purify_with_pad_ft
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
     from unpoison.data.pairs import join_pairs, open_pairs
     from unpoison.data.pixels import load_pixels
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from unpoison.defenses.baselines.clean_clip import CleanClipConfig
     from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
     from unpoison.defenses.cgd import CGDConfig
+    from unpoison.defenses.pad_ft import PADFTConfig
     from unpoison.defenses.par import PARConfig
     from unpoison.detection.cgd import SeparationConfig
     from unpoison.evaluation.classifier import evaluate_classifier
@@ -44,7 +47,9 @@ _HOMES = {
     "CGDConfig": "unpoison.defenses.cgd",
     "CleanClipConfig": "unpoison.defenses.baselines.clean_clip",
     "ClipPurifyOutcome": "unpoison.api_clip",
+    "DetectorConfig": "unpoison.api_detectors",
     "FineTuningConfig": "unpoison.defenses.baselines.fine_tuning",
+    "PADFTConfig": "unpoison.defenses.pad_ft",
     "PARConfig": "unpoison.defenses.par",
     "PurifyOutcome": "unpoison.api",
     "Run": "unpoison.runs",
@@ -65,14 +70,17 @@ _HOMES = {
     "open_pairs": "unpoison.data.pairs",
     "plan_poisoning": "unpoison.attacks.poison",
     "purify_with_cgd": "unpoison.api",
+    "purify_with_classic": "unpoison.api_repairs",
     "purify_with_clean_clip": "unpoison.api_clip",
     "purify_with_fine_tuning": "unpoison.api_clip",
+    "purify_with_pad_ft": "unpoison.api_repairs",
     "purify_with_par": "unpoison.api_clip",
     "read_run": "unpoison.report.runs",
     "render_pairs": "unpoison.data.synthetic",
     "save_classifier": "unpoison.models.classifier",
     "save_clip": "unpoison.models.clip_files",
     "scan_dataset": "unpoison.api",
+    "scan_with_detector": "unpoison.api_detectors",
     "select_clean": "unpoison.keep",
     "train_classifier": "unpoison.training",
     "write_clean_copy": "unpoison.keep",
@@ -96,7 +104,9 @@ __all__ = [
     "CGDConfig",
     "CleanClipConfig",
     "ClipPurifyOutcome",
+    "DetectorConfig",
     "FineTuningConfig",
+    "PADFTConfig",
     "PARConfig",
     "PurifyOutcome",
     "Run",
@@ -117,14 +127,17 @@ __all__ = [
     "open_pairs",
     "plan_poisoning",
     "purify_with_cgd",
+    "purify_with_classic",
     "purify_with_clean_clip",
     "purify_with_fine_tuning",
+    "purify_with_pad_ft",
     "purify_with_par",
     "read_run",
     "render_pairs",
     "save_classifier",
     "save_clip",
     "scan_dataset",
+    "scan_with_detector",
     "select_clean",
     "train_classifier",
     "write_clean_copy",

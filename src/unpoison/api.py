@@ -16,7 +16,8 @@ import numpy as np
 
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
-from unpoison.defenses.cgd import CGDConfig, Repair, repair_with_cgd
+from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
+from unpoison.defenses.repair import Repair
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, score_with_cgd
 from unpoison.detection.thresholds import split_as_published, split_by_evidence
 from unpoison.errors import DataError, NotEnoughDataError, ResultError
@@ -183,7 +184,7 @@ def _gather(
     classifier: Classifier, source: LabelledImages, clip: ZeroShotModel, config: CGDConfig, run: Run
 ) -> _Evidence:
     """Stage A: pixels once, CLIP once, early models, ranks, regions."""
-    _check_classes(classifier, source)
+    check_classes(classifier, source)
     zero_shot = zero_shot_logits(clip, source, run=run)
     check_skips(zero_shot.skipped, len(source), source.name)
     pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
@@ -200,12 +201,15 @@ def describe_samples(
     source: LabelledImages,
     scores: SampleScores,
     split: Split,
-    cosines: np.ndarray,
+    cosines: np.ndarray | None,
     *,
     suspects: int = 48,
     clean: int = 12,
 ) -> list[dict[str, Any]]:
-    """What the report shows: the most suspicious samples and a few clean ones, with thumbnails of at most 64 px."""
+    """What the report shows: the most suspicious samples and a few clean ones, with thumbnails of at most 64 px.
+
+    ``cosines`` [n, c] are CLIP's, for the label that it would give; None where no CLIP was asked.
+    """
     order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
     listed = [row for row in order if split.region[row] != SKIPPED]
     flagged = [row for region in (SUSPECT, MIXED) for row in listed if split.region[row] == region]
@@ -218,17 +222,17 @@ def describe_samples(
         image.thumbnail((64, 64))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        entries.append(
-            {
-                "id": scores.ids[row],
-                "label": source.class_names[int(scores.labels[row])],
-                "clip_label": source.class_names[int(np.nanargmax(cosines[row]))],
-                "region": REGION_NAMES[int(split.region[row])],
-                "thumbnail": base64.b64encode(buffer.getvalue()).decode(),
-                CLIP_AXIS: float(scores.axes[CLIP_AXIS][row]),
-                EARLY_AXIS: float(scores.axes[EARLY_AXIS][row]),
-            }
-        )
+        entry = {
+            "id": scores.ids[row],
+            "label": source.class_names[int(scores.labels[row])],
+            "region": REGION_NAMES[int(split.region[row])],
+            "thumbnail": base64.b64encode(buffer.getvalue()).decode(),
+            "score": float(scores.suspicion[row]),
+        }
+        if cosines is not None:
+            entry["clip_label"] = source.class_names[int(np.nanargmax(cosines[row]))]
+        entry |= {name: float(scores.axes[name][row]) for name in (CLIP_AXIS, EARLY_AXIS) if name in scores.axes}
+        entries.append(entry)
     return entries
 
 
@@ -259,7 +263,7 @@ def _warnings(evidence: _Evidence, source: LabelledImages) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _check_classes(classifier: Classifier, source: LabelledImages) -> None:
+def check_classes(classifier: Classifier, source: LabelledImages) -> None:
     if tuple(classifier.class_names) != tuple(source.class_names):
         raise DataError(
             f"the model's classes {list(classifier.class_names)} are not the data's {list(source.class_names)}.",

@@ -104,6 +104,17 @@ def plan_scan(samples: int, size: int, rates: Rates, *, scorers: int, scorer_epo
     )
 
 
+def plan_detection(samples: int, size: int, rates: Rates, *, epochs: int, passes: int) -> Plan:
+    """The steps of ``scan dataset`` with a detector that needs a trained network; ``epochs`` 0 where one is given."""
+    steps = (
+        _step("decode the images", samples, rates.decode),
+        *([_step(f"train a network, {epochs} epochs", samples * epochs, rates.train)] if epochs else []),
+        _step("score with it", samples * passes, rates.forward),
+    )
+    files = ("run.json", "scores.parquet", "split.parquet", "scan.json", "samples.json", "report.html")
+    return Plan(steps=steps, memory=resident() + samples * 2048, disk=samples * (3 * size * size + 200), files=files)
+
+
 def plan_purification(
     samples: int, size: int, rates: Rates, *, scorers: int, scorer_epochs: int, classes: int, repaired: int
 ) -> Plan:

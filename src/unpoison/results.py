@@ -298,6 +298,7 @@ class Purification(JsonResult):
     before: Evaluation | None = None
     after: Evaluation | None = None
     not_covered: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,24 +314,30 @@ class DatasetScan(JsonResult):
     flagged: int
     flagged_per_class: dict[str, int]
     skipped: tuple[SkippedRow, ...]
-    clip: str
-    clip_agreement: float
-    chance_agreement: float
     warnings: tuple[str, ...]
     not_covered: tuple[str, ...]
     seconds: float
     seed: int
     config: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
+    clip: str | None = None
+    clip_agreement: float | None = None
+    chance_agreement: float | None = None
+    ranks_only: bool = False
+    """The method ranks samples of any set and does not decide whether there is poison."""
 
     @property
     def inconclusive(self) -> bool:
-        """Nothing was proved, but some labels look odd, or CLIP is too weak on these classes for it to mean much."""
-        return not self.estimate.poisoned and (bool(self.estimate.odd_labels) or self.weak_clip)
+        """Nothing was proved, but the method does not decide, some labels look odd, or CLIP is too weak on these
+        classes for it to mean much."""
+        unsure = self.ranks_only or bool(self.estimate.odd_labels) or self.weak_clip
+        return not self.estimate.poisoned and unsure
 
     @property
     def weak_clip(self) -> bool:
         """CLIP knows these classes hardly better than chance."""
+        if self.clip_agreement is None or self.chance_agreement is None:
+            return False
         return clip_too_weak(self.clip_agreement, self.chance_agreement)
 
 

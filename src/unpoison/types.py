@@ -21,6 +21,8 @@ Labels = Int[Tensor, " b"]
 Embeddings = Float[Tensor, "b d"]
 Tokens = Int[Tensor, "b t"]
 TokenEmbeddings = Float[Tensor, "b t w"]
+Bound = Float[Tensor, " _"]
+"""The largest value of each channel at one activation of a network."""
 PatchEmbeddings = Float[Tensor, "b p d"]
 Tower = Literal["image", "text"]
 
@@ -50,6 +52,15 @@ class Classifier(Protocol):
 
     def head(self) -> nn.Linear:
         """The last linear layer itself."""
+        ...
+
+    @property
+    def bounds(self) -> tuple[Bound, ...]:
+        """Where activations are cut off above, in the order in which the network computes them; empty for nowhere."""
+        ...
+
+    def bounded(self, bounds: Sequence[Bound]) -> Classifier:
+        """The same network with other bounds; weights are shared with this one."""
         ...
 
     def copy(self) -> Classifier:

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from unpoison.defenses.cgd import (
     CGDConfig,
     cgd_loss,
-    hold_out,
     label_log_likelihood,
     oversample,
     teacher_divergence,
 )
+from unpoison.defenses.repair import hold_out
 from unpoison.detection.cgd import SeparationConfig
 from unpoison.errors import ConfigError, NotEnoughDataError
 

@@ -38,6 +38,18 @@ def build_app() -> App:
     purify.command(
         "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
     )
+    of_classifiers = {
+        "pad-ft": "Repair a classifier in minutes: clip activations, tune the last layer.",
+        "ft": "Baseline: fine-tune a classifier on the clean part of its training set.",
+        "ft-sam": "Baseline: the same toward flat minima.",
+        "fine-pruning": "Baseline: prune idle features, then fine-tune.",
+        "nad": "Baseline: distill attention from a fine-tuned copy.",
+        "anp": "Baseline: prune the neurons that small changes turn into a backdoor.",
+        "i-bau": "Baseline: unlearn what one perturbation of all images can do.",
+        "abl": "Baseline: train a new classifier that isolates poison and unlearns it.",
+    }
+    for name, text in of_classifiers.items():
+        purify.command(f"unpoison.cli.purify_classifier:{name.replace('-', '_')}", name=name, help=text)
     of_clips = {
         "par": "Repair a CLIP with image-caption pairs: perturb and recover.",
         "clean-clip": "Repair a CLIP with image-caption pairs: CleanCLIP, a baseline.",

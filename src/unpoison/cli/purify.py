@@ -100,7 +100,7 @@ def cgd(
         result = _purify(classifier, images, settings, surrogate, run, path, model, tested, manifest)
         from unpoison.results import to_json
 
-        console.answer(to_json(result), lambda out: _show(out, result, path))
+        console.answer(to_json(result), lambda out: show_purification(out, result, path))
     return 0 if result.accepted else INCONCLUSIVE
 
 
@@ -179,18 +179,24 @@ def _plan(images: LabelledImages, clip: Any, classifier: ImageClassifier, config
     )
 
 
-def _show(out: rich.console.Console, result: Purification, path: Path) -> None:
+def show_purification(out: rich.console.Console, result: Purification, path: Path) -> None:
+    """What a repair of a classifier came to."""
     from unpoison.cli.console import printable
     from unpoison.cli.tables import evaluation_table
     from unpoison.outputs import model_folder
 
     out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
     out.print(printable(result.reason))
-    out.print(f"{result.suspect_count:,} suspect samples, {result.steps:,} training steps.")
+    out.print(
+        f"{result.clean_count:,} samples were trusted, {result.suspect_count:,} suspected; {result.steps:,} training "
+        f"steps, {100 * result.changed_share:.1f} percent of the parameters free to change."
+    )
     if result.before is not None and result.after is not None:
         out.print()
         out.print(evaluation_table({"before": result.before, "after": result.after}))
     out.print()
+    for warning in result.warnings:
+        out.print(printable(f"Warning: {warning}"), style="yellow")
     out.print(f"Protects: {printable(result.protects)}.")
     if result.not_covered:
         out.print("Not covered: " + printable("; ".join(result.not_covered)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -12,6 +12,7 @@ from unpoison.cli.options import Planned, Reading, run_path
 if TYPE_CHECKING:
     import rich.console
 
+    from unpoison.cli.console import Console
     from unpoison.defenses.cgd import CGDConfig
     from unpoison.results import DatasetScan, SampleScores, Split
 
@@ -23,16 +24,39 @@ def dataset(
     source: str,
     /,
     *,
+    method: Annotated[
+        Literal["cgd", "activation-clustering", "spectral-signatures", "strip", "ibd-psc"],
+        Parameter(
+            group=METHOD,
+            help="How samples are scored. All but cgd look at a network that was trained on the set.",
+        ),
+    ] = "cgd",
+    model: Annotated[
+        str | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="That network, as for `purify`. [default: one of --arch is trained on the set]",
+        ),
+    ] = None,
     clip: Annotated[
-        str, Parameter(group=METHOD, help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')
+        str, Parameter(group=METHOD, help='For cgd, a CLIP of transformers: "tiny" (bundled), a folder, an id.')
     ] = "tiny",
     arch: Annotated[
         str,
         Parameter(
-            group=METHOD, help="Network of the scorers: small-resnet, preact-resnet-18, package.module:callable."
+            group=METHOD, help="Network to train: small-resnet, preact-resnet-18, wrn-16-1, package.module:callable."
         ),
     ] = "small-resnet",
-    image_size: Annotated[int, Parameter(group=METHOD, help="Pixels of the scorers' input.")] = 32,
+    image_size: Annotated[int, Parameter(group=METHOD, help="Pixels of its input.")] = 32,
+    assumed_rate: Annotated[
+        float | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="For spectral-signatures and strip: flag 1.5 times this share. [default: 0.05]",
+        ),
+    ] = None,
     scorers: Annotated[
         int | None, Parameter(group=METHOD, show_default=False, help="Scorers that are averaged. [default: 3]")
     ] = None,
@@ -65,8 +89,14 @@ def dataset(
         from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
         from unpoison.configs import make_config, merge, read_config
         from unpoison.defenses.cgd import CGDConfig
+        from unpoison.errors import UsageError
         from unpoison.models.clip_transformers import load_clip
 
+        if method != "cgd":
+            code = _detect(console, source, method, model, arch, image_size, assumed_rate, config, reading, options)
+            return 0 if exit_zero else code
+        if model is not None or assumed_rate is not None:
+            raise UsageError("--model and --assumed-rate are not for cgd.", hint="Name another --method with them.")
         given = {"separation": {"scorers": scorers, "scorer_epochs": scorer_epochs}}
         table = merge(read_config(config) if config is not None else {}, given)
         settings = make_config(CGDConfig, table, where=str(config or "options"))
@@ -89,6 +119,68 @@ def dataset(
         console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
     if exit_zero:
         return 0
+    return FINDINGS if scan.estimate.poisoned else INCONCLUSIVE if scan.inconclusive else 0
+
+
+def _detect(
+    console: Console,
+    source: str,
+    method: str,
+    model: str | None,
+    arch: str,
+    image_size: int,
+    assumed_rate: float | None,
+    config: Path | None,
+    reading: Reading,
+    options: Planned,
+) -> int:
+    """A scan with one of the detectors that need a network trained on the set."""
+    from dataclasses import asdict
+
+    from unpoison.api_detectors import DetectorConfig, scan_with_detector
+    from unpoison.cli import FINDINGS, INCONCLUSIVE
+    from unpoison.cli.options import Opening
+    from unpoison.cli.purify import open_pair
+    from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
+    from unpoison.configs import make_config, merge, read_config
+    from unpoison.models.checkpoints import hash_weights
+    from unpoison.models.classifier import new_classifier
+    from unpoison.outputs import save_scan
+    from unpoison.planning import plan_detection, probe
+    from unpoison.results import DatasetScan, SampleScores, Split, to_json
+
+    table = merge(read_config(config) if config is not None else {}, {"assumed_rate": assumed_rate})
+    settings = make_config(DetectorConfig, table, where=str(config or "options"))
+    if model is None:
+        classifier, images = None, open_source(source, reading, limit=options.limit, seed=options.seed)
+    else:
+        opening = Opening(arch=arch, image_size=image_size) if Path(model).is_file() else Opening()
+        classifier, images = open_pair(model, source, opening, reading, limit=options.limit, seed=options.seed)
+    path = run_path(options.output, "scan", source)
+    if options.dry_run:
+        run = run_without_folder(console, options)
+        network = classifier or new_classifier(arch, images.class_names, image_size=image_size)
+        epochs = settings.epochs if classifier is None else 0
+        passes = {"strip": settings.strip.overlays, "ibd-psc": 1 + settings.scaling.networks}.get(method, 1)
+        rates = probe(images, None, network, run=run)
+        plan = plan_detection(len(images), network.image_size, rates, epochs=epochs, passes=passes)
+        dry = DryRun(plan=plan, folder=path)
+        console.answer(dry.data(), dry.show)
+        return 0
+    inputs = run_inputs(
+        "scan dataset", images, reading, options, method=method, model=model, arch=arch, image_size=image_size,
+        model_hash=None if classifier is None else hash_weights(classifier.weights()), config=asdict(settings),
+    )  # fmt: skip
+    run = begin(console, options, path, inputs)
+    if run.folder is not None and not run.folder.finished:
+        outcome = scan_with_detector(
+            images, method, classifier=classifier, arch=arch, image_size=image_size, config=settings, run=run
+        )
+        save_scan(outcome.scan, outcome.scores, outcome.split, outcome.samples, path)
+        run.folder.finish()
+    scan = DatasetScan.load(path / "scan.json")
+    scores, split = SampleScores.load(path / "scores.parquet"), Split.load(path / "split.parquet")
+    console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
     return FINDINGS if scan.estimate.poisoned else INCONCLUSIVE if scan.inconclusive else 0
 
 
@@ -131,7 +223,7 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
     from unpoison.cli.console import printable
     from unpoison.cli.tables import flagged_table, suspects_table, verdict
 
-    out.print(verdict(scan.estimate, scan.samples, scan.class_names), style="bold")
+    out.print(verdict(scan.estimate, scan.samples, scan.class_names, ranks_only=scan.ranks_only), style="bold")
     out.print(printable(scan.estimate.reason))
     if scan.weak_clip and not scan.estimate.poisoned:
         out.print("CLIP knows these classes hardly better than chance: this scan is inconclusive.", style="yellow")

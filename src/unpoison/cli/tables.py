@@ -24,8 +24,10 @@ def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str]) -> str:
+def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str], *, ranks_only: bool = False) -> str:
     """One sentence: whether, toward what, how much."""
+    if ranks_only and not estimate.poisoned:
+        return f"Inconclusive: {samples:,} samples were ranked; this method does not say whether a set is poisoned."
     if not estimate.poisoned and estimate.odd_labels:
         names = ", ".join(repr(printable(class_names[label])) for label in estimate.odd_labels[:_NAMED])
         more = f" and {len(estimate.odd_labels) - _NAMED} more" if len(estimate.odd_labels) > _NAMED else ""

@@ -30,7 +30,6 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,9 +41,10 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
-from unpoison.detection.cgd import SeparationConfig, apply_classifier
+from unpoison.defenses.repair import Repair, acceptable, hold_out, label_accuracy
+from unpoison.detection.cgd import SeparationConfig
 from unpoison.detection.thresholds import OddLabels
-from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.errors import ConfigError, DivergedError
 from unpoison.results import Split
 from unpoison.runs import Run
 from unpoison.training import restore, state_of
@@ -112,23 +112,6 @@ class CGDConfig:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Repair:
-    """A repaired copy, as it was after ``steps``; held-out accuracy and suspects' agreement (percent) on the way."""
-
-    classifier: Classifier
-    history: list[dict[str, float]]
-    steps: int
-
-    @property
-    def held_out_before(self) -> float:
-        return self.history[0]["held_out_accuracy"]
-
-    @property
-    def held_out_after(self) -> float:
-        return next(look["held_out_accuracy"] for look in self.history if look["step"] == self.steps)
-
-
 def repair_with_cgd(
     classifier: Classifier,
     pixels: Pixels,
@@ -181,7 +164,7 @@ def repair_with_cgd(
         history.append(_look(repaired, pixels, split, held_out, done, run))  # (5)
         accuracy = history[-1]["held_out_accuracy"]
         best = max(best, accuracy)
-        if accuracy >= best - config.tolerance - 2 * standard_error(best, len(held_out)):
+        if acceptable(accuracy, best, len(held_out), config.tolerance):
             kept, kept_step = state_of(net, optimiser), done
     restore(net, optimiser, kept)
     net.eval()
@@ -210,35 +193,6 @@ def label_log_likelihood(logits: Logits, labels: Labels, epsilon: float) -> Tens
     return (logits.softmax(1).gather(1, labels[:, None]).squeeze(1) + epsilon).log().mean()
 
 
-def standard_error(percent: float, n: int) -> float:
-    """Of a share of ``n`` samples, both in percent; the share is shrunk toward one half, so that it is never 0."""
-    share = (percent / 100 * n + 1) / (n + 2)
-    return 100 * math.sqrt(share * (1 - share) / n)
-
-
-def hold_out(
-    rows: Int[np.ndarray, " k"], labels: Int[np.ndarray, " n"], share: float, generator: torch.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split ``rows`` into (kept, held out), the share rounded within each class so that every class keeps a sample."""
-    kept, held = [], []
-    for label in np.unique(labels[rows]):
-        members = rows[labels[rows] == label]
-        members = members[torch.randperm(len(members), generator=generator).numpy()]
-        count = min(round(share * len(members)), len(members) - 1)
-        held.append(members[:count])
-        kept.append(members[count:])
-    kept = np.concatenate(kept) if kept else rows
-    held = np.concatenate(held) if held else rows[:0]
-    if len(held) == 0:
-        raise NotEnoughDataError(
-            "samples held out of the clean region",
-            have=0,
-            need=1,
-            hint="Give more data, or raise held_out; the repair has to be judged on something.",
-        )
-    return np.sort(kept), np.sort(held)
-
-
 def oversample(
     rows: Int[np.ndarray, " k"], labels: Int[np.ndarray, " n"], generator: torch.Generator
 ) -> Int[np.ndarray, " m"]:
@@ -256,13 +210,8 @@ def oversample(
 def _look(
     classifier: Classifier, pixels: Pixels, split: Split, held_out: np.ndarray, step: int, run: Run
 ) -> dict[str, float]:
-    def label_agreement(rows: np.ndarray) -> float:
-        if len(rows) == 0:
-            return 0.0
-        return 100 * float((apply_classifier(classifier, pixels, rows, run=run).argmax(1) == split.labels[rows]).mean())
-
     return {
         "step": float(step),
-        "held_out_accuracy": label_agreement(held_out),
-        "suspect_agreement": label_agreement(split.suspect),
+        "held_out_accuracy": label_accuracy(classifier, pixels, split.labels, held_out, run=run),
+        "suspect_agreement": label_accuracy(classifier, pixels, split.labels, split.suspect, run=run),
     }

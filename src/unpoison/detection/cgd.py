@@ -23,7 +23,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -36,12 +36,13 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.ranks import label_cross_entropy, rank_normalise
 from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.image_classifier import evaluation_mode
 from unpoison.models.zero_shot import ZeroShot
 from unpoison.results import SampleScores
 from unpoison.runs import Run
 from unpoison.types import Classifier
 
-CLIP_AXIS, EARLY_AXIS, JOINT_AXIS = "clip_rank", "early_rank", "joint_rank"
+CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, MEAN_AXIS = "clip_rank", "early_rank", "joint_rank", "mean_rank"
 BATCH, SMALLEST_BATCH, FULL_BATCH_SAMPLES = 256, 16, 10_000
 """A trigger is learnt after so many steps, not after so many epochs: five epochs of 2,500 samples in batches of 256 are
 45 steps, and poison is then still among the hardest samples. More epochs let the objects catch up; smaller batches do
@@ -124,6 +125,13 @@ def score_with_cgd(
     )
 
 
+def with_mean_rank(scores: SampleScores) -> SampleScores:
+    """The same scores with the mean of both ranks as the primary axis: low only where CLIP agrees *and* the label was
+    learnt late. ``joint_rank`` finds what is poisoned for sure; this one finds what is clean for sure. Ours."""
+    mean = (scores.axes[CLIP_AXIS] + scores.axes[EARLY_AXIS]) / 2
+    return replace(scores, axes=scores.axes | {MEAN_AXIS: mean}, primary=MEAN_AXIS)
+
+
 def early_model_logits(
     classifier: Classifier,
     pixels: Pixels,
@@ -187,11 +195,11 @@ def apply_classifier(
     classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], *, run: Run, batch_size: int = 512
 ) -> Float[np.ndarray, "k c"]:
     """Logits [k, c] of the classifier, in evaluation mode, on the given rows."""
-    classifier.module.to(run.device).eval()
-    parts = [
-        classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
-        for start in range(0, len(rows), batch_size)
-    ]
+    with evaluation_mode(classifier.module.to(run.device)):
+        parts = [
+            classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
+            for start in range(0, len(rows), batch_size)
+        ]
     return torch.cat(parts).numpy()
 
 

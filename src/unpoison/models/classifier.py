@@ -7,6 +7,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from unpoison.errors import (
 )
 from unpoison.models.checkpoints import Checkpoint, load_into, read_checkpoint, save_weights, write_new
 from unpoison.models.folders import check_model_folder, file_inside, find_model_folder, open_pretrained, read_json
-from unpoison.models.image_classifier import MEAN, STD, ImageClassifier, Origin, channels_last, check_names
+from unpoison.models.image_classifier import BOUNDS, MEAN, STD, ImageClassifier, Origin, channels_last, check_names
 from unpoison.models.networks import ARCHITECTURES, build_network
 
 __all__ = ["ImageClassifier", "load_classifier", "new_classifier", "save_classifier"]
 
 DESCRIPTION = "unpoison.json"
 SCHEMA, SCHEMA_VERSION = "unpoison/classifier", 1
+BOUNDS_FILE = "activation_bounds.safetensors"
 _GIVE_ARCH = (
     f"Give the architecture with --arch: {', '.join(ARCHITECTURES)}, or package.module:callable of your own code."
 )
@@ -131,17 +133,28 @@ def _from_weights(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
 ) -> ImageClassifier:
-    names = check_names(class_names, _count_classes(checkpoint.weights))
+    weights, bounds = _without_bounds(checkpoint.weights)
+    names = check_names(class_names, _count_classes(weights))
     classifier = new_classifier(arch, names, image_size=image_size, mean=mean, std=std)
-    load_into(classifier.module, checkpoint.weights)
+    load_into(classifier.module, weights)
+    classifier.bounds = bounds
     classifier.origin = Origin(
-        dtypes={key: value.dtype for key, value in checkpoint.weights.items()},
+        dtypes={key: value.dtype for key, value in weights.items()},
         prefix=checkpoint.prefix,
         wrapper=checkpoint.wrapper,
         file_name=checkpoint.file_name,
     )
     classifier.module.eval()
     return classifier
+
+
+def _without_bounds(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """A network's own weights, and the bounds of its activations in their order. Raises ModelError."""
+    keys = sorted(key for key in weights if key.startswith(BOUNDS))
+    if any(weights[key].ndim != 1 or not weights[key].is_floating_point() for key in keys):
+        raise ModelError(f"{keys[0]} and the like must be vectors of numbers.", hint="Save the model again.")
+    own = {key: value for key, value in weights.items() if not key.startswith(BOUNDS)}
+    return own, tuple(weights[key].float() for key in keys)
 
 
 def _from_our_folder(
@@ -213,7 +226,14 @@ def _from_transformers(
         architecture=f"transformers:{model_class.__name__}",
         build=lambda: model_class(model_class.config_class.from_dict(blank)),
         origin=Origin(dtypes=_stored_dtypes(folder, module), folder=folder),
+        bounds=_bounds_beside(folder),
     )
+
+
+def _bounds_beside(folder: Path) -> tuple[Tensor, ...]:
+    """Bounds of a transformers folder lie in a file of their own: its library would drop unknown keys."""
+    path = folder / BOUNDS_FILE
+    return _without_bounds(read_checkpoint(file_inside(folder, BOUNDS_FILE)).weights)[1] if path.exists() else ()
 
 
 def _processor(folder: Path) -> dict[str, Any]:
@@ -252,7 +272,7 @@ def _stored_dtypes(folder: Path, module: nn.Module) -> dict[str, torch.dtype]:
     from safetensors import safe_open
 
     stored: dict[str, torch.dtype] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(folder.glob("*.safetensors")) - {folder / BOUNDS_FILE}):
         with safe_open(path, framework="pt") as file:
             stored |= {key: file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118 # no mapping
     floats = [dtype for dtype in stored.values() if dtype.is_floating_point]
@@ -264,7 +284,10 @@ def _stored_dtypes(folder: Path, module: nn.Module) -> dict[str, torch.dtype]:
 
 
 def _save_transformers(classifier: ImageClassifier, source: Path, folder: Path) -> None:
-    state: dict[str, Tensor] = classifier.weights()
+    state: dict[str, Tensor] = replace(classifier, bounds=()).weights()
+    if classifier.bounds:
+        bounds = {f"{BOUNDS}{site:03d}": bound.float() for site, bound in enumerate(classifier.bounds)}
+        save_weights(folder / BOUNDS_FILE, bounds)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".partial") as scratch:
         classifier.module.save_pretrained(scratch, state_dict=state)  # pyright: ignore[reportCallIssue] # a PreTrainedModel
         weights = {path.name: path for path in Path(scratch).iterdir() if "safetensors" in path.name}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from unpoison.errors import UnsupportedModelError, UsageError
-from unpoison.types import Embeddings, Images, Logits
+from unpoison.models.activations import clipped
+from unpoison.types import Bound, Embeddings, Images, Logits
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+BOUNDS = "activation_bounds."
+"""What the keys of bounds begin with in a weights file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,7 @@ class ImageClassifier:
 
     ``mean`` and ``std`` are per channel, for images in [0, 1]; they stay outside the module, so its state dict
     is the network's alone. ``build`` makes a network of the same architecture, where that is known.
+    ``bounds`` cut its activations off above and stay outside the module too: the network itself knows nothing of them.
     The module's forward gives logits [b, c], as a tensor or as ``.logits`` of an object.
     """
 
@@ -50,6 +54,7 @@ class ImageClassifier:
     architecture: str | None = None
     build: Callable[[], nn.Module] | None = field(default=None, repr=False)
     origin: Origin = field(default_factory=Origin, repr=False)
+    bounds: tuple[Bound, ...] = field(default=(), repr=False)
     _head_name: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,7 +71,8 @@ class ImageClassifier:
             torch.tensor(values, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
             for values in (self.mean, self.std)
         )
-        output = self.module(((images - mean) / std).contiguous(memory_format=torch.channels_last))
+        with clipped(self.bounds) if self.bounds else nullcontext():
+            output = self.module(((images - mean) / std).contiguous(memory_format=torch.channels_last))
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         expected = (len(images), len(self.class_names))
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
@@ -99,9 +105,13 @@ class ImageClassifier:
         assert isinstance(head, nn.Linear)  # noqa: S101 # for the type checker: _find_head looked at linear layers only
         return head
 
+    def bounded(self, bounds: Sequence[Bound]) -> ImageClassifier:
+        """The same network with its activations cut off at ``bounds``; weights are shared with this one."""
+        return replace(self, bounds=tuple(bounds))
+
     def copy(self) -> ImageClassifier:
         """A deep copy: training it leaves this one untouched."""
-        return replace(self, module=copy.deepcopy(self.module))
+        return replace(self, module=copy.deepcopy(self.module), bounds=tuple(bound.clone() for bound in self.bounds))
 
     def fresh(self, seed: int) -> ImageClassifier:
         """The same architecture with weights newly drawn from ``seed``; the global random state stays as it was.
@@ -110,15 +120,21 @@ class ImageClassifier:
         """
         reference = next(self.module.parameters())
         module = self._rebuild(seed).to(device=reference.device, dtype=reference.dtype)
-        return replace(self, module=channels_last(module).train(self.module.training))
+        return replace(self, module=channels_last(module).train(self.module.training), bounds=())
 
     def weights(self) -> dict[str, Tensor]:
-        """State dict on the CPU under the keys and dtypes of the checkpoint it came from; shares no memory."""
+        """State dict on the CPU under the keys and dtypes of the checkpoint it came from; shares no memory.
+
+        Bounds come last, as ``activation_bounds.000`` and so on, in float32.
+        """
         state = self.module.state_dict()
         dtypes = self.origin.dtypes or {key: value.dtype for key, value in state.items()}
-        return {
-            self.origin.prefix + key: state[key].detach().to("cpu", dtype, copy=True) for key, dtype in dtypes.items()
+        weights = {key: state[key].detach().to("cpu", dtype, copy=True) for key, dtype in dtypes.items()}
+        bounds = {
+            f"{BOUNDS}{site:03d}": bound.detach().to("cpu", torch.float32, copy=True)
+            for site, bound in enumerate(self.bounds)
         }
+        return {self.origin.prefix + key: value for key, value in (weights | bounds).items()}
 
     def _find_head(self) -> str:
         calls: list[tuple[str, Tensor, int]] = []

@@ -1,4 +1,4 @@
-"""The two reference networks for 32 px images, by the name that ``--arch`` takes."""
+"""The reference networks for 32 px images, by the name that ``--arch`` takes."""
 
 from __future__ import annotations
 
@@ -68,6 +68,54 @@ class SmallResNet(nn.Module):
         return self.linear(F.relu(self.norm(self.blocks(self.stem(images)))).mean(dim=(2, 3)))
 
 
+class WideBlock(nn.Module):
+    """bn-relu-conv3x3(stride)-bn-relu-conv3x3; where widths change, the activated input goes through a 1x1 too."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.convShortcut = nn.Conv2d(width_in, width, 1, stride, bias=False) if width_in != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x))
+        residual = x if self.convShortcut is None else self.convShortcut(active)
+        return residual + self.conv2(F.relu(self.bn2(self.conv1(active))))
+
+
+class _WideStage(nn.Module):
+    def __init__(self, width_in: int, width: int, *, stride: int, depth: int) -> None:
+        super().__init__()
+        rest = (WideBlock(width, width, 1) for _ in range(depth - 1))
+        self.layer = nn.Sequential(WideBlock(width_in, width, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WideResNet16(nn.Module):
+    """WRN-16-1 under its usual keys (conv1, block1 to block3, bn1, fc): 0.18 M parameters for 10 classes.
+
+    Source: Zagoruyko and Komodakis, Wide Residual Networks, BMVC 2016. Published victims of ABL and NAD have it.
+    """
+
+    def __init__(self, num_classes: int, *, widen: int = 1) -> None:
+        super().__init__()
+        widths = [16, 16 * widen, 32 * widen, 64 * widen]
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.block1 = _WideStage(widths[0], widths[1], stride=1, depth=2)
+        self.block2 = _WideStage(widths[1], widths[2], stride=2, depth=2)
+        self.block3 = _WideStage(widths[2], widths[3], stride=2, depth=2)
+        self.bn1 = nn.BatchNorm2d(widths[3])
+        self.fc = nn.Linear(widths[3], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.block3(self.block2(self.block1(self.conv1(images))))
+        return self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
+
+
 def _stage(width_in: int, width: int, *, stride: int, depth: int) -> nn.Sequential:
     rest = (PreActBlock(width, width, 1) for _ in range(depth - 1))
     return nn.Sequential(PreActBlock(width_in, width, stride), *rest)
@@ -76,6 +124,7 @@ def _stage(width_in: int, width: int, *, stride: int, depth: int) -> nn.Sequenti
 ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
     "small-resnet": SmallResNet,
     "preact-resnet-18": PreActResNet18,
+    "wrn-16-1": WideResNet16,
 }
 
 

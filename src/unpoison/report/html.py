@@ -117,17 +117,18 @@ def _run_view(run: ReportRun, anchor: str) -> RunView:
 def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
     separation = scan_view(run)
     usable = separation.usable if separation else scan.samples
-    agreement = Tile(
-        value=percent(scan.clip_agreement),
-        name="CLIP agrees with the label",
-        note=f"{percent(scan.chance_agreement)} by chance",
-    )
+    agreement = []
+    if scan.clip_agreement is not None:
+        note = f"{percent(scan.chance_agreement)} by chance"
+        agreement = [Tile(value=percent(scan.clip_agreement), name="CLIP agrees with the label", note=note)]
     return RunView(
         anchor=anchor,
         kind="Data set scan",
         run=run,
-        verdict=scan_verdict(scan.estimate, usable, scan.class_names, weak_clip=scan.weak_clip),
-        tiles=[*_scan_tiles(separation), agreement] if separation else [agreement],
+        verdict=scan_verdict(
+            scan.estimate, usable, scan.class_names, weak_clip=scan.weak_clip, ranks_only=scan.ranks_only
+        ),
+        tiles=[*_scan_tiles(separation), *agreement] if separation else agreement,
         steps=_scan_steps(run, scan),
         scan=separation,
         evaluations=_evaluation_views(run),

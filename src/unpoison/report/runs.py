@@ -50,11 +50,13 @@ class ReportSample:
     thumbnail: bytes
     clip_rank: float | None = None
     early_rank: float | None = None
+    score: float | None = None
 
     @property
     def suspicion(self) -> float:
-        """The smaller of the ranks that there are: poison is suspicious on both axes, a hard image on one."""
-        return min((rank for rank in (self.clip_rank, self.early_rank) if rank is not None), default=0.0)
+        """The smaller of CGD's ranks: poison is suspicious on both axes, a hard image on one. Else the score."""
+        ranks = [rank for rank in (self.clip_rank, self.early_rank) if rank is not None]
+        return min(ranks, default=self.score or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,7 @@ class _StoredSample(msgspec.Struct):
     clip_label: str | int | None = None
     clip_rank: float | None = None
     early_rank: float | None = None
+    score: float | None = None
 
 
 def _read_sample(row: object) -> ReportSample | SkippedRow:
@@ -210,6 +213,7 @@ def _read_sample(row: object) -> ReportSample | SkippedRow:
         thumbnail=picture,
         clip_rank=stored.clip_rank,
         early_rank=stored.early_rank,
+        score=stored.score,
     )
 
 

@@ -24,6 +24,12 @@ AXIS_WORDS = {
     "joint_rank": "both: the smaller of the two ranks",
     "clip_rank": "CLIP disagrees with the label (rank)",
     "early_rank": "learnt early (rank)",
+    "mean_rank": "mean of the two ranks",
+    "own_loss": "the model's own loss",
+    "activation_clustering": "nearer to the smaller cluster of its label",
+    "spectral_signature": "along its label's direction of largest variance",
+    "strip": "keeps its label under other images (minus entropy)",
+    "ibd_psc": "keeps its label when weights are scaled",
 }
 NOT_PROOF = "This does not prove the data clean."
 
@@ -57,6 +63,7 @@ class Card:
     region: str
     clip_rank: float | None
     early_rank: float | None
+    score: float | None
     suspicion: float
     picture: str
 
@@ -85,9 +92,24 @@ class ScanView:
 
 
 def scan_verdict(
-    estimate: PoisonEstimate, usable: int, class_names: tuple[str, ...], *, weak_clip: bool = False
+    estimate: PoisonEstimate,
+    usable: int,
+    class_names: tuple[str, ...],
+    *,
+    weak_clip: bool = False,
+    ranks_only: bool = False,
 ) -> Verdict:
-    """``weak_clip``: CLIP knows these classes hardly better than chance, so finding nothing means nothing."""
+    """``weak_clip``: CLIP knows these classes hardly better than chance, so finding nothing means nothing.
+
+    ``ranks_only``: the method decides nothing.
+    """
+    if ranks_only and not estimate.poisoned:
+        return Verdict(
+            tone="caution",
+            word="Ranked only",
+            sentence="Inconclusive: this method ranks samples by suspicion; it does not say whether a set is poisoned.",
+            detail=estimate.reason,
+        )
     if not estimate.poisoned and weak_clip:
         return Verdict(
             tone="caution",
@@ -345,6 +367,7 @@ def _card(sample: ReportSample) -> Card:
         region=sample.region,
         clip_rank=sample.clip_rank,
         early_rank=sample.early_rank,
+        score=sample.score,
         suspicion=sample.suspicion,
         picture=f"data:image/png;base64,{base64.b64encode(sample.thumbnail).decode()}",
     )

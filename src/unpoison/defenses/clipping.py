@@ -1,0 +1,271 @@
+"""Where to cut a network's activations: above what clean samples need, below what a trigger drives them to.
+
+Papers
+    Wang, Xiang, Miller, Kesidis. "Universal post-training backdoor detection and mitigation" (MM-BD, IEEE S&P 2024) and
+    "Improved activation clipping for universal backdoor mitigation and test-time detection" (MMAC, MLSP 2024).
+Rules
+    ``quantile`` (ours): per channel the 0.995 quantile over all positions of all clean samples. One forward pass.
+    ``learned``: bounds Z that minimise mean ||f(x; Z) - f(x)||^2 + c sum_sites ||Z||_2, from each channel's maximum. c
+    grows while the clipped model's accuracy on the clean samples holds, and falls while it does not.
+    ``margin``: the same with c sum_classes (largest margin that any image reaches) in place of the norms. The largest
+    margin is that of noise images climbing it while Z is learned.
+    ``suspects`` (ours): bounds that keep the model's opinion of clean samples and take its belief in the labels of
+    suspect ones: KL(f(x) || f(x; Z)) on clean samples - w mean log(1 - p_y(x; Z)) on suspect ones, by Adam. The second
+    term fades by itself once the labels are no longer believed. It needs samples that are suspect: without any, the
+    quantile rule takes its place.
+Where we differ, and what the papers leave open
+    One step of the noise images to each step of Z. Every activation is clipped, not a chosen few. c changes every tenth
+    of the epochs from two fifths on, as the published schedule (20, 30, 40 of 50) does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unpoison.data.pixels import Pixels, to_images
+from unpoison.errors import ConfigError, UnsupportedModelError
+from unpoison.models.activations import activations, channel_rows
+from unpoison.models.image_classifier import evaluation_mode
+from unpoison.runs import Run
+from unpoison.types import Bound, Classifier, Logits
+
+ClipRule = Literal["none", "quantile", "learned", "margin", "suspects"]
+_SAMPLED = 2**16  # values of a channel behind its quantile
+_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippingConfig:
+    """``quantile`` for the rule of this name, the rest for the other two."""
+
+    rule: ClipRule = "quantile"
+    quantile: float = 0.995
+    epochs: int | None = None
+    """None: 50 for ``learned``, 300 for ``margin``."""
+    batch_size: int = 200
+    learning_rate: float = 0.1
+    """Adam's, of the bounds; a share of each channel's own maximum (ours: networks differ in scale)."""
+    weight: float | None = None
+    """c at the start. None: 0.5 for ``learned``, 0.002 for ``margin``."""
+    weight_factor: float = 1.2
+    least_accuracy: float = 95.0
+    """On the clean samples, in percent of what the unclipped model reaches, above which c grows."""
+    noise_images: int = 50
+    """For each class, for the rule ``margin``."""
+    suspect_steps: int = 80
+    """Adam steps of the rule ``suspects``, each with half a batch of clean and half a batch of suspect samples."""
+    suspect_weight: float = 1.0
+    """w of the rule ``suspects``."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(ClipRule):
+            raise ConfigError(f"no clip rule {self.rule!r}.", hint=f"Choose one of {', '.join(get_args(ClipRule))}.")
+        if not 0 < self.quantile <= 1:
+            raise ConfigError(f"quantile must lie in (0, 1], got {self.quantile}.", hint="Try 0.995.")
+        if min(self.batch_size, self.noise_images) < 1 or not self.learning_rate > 0 or self.weight_factor < 1:
+            raise ConfigError(
+                "expected batch_size and noise_images of at least 1, learning_rate > 0, weight_factor >= 1.",
+                hint="Leave them at their defaults.",
+            )
+
+
+def find_bounds(
+    classifier: Classifier,
+    pixels: Pixels,
+    rows: Int[np.ndarray, " k"],
+    config: ClippingConfig,
+    *,
+    labels: Int[np.ndarray, " n"],
+    suspect: Int[np.ndarray, " s"],
+    run: Run,
+) -> tuple[Bound, ...]:
+    """Bounds by ``config.rule`` from the clean samples ``rows``; none for the rule "none". The model stays as it is.
+
+    ``suspect`` samples and their ``labels`` are for the rule of this name. Raises UnsupportedModelError for a network
+    that calls no activation function.
+    """
+    if config.rule == "none":
+        return ()
+    with evaluation_mode(classifier.module.to(run.device)):
+        if config.rule == "quantile" or (config.rule == "suspects" and len(suspect) == 0):
+            return channel_quantiles(classifier, pixels, rows, config.quantile, run=run)
+        start = channel_quantiles(classifier, pixels, rows, 1.0, run=run)
+        if config.rule == "suspects":
+            return _unlearn(classifier, pixels, rows, suspect, labels, start, config, run)
+        stored = run.step(
+            f"bounds-{config.rule}", lambda: _as_step(_learn(classifier, pixels, rows, start, config, run))
+        )
+    return tuple(stored[name] for name in sorted(stored))
+
+
+@torch.no_grad()
+def channel_quantiles(
+    classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], quantile: float, *, run: Run
+) -> tuple[Bound, ...]:
+    """Each channel's quantile over samples and positions, at every site; of long streams an even sample of them."""
+    kept: list[list[Tensor]] = []
+    each = max(1, _SAMPLED // max(1, len(rows)))
+    generator = run.generator("positions")
+    for start in run.progress.track(
+        range(0, len(rows), _BATCH), total=len(rows), what="activations", weight=_BATCH, unit="images"
+    ):
+        images = to_images(pixels.array[rows[start : start + _BATCH]]).to(run.device)
+        found = activations(lambda images=images: classifier.logits(images))
+        kept = kept or [[] for _ in found]
+        for site, output in zip(kept, found, strict=True):
+            values = channel_rows(output)
+            if quantile == 1.0:
+                site[:] = [torch.stack([values.amax(0), *site]).amax(0)] if site else [values.amax(0)]
+            else:
+                places = len(values) // len(images)
+                drawn = torch.randint(places, (len(images), min(each, places)), generator=generator)
+                chosen = (drawn + places * torch.arange(len(images))[:, None]).flatten()
+                site.append(values[chosen.to(values.device)].float().cpu())
+    if not kept:
+        raise UnsupportedModelError(
+            f"{type(classifier.module).__name__} calls none of torch's activation functions: nothing can be clipped.",
+            hint='Set clip to "none", or use a network with ReLU, GELU or the like.',
+        )
+    if quantile == 1.0:
+        return tuple(site[0].float().cpu() for site in kept)
+    return tuple(_quantile(torch.cat(site), quantile) for site in kept)
+
+
+def _quantile(values: Float[Tensor, "rows channels"], quantile: float) -> Bound:
+    """The value that a share of ``quantile`` of each column's rows does not exceed."""
+    place = min(len(values), max(1, int(np.ceil(quantile * len(values)))))
+    return values.kthvalue(place, dim=0).values
+
+
+def _learn(
+    classifier: Classifier,
+    pixels: Pixels,
+    rows: np.ndarray,
+    start: tuple[Bound, ...],
+    config: ClippingConfig,
+    run: Run,
+) -> tuple[Bound, ...]:
+    margin = config.rule == "margin"
+    epochs = config.epochs or (300 if margin else 50)
+    weight = config.weight if config.weight is not None else (0.002 if margin else 0.5)
+    scale = [bound.to(run.device).clamp_min(1e-6) for bound in start]
+    shares = [torch.ones_like(bound, requires_grad=True) for bound in scale]
+    classes = len(classifier.class_names)
+    side = classifier.image_size
+    noise = torch.rand(classes * config.noise_images, 3, side, side, generator=run.generator("noise images"))
+    noise = noise.to(run.device).requires_grad_(margin)
+    aims = torch.arange(classes, device=run.device).repeat_interleave(config.noise_images)
+    optimiser = torch.optim.Adam(shares, config.learning_rate)
+    climber = torch.optim.Adam([noise], config.learning_rate) if margin else None
+    with torch.no_grad():
+        targets = [classifier.logits(part) for part in _batches(pixels, rows, config.batch_size, run)]
+    with frozen_weights(classifier):
+        for epoch in run.progress.track(range(epochs), total=epochs, what=f"{config.rule} bounds", unit="epochs"):
+            right = seen = 0
+            for images, target in zip(_batches(pixels, rows, config.batch_size, run), targets, strict=True):
+                bounds = [share * most for share, most in zip(shares, scale, strict=True)]
+                logits = classifier.bounded(bounds).logits(images)
+                loss = (logits - target).square().sum(1).mean()
+                if climber is None:
+                    loss = loss + weight * torch.stack([bound.norm() for bound in bounds]).sum()
+                else:
+                    drawn = torch.randperm(len(noise), generator=run.generator("drawn", epoch, seen))[:classes]
+                    high = margins(classifier.bounded(bounds).logits(noise[drawn.to(noise.device)]), aims[drawn])
+                    loss = loss + weight * high.sum()
+                    climber.zero_grad()
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                if climber is not None and noise.grad is not None:
+                    noise.grad.neg_()  # up, where the bounds go down
+                    climber.step()
+                    noise.data.clamp_(0, 1)
+                for share in shares:
+                    share.data.clamp_(0, 1)
+                right += int((logits.argmax(1) == target.argmax(1)).sum())
+                seen += len(images)
+            if epoch + 1 >= 0.4 * epochs and (epoch + 1) % max(1, epochs // 5) == 0 and epoch + 1 < epochs:
+                kept = 100 * right / seen >= config.least_accuracy
+                weight = weight * config.weight_factor if kept else weight / config.weight_factor
+    return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
+
+
+def _unlearn(
+    classifier: Classifier,
+    pixels: Pixels,
+    rows: np.ndarray,
+    suspect: np.ndarray,
+    labels: np.ndarray,
+    start: tuple[Bound, ...],
+    config: ClippingConfig,
+    run: Run,
+) -> tuple[Bound, ...]:
+    """The rule ``suspects``."""
+    scale = [bound.to(run.device).clamp_min(1e-6) for bound in start]
+    shares = [torch.ones_like(bound, requires_grad=True) for bound in scale]
+    optimiser = torch.optim.Adam(shares, config.learning_rate)
+    generator = run.generator("suspect bounds")
+    half = max(1, config.batch_size // 2)
+    with frozen_weights(classifier):
+        for step in run.progress.track(
+            range(config.suspect_steps), total=config.suspect_steps, what="bounds", unit="steps"
+        ):
+            optimiser.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.suspect_steps)
+            drawn = [part[torch.randint(len(part), (half,), generator=generator).numpy()] for part in (rows, suspect)]
+            images = to_images(pixels.array[np.concatenate(drawn)]).to(run.device)
+            with torch.no_grad():
+                target = classifier.logits(images[:half]).float()
+            bounds = [share * most for share, most in zip(shares, scale, strict=True)]
+            logits = classifier.bounded(bounds).logits(images).float()
+            given = torch.from_numpy(labels[drawn[1]]).to(run.device)
+            kept = F.kl_div(logits[:half].log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean")
+            loss = kept + config.suspect_weight * disbelief(logits[half:], given)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            for share in shares:
+                share.data.clamp_(0, 1)
+    return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
+
+
+def disbelief(logits: Logits, labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
+    """-mean log(1 - p_y): large while the label is believed, with a gradient that does not vanish there."""
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return (logits.logsumexp(1) - others).mean()
+
+
+@contextmanager
+def frozen_weights(classifier: Classifier) -> Iterator[None]:
+    """No gradient is made for the weights inside."""
+    parameters = [weight for weight in classifier.module.parameters() if weight.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def margins(logits: Logits, classes: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """z_c minus the largest other logit."""
+    own = F.one_hot(classes, logits.shape[1]).bool()
+    return logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
+
+
+def _batches(pixels: Pixels, rows: np.ndarray, size: int, run: Run):
+    for start in range(0, len(rows), size):
+        yield to_images(pixels.array[rows[start : start + size]]).to(run.device)
+
+
+def _as_step(bounds: tuple[Bound, ...]) -> dict[str, Tensor]:
+    return {f"site-{site:03d}": bound for site, bound in enumerate(bounds)}

@@ -1,0 +1,190 @@
+"""The classic detectors: planted poison ranks first, clean labels are not called poisoned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from unpoison.api_detectors import NETWORK_DETECTORS, DetectorConfig, highest, scan_with_detector
+from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+from unpoison.catalog import DETECTORS
+from unpoison.data.pixels import Pixels, load_pixels
+from unpoison.data.sources import open_images
+from unpoison.detection.activation_clustering import ActivationClusteringConfig, activation_clustering
+from unpoison.detection.ibd_psc import IBDPSCConfig, ibd_psc, scale_last
+from unpoison.detection.spectral_signatures import spectral_signatures
+from unpoison.detection.strip import STRIPConfig, entropy, strip
+from unpoison.errors import DataError, NotEnoughDataError, UnsupportedModelError
+from unpoison.models.classifier import ImageClassifier, new_classifier
+from unpoison.results import SUSPECT, DatasetScan
+from unpoison.runs import Run
+from unpoison.training import train_classifier
+
+
+def run() -> Run:
+    return Run(accelerator=Accelerator(cpu=True))
+
+
+def planted(rate: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features [600, 20] of three labels; a share of label 1 lies elsewhere."""
+    random = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], 200)
+    features = random.normal(0, 1, (600, 20)) + 4 * np.eye(20)[labels]
+    truth = (labels == 1) & (random.random(600) < rate)
+    features[truth] += 8 * np.eye(20)[7]
+    return features.astype(np.float32), labels, truth
+
+
+def test_clusters_give_the_poison_away() -> None:
+    features, labels, truth = planted(0.2)
+    scores, verdicts = activation_clustering(features, labels, ActivationClusteringConfig())
+    assert roc_auc_score(truth, scores) > 0.98
+    assert [entry.label for entry in verdicts if entry.suspicious] == [1]
+    assert next(entry.share for entry in verdicts if entry.label == 1) == pytest.approx(truth.sum() / 200, abs=0.02)
+    again, _ = activation_clustering(features, labels, ActivationClusteringConfig())
+    assert np.array_equal(scores, again)
+
+
+def test_clean_labels_are_not_called_poisoned() -> None:
+    features, labels, _ = planted(0.0)
+    _, verdicts = activation_clustering(features, labels, ActivationClusteringConfig())
+    assert [entry.label for entry in verdicts] == [0, 1, 2]
+    assert not any(entry.suspicious for entry in verdicts)
+
+
+def test_degenerate_labels_score_nothing() -> None:
+    features, labels = np.zeros((9, 4), dtype=np.float32), np.array([0] * 6 + [1] * 3)
+    scores, verdicts = activation_clustering(features, labels, ActivationClusteringConfig())
+    assert not scores.any()
+    assert verdicts == []
+    assert not spectral_signatures(features, labels).any()
+
+
+def test_signatures_are_projections_on_the_top_singular_vector() -> None:
+    features, labels, truth = planted(0.2)
+    scores = spectral_signatures(features, labels)
+    for label in range(3):
+        rows = np.flatnonzero(labels == label)
+        centered = features[rows].astype(np.float64) - features[rows].mean(0, dtype=np.float64)
+        top = np.linalg.svd(centered, full_matrices=False)[2][0]
+        expected = (centered @ top) ** 2
+        np.testing.assert_allclose(scores[rows], expected / expected.mean(), rtol=1e-6)
+    assert roc_auc_score(truth[labels == 1], scores[labels == 1]) > 0.98
+
+
+class Corner(nn.Module):
+    """Says 0 wherever the corner is white, else what the brightness says, unsure of it."""
+
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(2, count)
+        with torch.no_grad():
+            self.fc.weight.zero_()
+            self.fc.bias.zero_()
+            self.fc.weight[0, 0] = 30
+            self.fc.weight[1:, 1] = torch.tensor([3.0, -3.0, 1.0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.norm(images)
+        corner = (images[:, :, -2:, -2:].mean(dim=(1, 2, 3)) > 0.99).float()
+        return self.fc(torch.stack([corner, seen.mean(dim=(1, 2, 3))], dim=1))
+
+
+def cornered() -> tuple[ImageClassifier, Pixels, np.ndarray]:
+    random = np.random.default_rng(0)
+    array = random.integers(0, 200, (60, 8, 8, 3)).astype(np.uint8)
+    truth = np.arange(60) % 6 == 0
+    array[truth, -2:, -2:] = 255
+    model = ImageClassifier(
+        module=Corner().eval(), class_names=("a", "b", "c", "d"), image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    return model, Pixels(array=array, usable=np.ones(60, dtype=bool), skipped=()), truth
+
+
+def test_triggered_images_keep_their_label_under_others() -> None:
+    model, pixels, truth = cornered()
+    scores = strip(model, pixels, np.arange(60), STRIPConfig(overlays=8), run=run())
+    assert roc_auc_score(truth, scores) == 1.0
+    assert (scores <= 1e-6).all()
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    p = np.exp([1.0, 2.0, 3.0]) / np.exp([1.0, 2.0, 3.0]).sum()
+    assert float(entropy(logits)) == pytest.approx(float(-(p * np.log(p)).sum()))
+
+
+def test_scaling_the_last_layers_only() -> None:
+    model = new_classifier("small-resnet", ("a", "b"), image_size=16)
+    before = {key: value.clone() for key, value in model.module.state_dict().items()}
+    scaled = scale_last(model, 2, 1.5).module.state_dict()
+    changed = [key for key in before if not torch.equal(before[key], scaled[key])]
+    assert changed == ["blocks.2.bn2.weight", "norm.weight"]  # biases are zero as drawn
+    torch.testing.assert_close(scaled["norm.weight"], 1.5 * before["norm.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in model.module.state_dict().items())
+
+
+def test_consistency_needs_batch_norm_and_lies_in_range() -> None:
+    model, pixels, _ = cornered()
+    scores = ibd_psc(model, pixels, np.arange(60), IBDPSCConfig(samples=20), run=run())
+    assert ((scores >= 0) & (scores <= 1)).all()
+    plain = ImageClassifier(module=nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), class_names=("a", "b"), image_size=8)
+    with pytest.raises(UnsupportedModelError, match="BatchNorm"):
+        ibd_psc(plain, pixels, np.arange(60), IBDPSCConfig(), run=run())
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    clean = open_images("shapes:1200:0")
+    poisoning = plan_poisoning(clean, "badnet", rate=0.05, target=4, share=0.4)
+    source = apply_poisoning(clean, poisoning)
+    fresh = new_classifier("small-resnet", source.class_names, seed=0)
+    pixels = load_pixels(source, 32, cache=None, progress=run().progress)
+    model = train_classifier(fresh, pixels, source.labels, run=run(), epochs=10, batch_size=64)
+    return source, model, np.isin(source.ids, poisoning.ids)
+
+
+@pytest.mark.parametrize("method", NETWORK_DETECTORS)
+def test_a_scan_scores_planted_poison(method: str, trained: Any, tmp_path: Any) -> None:
+    source, model, truth = trained
+    outcome = scan_with_detector(source, method, classifier=model, run=run())
+    found = outcome.scores.suspicion
+    assert np.isfinite(found).all()
+    if method == "activation-clustering":
+        assert roc_auc_score(truth, found) > 0.85
+    elif method == "ibd-psc":
+        assert roc_auc_score(truth, found) > 0.7
+    elif method == "spectral-signatures":  # it compares samples of one label
+        of_target = source.labels == 4
+        assert roc_auc_score(truth[of_target], found[of_target]) > 0.7
+    assert outcome.scan.flagged == (outcome.split.region == SUSPECT).sum()
+    assert outcome.scan.inconclusive
+    assert not outcome.scan.estimate.poisoned
+    assert sum(outcome.scan.flagged_per_class.values()) == outcome.scan.flagged
+    outcome.scan.save(tmp_path / "scan.json")
+    assert DatasetScan.load(tmp_path / "scan.json") == outcome.scan
+    assert {sample["id"] for sample in outcome.samples} <= set(source.ids)
+
+
+def test_a_network_is_trained_where_none_is_given(trained: Any) -> None:
+    source, _, _ = trained
+    outcome = scan_with_detector(source, "spectral-signatures", config=DetectorConfig(epochs=1), run=run())
+    assert outcome.scan.flagged == round(1.5 * 0.05 * len(source))
+    assert outcome.scan.inputs == {"network": "small-resnet"}
+
+
+def test_a_network_of_other_classes_is_refused(trained: Any) -> None:
+    source, _, _ = trained
+    with pytest.raises(DataError, match="classes"):
+        scan_with_detector(source, "strip", classifier=new_classifier("small-resnet", ("a", "b")), run=run())
+    with pytest.raises(NotEnoughDataError):
+        scan_with_detector(open_images("shapes:20"), "strip", run=run())
+
+
+def test_the_catalog_lists_them() -> None:
+    assert {entry.name for entry in DETECTORS} == {"cgd", *NETWORK_DETECTORS}
+    assert highest(np.array([3.0, 1.0, 2.0, 0.0]), 0.34).tolist() == [True, False, True, False]

@@ -1,0 +1,133 @@
+"""PAD-FT on planted poison and on a clean set: the whole way from a training set to a repaired model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from unpoison.api_repairs import judge_agreement, purify_with_classic, purify_with_pad_ft
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+from unpoison.data.pixels import load_pixels
+from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.baselines.ft import FTConfig
+from unpoison.defenses.pad_ft import PADFTConfig
+from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS
+from unpoison.detection.ranks import rank_normalise
+from unpoison.errors import DataError, NotEnoughDataError, ResultError
+from unpoison.evaluation.classifier import evaluate_classifier
+from unpoison.models.classifier import ImageClassifier, new_classifier
+from unpoison.results import CLEAN, SUSPECT, Evaluation, SampleScores, Split
+from unpoison.runs import Run
+from unpoison.training import train_classifier
+
+TARGET = 4
+
+
+def make_run() -> Run:
+    return Run(accelerator=Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def poisoning() -> Poisoning:
+    return plan_poisoning(open_images("shapes:1000:0"), "badnet", rate=0.1, target=TARGET, share=0.4)
+
+
+@pytest.fixture(scope="module")
+def poisoned(poisoning: Poisoning) -> LabelledImages:
+    return apply_poisoning(open_images("shapes:1000:0"), poisoning)
+
+
+@pytest.fixture(scope="module")
+def victim(poisoned: LabelledImages) -> ImageClassifier:
+    pixels = load_pixels(poisoned, 32, cache=None, progress=make_run().progress)
+    fresh = new_classifier("small-resnet", poisoned.class_names, seed=0)
+    return train_classifier(fresh, pixels, poisoned.labels, run=make_run(), epochs=8, batch_size=64)
+
+
+def scores_of(source: LabelledImages, poisoning: Poisoning | None) -> SampleScores:
+    """Ranks as CGD's would be where CLIP knows the classes: poison is high on both, the rest anywhere on each."""
+    random = np.random.default_rng(0)
+    bad = np.isin(source.ids, [] if poisoning is None else poisoning.ids)
+    axes = {
+        axis: rank_normalise(np.where(bad, 0.9 + 0.1 * random.random(len(source)), random.random(len(source))))
+        for axis in (CLIP_AXIS, EARLY_AXIS)
+    }
+    return SampleScores(
+        method="cgd", ids=list(source.ids), labels=source.labels, class_names=source.class_names,
+        axes=axes | {"joint_rank": np.minimum(*axes.values())}, primary="joint_rank",
+    )  # fmt: skip
+
+
+def measure(model: ImageClassifier, poisoning: Poisoning) -> Evaluation:
+    return evaluate_classifier(model, open_images("shapes:400:1"), poisoning=poisoning, run=make_run())
+
+
+def test_the_backdoor_goes_and_the_body_stays(
+    victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
+) -> None:
+    config = PADFTConfig(per_class=30)
+    outcome = purify_with_pad_ft(victim, poisoned, scores=scores_of(poisoned, poisoning), config=config, run=make_run())
+    before, after = measure(victim, poisoning), measure(outcome.classifier, poisoning)  # pyright: ignore[reportArgumentType]
+    assert before.asr_excess is not None
+    assert after.asr_excess is not None
+    assert before.asr_excess >= 80
+    assert after.asr_excess <= 10
+    assert after.c_acc.value >= before.c_acc.value - 5
+    truth = np.isin(poisoned.ids, poisoning.ids)
+    assert truth[outcome.split.clean].mean() <= 0.005
+    assert truth[outcome.split.suspect].mean() >= 0.9
+    assert outcome.purification.accepted
+    assert outcome.purification.changed_share < 0.01
+    assert outcome.purification.warnings == ()
+
+
+def test_the_papers_rule_trusts_poison_and_says_so(
+    victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
+) -> None:
+    outcome = purify_with_pad_ft(victim, poisoned, config=PADFTConfig.as_published(), run=make_run())
+    truth = np.isin(poisoned.ids, poisoning.ids)
+    in_target = outcome.split.clean[outcome.split.labels[outcome.split.clean] == TARGET]
+    assert truth[in_target].mean() > 0.05
+    assert "chosen by the model's own losses alone" in " ".join(outcome.purification.warnings)
+    assert len(outcome.split.suspect) == 0
+
+
+def test_a_clean_model_keeps_its_accuracy() -> None:
+    clean = open_images("shapes:1000:0")
+    pixels = load_pixels(clean, 32, cache=None, progress=make_run().progress)
+    fresh = new_classifier("small-resnet", clean.class_names, seed=0)
+    model = train_classifier(fresh, pixels, clean.labels, run=make_run(), epochs=8, batch_size=64)
+    outcome = purify_with_pad_ft(model, clean, scores=scores_of(clean, None), config=PADFTConfig(), run=make_run())
+    assert outcome.purification.estimate is not None
+    assert not outcome.purification.estimate.poisoned
+    test = open_images("shapes:400:1")
+    before, after = (evaluate_classifier(one, test, run=make_run()).c_acc.value for one in (model, outcome.classifier))
+    assert after >= before - 2
+
+
+def test_a_classic_takes_any_split(victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning) -> None:
+    region = np.where(np.isin(poisoned.ids, poisoning.ids), SUSPECT, CLEAN).astype(np.int8)
+    split = Split(
+        method="x", ids=list(poisoned.ids), labels=poisoned.labels, region=region, class_names=poisoned.class_names
+    )
+    config = FTConfig(steps=60, batch_size=64)
+    outcome = purify_with_classic("ft", victim, poisoned, split=split, config=config, run=make_run())
+    assert outcome.purification.method == "ft"
+    assert outcome.purification.suspect_count == 100
+    with pytest.raises(ResultError, match="another set"):
+        purify_with_classic("ft", victim, poisoned, split=replace(split, ids=split.ids[::-1]), run=make_run())
+    with pytest.raises(DataError, match="needs a split"):
+        purify_with_classic("ft", victim, poisoned, run=make_run())
+    nobody = replace(split, region=np.where(split.labels == 3, SUSPECT, region).astype(np.int8))
+    with pytest.raises(NotEnoughDataError, match=poisoned.class_names[3]):
+        purify_with_classic("ft", victim, poisoned, split=nobody, run=make_run())
+
+
+def test_another_training_set_is_noticed(victim: ImageClassifier, poisoned: LabelledImages) -> None:
+    assert judge_agreement(90.0, 10, "set") == ()
+    assert "hardly is the set" in judge_agreement(45.0, 10, "set")[0]
+    assert "shuffled" in judge_agreement(12.0, 10, "set")[0]
