@@ -157,8 +157,11 @@ def scan_with_detector(
         raise NotEnoughDataError(
             f"samples in {source.name}", have=len(source), need=MIN_SAMPLES, hint="Give the whole training set."
         )
-    drawn = {"image_size": image_size, "seed": run.seed_of("network") % 2**32}
-    network = classifier.copy() if classifier else new_classifier(arch, source.class_names, **drawn)
+    if classifier is None:
+        seed = run.seed_of("network") % 2**32
+        network = new_classifier(arch, source.class_names, image_size=image_size, seed=seed)
+    else:
+        network = classifier.copy()
     check_classes(network, source)
     pixels = load_pixels(source, network.image_size, cache=run.cache, progress=run.progress)
     if classifier is None:

@@ -51,7 +51,7 @@ def test_pad_ft_with_the_scores_of_a_scan(process: Here, victim: Path, scanned: 
     result = process(*words, "--bound", "100")
     assert result.code == 0, result.err
     assert "Accepted." in result.out
-    assert "percent of the parameters free to change" in result.out
+    assert "percent of the parameters free to change" in " ".join(result.out.split())
     assert "labels look shuffled" in " ".join(result.out.split())  # this victim was never trained
     assert "Traceback" not in result.err
     assert hash_weights(load_classifier(victim).weights()) == before

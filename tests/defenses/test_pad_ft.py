@@ -64,7 +64,8 @@ def split_of(labels: np.ndarray) -> Split:
 def bounds_by(victim: ImageClassifier, **more: Any) -> tuple[Tensor, ...]:
     pixels, labels = easy_pixels()
     split = split_of(labels)
-    config = ClippingConfig(**({"batch_size": 64} | more))
+    settings: dict[str, Any] = {"batch_size": 64} | more
+    config = ClippingConfig(**settings)
     return find_bounds(victim.copy(), pixels, split.clean, config, labels=labels, suspect=split.suspect, run=run())
 
 
@@ -212,6 +213,7 @@ def test_networks_that_do_not_fit_are_refused(network: type[nn.Module], words: s
 
 
 def test_bad_settings_are_refused() -> None:
+    bad: dict[str, Any]
     for bad in ({"per_class": 0}, {"held_out": 1.0}, {"scores_share": 2.0}):
         with pytest.raises(ConfigError):
             PADFTConfig(**bad)

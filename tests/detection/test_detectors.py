@@ -103,7 +103,11 @@ def cornered() -> tuple[ImageClassifier, Pixels, np.ndarray]:
     truth = np.arange(60) % 6 == 0
     array[truth, -2:, -2:] = 255
     model = ImageClassifier(
-        module=Corner().eval(), class_names=("a", "b", "c", "d"), image_size=8, mean=(0.0,) * 3, std=(1.0,) * 3
+        module=Corner().eval(),
+        class_names=("a", "b", "c", "d"),
+        image_size=8,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
     )
     return model, Pixels(array=array, usable=np.ones(60, dtype=bool), skipped=()), truth
 

@@ -1,6 +1,7 @@
 """evaluate_classifier on nets whose answers are known by construction."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,7 +20,7 @@ from unpoison.errors import DataError, NotEnoughDataError
 from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier
 from unpoison.results import Evaluation
 from unpoison.runs import Run
-from unpoison.types import Images
+from unpoison.types import Bound, Images
 
 CLASSES = ("dark", "middle", "bright")
 
@@ -52,6 +53,7 @@ class Wrapped:
     module: nn.Module
     class_names: tuple[str, ...] = CLASSES
     image_size: int = 32
+    bounds: tuple[Bound, ...] = ()
 
     def logits(self, images: Images) -> Tensor:
         return self.module(images)
@@ -60,6 +62,9 @@ class Wrapped:
         raise NotImplementedError
 
     def head(self) -> nn.Linear:
+        raise NotImplementedError
+
+    def bounded(self, bounds: Sequence[Bound]) -> Self:
         raise NotImplementedError
 
     def copy(self) -> Self:

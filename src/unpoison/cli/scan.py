@@ -102,18 +102,18 @@ def dataset(
         settings = make_config(CGDConfig, table, where=str(config or "options"))
         images = open_source(source, reading, limit=options.limit, seed=options.seed)
         path = run_path(options.output, "scan", source)
-        model = load_clip(clip)
+        surrogate = load_clip(clip)
         if options.dry_run:
-            plan = _plan(images, model, arch, image_size, settings, run_without_folder(console, options))
+            plan = _plan(images, surrogate, arch, image_size, settings, run_without_folder(console, options))
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
         inputs = run_inputs(
-            "scan dataset", images, reading, options, clip=clip, clip_fingerprint=model.fingerprint, arch=arch,
+            "scan dataset", images, reading, options, clip=clip, clip_fingerprint=surrogate.fingerprint, arch=arch,
             image_size=image_size, config=table,
         )  # fmt: skip
         run = begin(console, options, path, inputs)
-        scan, scores, split = _scan(images, model, arch, image_size, settings, run, path)
+        scan, scores, split = _scan(images, surrogate, arch, image_size, settings, run, path)
         from unpoison.results import to_json
 
         console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))

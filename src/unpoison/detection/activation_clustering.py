@@ -22,6 +22,7 @@ Where we differ, and what the paper leaves open
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -73,16 +74,16 @@ def activation_clustering(
             continue
         count = min(config.components, features.shape[1], len(rows))
         reduced = PCA(count, random_state=config.seed).fit_transform(features[rows].astype(np.float64))  # (1)
-        means = KMeans(2, n_init=4, random_state=config.seed).fit(reduced)  # (2)
-        sizes = np.bincount(means.labels_, minlength=2)
+        options: dict[str, Any] = {"n_init": 4, "random_state": config.seed}
+        means = KMeans(2, **options).fit(reduced)  # (2)
+        parts = means.predict(reduced)
+        sizes = np.bincount(parts, minlength=2)
         if sizes.min() == 0:
             continue
         minor = int(sizes.argmin())
         share = float(sizes[minor] / len(rows))
         apart = float(
-            silhouette_score(
-                reduced, means.labels_, sample_size=min(len(rows), _SILHOUETTE_SAMPLES), random_state=config.seed
-            )
+            silhouette_score(reduced, parts, sample_size=min(len(rows), _SILHOUETTE_SAMPLES), random_state=config.seed)
             if sizes.min() > 1
             else 0.0
         )

@@ -91,7 +91,7 @@ def repair_with_anp(classifier: Classifier, pixels: Pixels, split: Split, config
         with torch.no_grad():
             parts = gone.split([len(mask) for mask in masks])
             for (_, layer), part in zip(neuron_layers(candidate), parts, strict=True):
-                layer.weight[part] = 0
+                layer.get_parameter("weight")[part] = 0
         return candidate
 
     levels = [float(level) for level in np.linspace(0, config.largest_share, config.levels)]
@@ -106,7 +106,7 @@ def learn_masks(classifier: Classifier, data: CleanData, config: ANPConfig, run:
     net = classifier.copy()
     net.module.to(run.device).eval().requires_grad_(False)
     layers = [layer for _, layer in neuron_layers(net)]
-    masks = [torch.ones(len(layer.weight), device=run.device, requires_grad=True) for layer in layers]
+    masks = [torch.ones(len(layer.get_parameter("weight")), device=run.device, requires_grad=True) for layer in layers]
     deltas = [torch.zeros_like(mask) for mask in masks]
     xis = [torch.zeros_like(mask) for mask in masks]
     for layer, mask, delta, xi in zip(layers, masks, deltas, xis, strict=True):

@@ -24,6 +24,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,7 +113,7 @@ def hypergradient(
     images: Images,
     labels: Labels,
     delta: Float[Tensor, "1 3 h w"],
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     config: IBAUConfig,
 ) -> tuple[Tensor, list[Tensor]]:
     """Step 2: the loss at delta* and its total gradient with respect to ``weights``."""
