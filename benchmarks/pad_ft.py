@@ -2,7 +2,7 @@
 
     python benchmarks/pad_ft.py run [--attack badnet ...] [--seed 0 ...] [--method pad-ft ...]
     python benchmarks/pad_ft.py run --set tune --seed 9 --method pad-ft learned ...   # variants, on other victims
-    python benchmarks/pad_ft.py published      # the published WRN-16-1 with its own trigger, every method
+    python benchmarks/pad_ft.py run --attack published    # the published WRN-16-1 with its own trigger
     python benchmarks/pad_ft.py table
 
 Victims, scores and splits are those of benchmarks/cgd.py: rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned
@@ -22,22 +22,27 @@ import numpy as np
 import torch
 from cgd import Cell, rates
 
+from unpoison.api_repairs import CLASSICS
 from unpoison.data.sources import open_images
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
 from unpoison.defenses.clipping import ClippingConfig
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair
 from unpoison.detection.cgd import with_mean_rank
-from unpoison.detection.self_purified import score_by_own_loss, select_clean
+from unpoison.detection.self_purified import score_by_own_loss, select_clean, with_suspects
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.evaluation.classifier import evaluate_before_after
+from unpoison.models.classifier import load_classifier
 from unpoison.models.features import features_on, head_logits
+from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import SampleScores, Split, write_atomically
 from unpoison.runs import Run, RunFolder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/pad_ft"
-ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image", "clean")
+SUMMARY = ROOT / "benchmarks/results/pad_ft.json"
+PUBLISHED = "published"
+ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image", "clean", PUBLISHED)
 TUNE = "cifar10/train.parquet[45000:50000]"
 
 
@@ -50,10 +55,11 @@ PAD_FT = {
     "pad-ft-paper": PADFTConfig.as_published(),
 }
 VARIANTS = {
-    **{f"clip-{rule}": PADFTConfig(clip=clips(rule=rule)) for rule in ("none", "learned", "margin")},
-    **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q)) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
+    **{f"clip-{rule}": PADFTConfig(clip=clips(rule=rule)) for rule in ("none", "quantile", "learned", "margin")},
+    **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q), unlearn=0.0) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
+    "no-unlearning": PADFTConfig(unlearn=0.0),
     **{f"n-{n}": PADFTConfig(per_class=n) for n in (10, 25, 50, 100, 500, 1000)},
-    "keep-head": PADFTConfig(reset_head=False),
+    "reset-head": PADFTConfig(reset_head=True),
     "share-0.5": PADFTConfig(scores_share=0.5),
     "own-rule": PADFTConfig(scores_share=0.0),
     "views-4": PADFTConfig(views=4),
@@ -68,13 +74,24 @@ class Setting:
 
     cell: Cell
     run: Run
+    attack: str
+    shared: Path
 
     @classmethod
     def of(cls, attack: str, seed: int, args: argparse.Namespace) -> "Setting":
-        cell = Cell(attack, seed, args.shared, args.work)
+        cell = Cell("badnet" if attack == PUBLISHED else attack, seed, args.shared, args.work)
         if args.set == "tune":
             cell.test = open_images(f"{args.shared}/data/{TUNE}")
-        return cls(cell=cell, run=replace(cell.run, folder=None))
+        return cls(cell=cell, run=replace(cell.run, folder=None), attack=attack, shared=args.shared)
+
+    def victim(self) -> ImageClassifier:
+        """The published one was trained by others on other rows of CIFAR-10, with the trigger that our BadNet has."""
+        if self.attack != PUBLISHED:
+            return self.cell.victim()
+        return load_classifier(
+            self.shared / "models/wrn16_1_cifar10_grid_target0.pth", arch="wrn-16-1",
+            class_names=self.cell.source.class_names, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+        )  # fmt: skip
 
     def own_scores(self, victim) -> SampleScores:
         source = self.cell.source
@@ -95,11 +112,13 @@ class Setting:
 
 
 def pad_ft(setting: Setting, victim, config: PADFTConfig, run: Run) -> tuple[Repair, Split]:
-    other = None
-    if config.scores_share > 0:
+    own = setting.own_scores(victim)
+    if config.scores_share == 0:
+        split = select_clean(own, config.per_class)
+    else:
         _, scores = setting.cell.scores(CGDConfig().separation)
-        other = with_mean_rank(scores)
-    split = select_clean(setting.own_scores(victim), config.per_class, other=other, share=config.scores_share)
+        split = select_clean(own, config.per_class, other=with_mean_rank(scores), share=config.scores_share)
+        split = with_suspects(split, split_by_evidence(scores, odd=config.odd_labels).suspect)
     return repair_with_pad_ft(victim, setting.cell.pixels, split, config, run=run), split
 
 
@@ -111,24 +130,34 @@ def cgd(setting: Setting, victim, config: CGDConfig, run: Run) -> tuple[Repair |
     return repair_with_cgd(victim, setting.cell.pixels, split, zero_shot.cosines, config, run=run), split
 
 
+def classic(setting: Setting, victim, name: str, run: Run) -> tuple[Repair, Split]:
+    _, scores = setting.cell.scores(CGDConfig().separation)
+    split = split_by_evidence(scores)
+    repair_with, kind = CLASSICS[name]
+    return repair_with(victim, setting.cell.pixels, split, kind(), run=run), split
+
+
 METHODS: dict[str, Callable[..., tuple[Repair | None, Split]]] = {}
 for name, settings in (PAD_FT | VARIANTS).items():
     METHODS[name] = lambda setting, victim, run, settings=settings: pad_ft(setting, victim, settings, run)
+CLASSIC_NAMES = ("ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
+for name in CLASSIC_NAMES:
+    METHODS[name] = lambda setting, victim, run, name=name: classic(setting, victim, name, run)
 METHODS["cgd"] = lambda setting, victim, run: cgd(setting, victim, CGDConfig(), run)
 
 
 def compute(setting: Setting, method: str) -> dict[str, Any]:
     cell = setting.cell
-    victim = cell.victim()
+    victim = setting.victim()
     before = cell.evaluate(victim)
-    folder = RunFolder.open(cell.folder.path / f"pad-ft-{method}", {"method": method})
+    folder = RunFolder.open(cell.folder.path / f"{setting.attack}-pad-ft-{method}", {"method": method})
     run = replace(cell.run, folder=folder)
     begun = time.time()
     repair, split = METHODS[method](setting, victim, run)
     seconds = time.time() - begun
     after = cell.evaluate(repair.classifier) if repair else before
     return {
-        "attack": cell.attack, "seed": cell.run.seed, "method": method, "test": cell.test.name,
+        "attack": setting.attack, "seed": cell.run.seed, "method": method, "test": cell.test.name,
         "repaired": repair is not None, "before": rates(before), "after": rates(after),
         "der": evaluate_before_after(before, after), "purity": setting.purity(split),
         "changed_share": repair.changed_share if repair else 0.0, "history": repair.history if repair else [],
@@ -152,6 +181,63 @@ def run(args: argparse.Namespace) -> None:
                 print(describe(result), flush=True)
 
 
+def table(args: argparse.Namespace) -> None:
+    """Mean and spread over seeds as Markdown; the figures that are claimed as JSON."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(args.results.glob(f"{args.set}-*.json")):
+        result = json.loads(file.read_bytes())
+        rows.setdefault((result["attack"], result["method"]), []).append(result)
+    names = ("C-Acc", "ASR", "floor", "excess", "RA", "DER", "purity", "changed", "seconds")
+    print("| attack | method | seeds | " + " | ".join(names) + " |")
+    print("|" + "---|" * (3 + len(names)))
+    found: dict[str, dict[str, Any]] = {}
+    for attack in args.attack:
+        victims = [result for (name, _), results in rows.items() if name == attack for result in results]
+        if victims:
+            print(f"| {attack} | before | | {spread([column(row['before'], row) for row in victims])} |")
+        for method in args.method:
+            results = rows.get((attack, method), [])
+            if results:
+                columns = [column(result["after"], result) for result in results]
+                print(f"| {attack} | {method} | {len(results)} | {spread(columns)} |")
+                found.setdefault(method, {})[attack] = {
+                    "seeds": sorted(result["seed"] for result in results),
+                    **dict(zip(names, np.nanmean(np.array(columns, dtype=float), axis=0).tolist(), strict=True)),
+                    "C-Acc fall": float(np.mean([fall(result) for result in results])),
+                }
+    if args.set == "test":
+        write_atomically(SUMMARY, json.dumps(found, indent=1).encode() + b"\n")
+
+
+def column(side: dict[str, Any], result: dict[str, Any]) -> list[float]:
+    """One row of the table; NaN for what was not measured."""
+    rates_of = [side[key]["value"] if side[key] else np.nan for key in ("c_acc", "asr", "asr_floor")]
+    after = side is result["after"]
+    more = [result["der"], result["purity"]["target"], 100 * result["changed_share"], result["seconds"]]
+    return [
+        *rates_of,
+        side["asr_excess"] if side["asr_excess"] is not None else np.nan,
+        side["ra"]["value"] if side["ra"] else np.nan,
+        *([np.nan if value is None else value for value in more] if after else [np.nan] * 4),
+    ]
+
+
+def fall(result: dict[str, Any]) -> float:
+    return result["before"]["c_acc"]["value"] - result["after"]["c_acc"]["value"]
+
+
+def spread(columns: list[list[float]]) -> str:
+    values = np.array(columns, dtype=float)
+    shown = []
+    for entries in values.T:
+        known = entries[~np.isnan(entries)]
+        if len(known) == 0:
+            shown.append("")
+        else:
+            shown.append(f"{known.mean():.1f}" + (f" ± {known.std(ddof=1):.1f}" if len(known) > 1 else ""))
+    return " | ".join(shown)
+
+
 def describe(result: dict[str, Any]) -> str:
     sides = []
     for name in ("before", "after"):
@@ -166,17 +252,17 @@ def describe(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run"])
+    parser.add_argument("verb", choices=["run", "table"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=[*PAD_FT, "cgd"])
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=[*PAD_FT, *CLASSIC_NAMES, "cgd"])
     parser.add_argument("--set", choices=["test", "tune"], default="test", help="what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    {"run": run}[args.verb](args)
+    {"run": run, "table": table}[args.verb](args)
 
 
 if __name__ == "__main__":
