@@ -177,11 +177,11 @@ def test_the_papers_method_and_the_recommended_one(here: Callable[..., Any], mod
         return answer["config"]
 
     ours, paper = config("-o", "ours"), config("--paper", "-o", "paper")
-    assert (ours["adversary_share"], ours["text_tower"], ours["tau"]) == (0.3, "frozen", 0.5)
+    assert (ours["adversary_share"], ours["text_tower"], ours["tau"]) == (0.1, "frozen", 0.5)
     assert (paper["adversary_share"], paper["text_tower"], paper["tau"]) == (0.0, "train", 2.15)
     assert ours["learning_rate"] == pytest.approx(2 * paper["learning_rate"])
     mixed = config("--tau", "1", "--text-tower", "train", "-o", "mixed")
-    assert (mixed["tau"], mixed["text_tower"], mixed["adversary_share"]) == (1.0, "train", 0.3)
+    assert (mixed["tau"], mixed["text_tower"], mixed["adversary_share"]) == (1.0, "train", 0.1)
 
 
 def test_made_up_pairs_alone_and_beside_others(here: Callable[..., Any], model: str, tmp_path: Path) -> None:

@@ -187,10 +187,10 @@ def test_what_is_recommended_goes_beyond_the_paper() -> None:
     paper = PARConfig.scaled(parameters=5_000_000, samples=30_000)
     assert ours.learning_rate == pytest.approx(2 * paper.learning_rate)
     assert (ours.batch_size, ours.steps) == (paper.batch_size, paper.steps)
-    assert (ours.adversary_share, ours.text_tower, ours.tau) == (0.3, "frozen", 0.5)
+    assert (ours.adversary_share, ours.text_tower, ours.tau) == (0.1, "frozen", 0.5)
     assert (paper.adversary_share, paper.text_tower, paper.tau) == (0.0, "train", 2.15)
     told = PARConfig.recommended(parameters=5_000_000, samples=30_000, tau=1.0, learning_rate=1e-5, steps=7)
-    assert (told.tau, told.learning_rate, told.steps, told.adversary_share) == (1.0, 1e-5, 7, 0.3)
+    assert (told.tau, told.learning_rate, told.steps, told.adversary_share) == (1.0, 1e-5, 7, 0.1)
 
 
 @pytest.mark.parametrize(
