@@ -23,7 +23,7 @@ from unpoison.models.checkpoints import (
     read_weights,
     save_weights,
 )
-from unpoison.models.networks import ARCHITECTURES, build_network
+from unpoison.models.networks import build_network
 
 
 class Touch:
@@ -263,7 +263,7 @@ def test_differences_are_listed_and_nothing_is_changed() -> None:
 
 
 def test_another_architecture_names_the_first_five_and_counts_the_rest() -> None:
-    small, large = (build_network(name, 10, seed=0) for name in ARCHITECTURES)
+    small, large = (build_network(name, 10, seed=0) for name in ("small-resnet", "preact-resnet-18"))
     with pytest.raises(CheckpointMismatchError, match=r"\d\d missing: (\S+, ){5}\.\.\.") as refused:
         load_into(large, small.state_dict())
     assert len(refused.value.missing) > 5

@@ -102,6 +102,7 @@ def repair_with_pad_ft(
         classifier, pixels, chosen, config.clip, labels=split.labels, suspect=split.suspect, run=run
     )  # (2)
     repaired = classifier.copy().bounded(bounds)
+    repaired.module.eval()
     features = [features_on(repaired, pixels, chosen, run=run)]
     features += [features_of_view(repaired, pixels, chosen, view, run=run) for view in range(config.views)]
     labels = torch.from_numpy(split.labels[chosen])

@@ -88,6 +88,7 @@ def repair_with_anp(classifier: Classifier, pixels: Pixels, split: Split, config
         gone = torch.zeros(len(order), dtype=torch.bool, device=order.device)
         gone[order[: round(level * len(order))]] = True
         candidate = classifier.copy()
+        candidate.module.eval()
         with torch.no_grad():
             parts = gone.split([len(mask) for mask in masks])
             for (_, layer), part in zip(neuron_layers(candidate), parts, strict=True):
