@@ -257,6 +257,7 @@ def _purification(
         inputs={"model": hash_weights(classifier.weights()), "data": source.name, **inputs},
         not_covered=limits,
         warnings=warnings,
+        clipped_sites=len(repair.classifier.bounds),
     )
 
 

@@ -274,7 +274,7 @@ class Purification(JsonResult):
     """What a defense did to a model. ``protects`` names what is safe to use afterwards.
 
     Held-out accuracies are in percent, None where nothing was trained; ``bound`` is in points; ``changed_share`` is a
-    share of the parameters in [0, 1].
+    share of the parameters in [0, 1]; ``clipped_sites`` counts the activations that the model's files carry bounds for.
     """
 
     schema: ClassVar[str] = "purification"
@@ -299,6 +299,7 @@ class Purification(JsonResult):
     after: Evaluation | None = None
     not_covered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    clipped_sites: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

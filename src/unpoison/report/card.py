@@ -18,6 +18,13 @@ _PAPERS = {
 }
 
 
+_CLIPPED = (
+    "## How to load it",
+    "Activations are clipped above. The bounds lie beside the weights under `activation_bounds`, and "
+    "`unpoison.load_classifier` applies them. Without them the last layer was tuned for another network.",
+)
+
+
 def write_card(path: Path, purification: Purification, *, base_model: str | None = None) -> None:
     """Write :func:`model_card` to ``path``, whole or not at all."""
     write_atomically(path, model_card(purification, base_model=base_model).encode("utf-8"))
@@ -62,11 +69,12 @@ def model_card(
         *_rates(result),
         "## Data",
         f"{count(result.clean_count)} training images counted as clean and were trained on; "
-        f"{count(result.suspect_count)} counted as suspect and were unlearned.",
+        f"{count(result.suspect_count)} counted as suspect.",
         *_estimate(result, class_names),
         listed("Inputs", result.inputs),
         "## Method configuration",
         listed("Setting", result.config),
+        *(_CLIPPED if result.clipped_sites else ()),
         "## Limits",
         *[f"- {sentence(line)}" for line in result.not_covered],
         "- A purified model is only as good as the tests above: a backdoor that none of them shows may remain.",

@@ -205,7 +205,7 @@ def _purification_view(run: ReportRun, anchor: str) -> RunView:
             name="held-out accuracy after",
             note=f"{percent(result.held_out_before)} before",
         ),
-        Tile(value=count(result.suspect_count), name="suspects unlearned"),
+        Tile(value=count(result.suspect_count), name="images counted as suspect"),
         Tile(value=count(result.clean_count), name="images trained on as clean"),
         Tile(value=count(result.steps), name="training steps", note=duration(result.seconds)),
     ]
@@ -261,7 +261,12 @@ def _purification_steps(run: ReportRun, accepted: bool, separation: ScanView | N
         text="Or train anew, on a copy of the data without the suspects:",
         line=command("unpoison", "keep", run.path, "-o", "clean.parquet"),
     )
-    if accepted:
+    if accepted and run.purification is not None and run.purification.clipped_sites:
+        use = (
+            f"Use the purified model in {model} with unpoison.load_classifier: it clips activations, nothing else does."
+        )
+        steps = [Step(text=use), test]
+    elif accepted:
         steps = [Step(text=f"Use the purified model in {model}; it loads wherever the original did."), test]
     else:
         steps = [Step(text="Keep the original model out of use: it was found suspicious and could not be repaired.")]
