@@ -28,12 +28,11 @@ from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
 from unpoison.defenses.clipping import ClippingConfig
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair
-from unpoison.detection.cgd import with_mean_rank
+from unpoison.detection.cgd import apply_classifier, with_mean_rank
 from unpoison.detection.self_purified import score_by_own_loss, select_clean, with_suspects
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.evaluation.classifier import evaluate_before_after
 from unpoison.models.classifier import load_classifier
-from unpoison.models.features import features_on, head_logits
 from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import SampleScores, Split, write_atomically
 from unpoison.runs import Run, RunFolder
@@ -96,9 +95,8 @@ class Setting:
     def own_scores(self, victim) -> SampleScores:
         source = self.cell.source
         rows = np.flatnonzero(self.cell.pixels.usable)
-        features = features_on(victim, self.cell.pixels, rows, run=self.run)
         logits = np.full((len(source), len(source.class_names)), np.nan)
-        logits[rows] = head_logits(victim, features).numpy()
+        logits[rows] = apply_classifier(victim, self.cell.pixels, rows, run=self.run)
         return score_by_own_loss(logits, source.labels, list(source.ids), source.class_names)
 
     def purity(self, split: Split) -> dict[str, float]:

@@ -24,12 +24,18 @@ from unpoison.defenses.baselines.i_bau import IBAUConfig, repair_with_i_bau
 from unpoison.defenses.baselines.nad import NADConfig, repair_with_nad
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair
-from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, SeparationConfig, score_with_cgd, with_mean_rank
+from unpoison.detection.cgd import (
+    CLIP_AXIS,
+    EARLY_AXIS,
+    SeparationConfig,
+    apply_classifier,
+    score_with_cgd,
+    with_mean_rank,
+)
 from unpoison.detection.self_purified import LOSS_AXIS, score_by_own_loss, select_clean, with_suspects
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.errors import DataError, NotEnoughDataError, ResultError
 from unpoison.models.checkpoints import hash_weights
-from unpoison.models.features import features_on, head_logits
 from unpoison.models.zero_shot import zero_shot_logits
 from unpoison.results import Purification, SampleScores, Split, clip_too_weak
 from unpoison.runs import Run
@@ -182,7 +188,7 @@ def _open(classifier: Classifier, source: LabelledImages, run: Run) -> _Known:
     pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
     rows = np.flatnonzero(pixels.usable)
     logits = np.full((len(source), len(source.class_names)), np.nan)
-    logits[rows] = head_logits(classifier, features_on(classifier, pixels, rows, run=run)).numpy()
+    logits[rows] = apply_classifier(classifier, pixels, rows, run=run)
     skipped = tuple({row.id: row for row in (*source.skipped, *pixels.skipped)}.values())
     own = score_by_own_loss(logits, source.labels, list(source.ids), source.class_names, skipped)
     agreement = 100 * float((logits[rows].argmax(axis=1) == source.labels[rows]).mean()) if len(rows) else 0.0

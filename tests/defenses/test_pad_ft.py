@@ -17,7 +17,7 @@ from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft, tune_head
 from unpoison.errors import ConfigError, NotEnoughDataError, UnsupportedModelError
 from unpoison.models.activations import activations, channel_rows
 from unpoison.models.classifier import ImageClassifier, new_classifier
-from unpoison.models.features import features_on, head_logits
+from unpoison.models.features import features_on
 from unpoison.results import CLEAN, MIXED, SUSPECT, Split
 from unpoison.runs import Run
 from unpoison.training import train_classifier
@@ -163,12 +163,12 @@ def test_the_head_is_tuned_on_stored_features(victim: ImageClassifier) -> None:
     model = victim.copy()
     features = features_on(model, pixels, rows, run=run())
     torch.testing.assert_close(
-        head_logits(model, features), model.logits(to_images(pixels.array[rows])).detach(), rtol=1e-4, atol=1e-4
+        model.head()(features).detach(), model.logits(to_images(pixels.array[rows])).detach(), rtol=1e-4, atol=1e-4
     )
     given = torch.from_numpy(labels[rows])
-    first = F.cross_entropy(head_logits(model, features), given)
+    first = F.cross_entropy(model.head()(features).detach(), given)
     tune_head(model, features[None], given, PADFTConfig(reset_head=True), run=run())
-    assert F.cross_entropy(head_logits(model, features), given) < max(0.5, float(first))
+    assert F.cross_entropy(model.head()(features).detach(), given) < max(0.5, float(first))
     assert not torch.equal(model.head().weight, victim.head().weight)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,11 +27,3 @@ def features_on(
             images = to_images(pixels.array[rows[start : start + _BATCH]]).to(run.device)
             parts.append(classifier.features(images).float().cpu())
     return torch.cat(parts).clone()
-
-
-def head_logits(classifier: Classifier, features: Float[Tensor, "k d"]) -> Float[Tensor, "k c"]:
-    """What the classifier says to images of these features, in float32 on the CPU."""
-    head = classifier.head()
-    with torch.no_grad():
-        bias = None if head.bias is None else head.bias.float().cpu()
-        return F.linear(features, head.weight.float().cpu(), bias)

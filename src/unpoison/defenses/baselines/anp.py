@@ -16,8 +16,8 @@ Steps
 Where we differ, and what the paper leaves open
     Neurons are BatchNorm's channels, as in the published code; in a network without BatchNorm, the output channels of
     its convolutions and linear layers but the head. BatchNorm keeps its statistics. Masks move a tenth as fast as the
-    paper's and under half its change: in a network of few channels theirs all went to zero. How many neurons go is
-    chosen on held-out clean samples, and the last acceptable network is kept.
+    paper's and under half as large a change: in a network of few channels theirs left nothing that worked. How many
+    neurons go is chosen on held-out clean samples, and the last acceptable network is kept.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from unpoison.types import Classifier
 
 @dataclass(frozen=True, kw_only=True)
 class FinePruningConfig(CleanTrainingConfig):
-    """Fine-pruning's constants; the paper lets accuracy fall by about 4 points."""
+    """Fine-pruning's constants; all ours."""
 
     prune_fall: float = 4.0
     """Largest fall of held-out accuracy by pruning alone, in points."""

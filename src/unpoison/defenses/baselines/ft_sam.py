@@ -14,7 +14,7 @@ Steps
     1. g = gradient of the loss at w; eps = rho T_w^2 g / ||T_w g|| with T_w = diag(|w|).
     2. SGD with the gradient of the loss at w + eps.
 Where we differ, and what the paper leaves open
-    rho = 2 is the paper's for a small residual network. BatchNorm's statistics follow the first pass only. Steps and
+    rho = 2 is ours. BatchNorm's statistics follow the first pass only. Steps and
     rate are ours, as in :mod:`unpoison.defenses.baselines.ft`.
 """
 

@@ -17,7 +17,7 @@ Steps
 Where we differ, and what the paper leaves open
     Layers: the last activation of each map size, found while the network runs, so that it works for any network
     (in one whose maps all have one size: three of them, evenly spaced). beta = 1,000 for all, on the mean over
-    positions of squares, as published code has it.
+    positions of squares: ours.
 """
 
 from __future__ import annotations
