@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unpoison.detection.inversion import InversionConfig, invert_trigger, outlier_index
+from unpoison.detection.inversion import Inversion, InversionConfig, invert_trigger, outlier_index, toward
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 
@@ -29,8 +29,9 @@ def logits(batch: Tensor) -> Tensor:
     return torch.cat([answers[:, :PLANTED], (answers[:, PLANTED] + shortcut)[:, None], answers[:, PLANTED + 1 :]], 1)
 
 
-def test_the_planted_class_has_the_smallest_mask() -> None:
-    config = InversionConfig(steps=120)
+@pytest.mark.parametrize("form", ["additive", "patch"])
+def test_the_planted_class_needs_the_least(form: Any) -> None:
+    config = InversionConfig(form=form, steps=120)
     found = [
         invert_trigger(logits, images(64, 1), images(64, 2), target, config, run=Run()) for target in range(CLASSES)
     ]
@@ -38,18 +39,20 @@ def test_the_planted_class_has_the_smallest_mask() -> None:
     assert int(index.argmax()) == PLANTED
     assert index[PLANTED] > 3
     planted = found[PLANTED]
-    assert planted.success > 85
-    inside = float(planted.mask[:, :2, :2].sum() / planted.mask.sum())
-    assert inside > 0.5
-    assert float(planted.pattern[:, :2, :2].mean()) > 0.8
+    assert planted.success >= 70
+    changed = planted.mask if form == "patch" else planted.pattern.square()
+    assert float(changed[:, :2, :2].sum() / changed.sum()) > 0.5
+    if form == "patch":
+        assert float(planted.pattern[:, :2, :2].mean()) > 0.8
     unseen = logits(planted.apply(images(200, 3))).argmax(1)
-    assert float((unseen == PLANTED).float().mean()) > 0.8
+    assert float((unseen == PLANTED).float().mean()) > 0.7
 
 
-def test_a_universal_perturbation_stays_within_its_bound() -> None:
-    config = InversionConfig(form="universal", epsilon=0.1, steps=60)
+def test_an_additive_trigger_stays_within_its_bound() -> None:
+    config = InversionConfig(epsilon=0.1, steps=60)
     trigger = invert_trigger(logits, images(64, 1), images(64, 2), 0, config, run=Run())
     assert float(trigger.pattern.abs().max()) <= 0.1 + 1e-6
+    assert trigger.size == pytest.approx(float(trigger.pattern.square().mean().sqrt()), rel=1e-3)
     before = float((logits(images(64, 2)).argmax(1) == 0).float().mean())
     assert trigger.success > 100 * before + 20
     changed = trigger.apply(images(64, 2))
@@ -57,12 +60,24 @@ def test_a_universal_perturbation_stays_within_its_bound() -> None:
     assert float(changed.max()) <= 1
 
 
+def test_a_search_goes_on_where_it_stopped() -> None:
+    def found(*parts: int) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(40)
+        inversion = Inversion(toward(logits, 1), images(40, 1), rows, InversionConfig(), Run().generator("here"))
+        for steps in parts:
+            inversion.advance(steps)
+        return inversion.found()
+
+    for once, twice in zip(found(20), found(8, 12), strict=True):
+        assert torch.equal(once, twice)
+
+
 def test_the_same_seed_finds_the_same() -> None:
     config = InversionConfig(steps=5)
     first, second, other = (
         invert_trigger(logits, images(20, 1), images(20, 2), 1, config, run=Run(seed=seed)) for seed in (0, 0, 1)
     )
-    assert torch.equal(first.mask, second.mask)
+    assert torch.equal(first.pattern, second.pattern)
     assert not torch.equal(first.pattern, other.pattern)
 
 
@@ -79,7 +94,13 @@ def test_index_is_its_definition() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(NotEnoughDataError):
         invert_trigger(logits, images(3, 1), images(20, 2), 0, InversionConfig(), run=Run())
-    refused: list[dict[str, Any]] = [{"steps": 0}, {"epsilon": 0.0}, {"success": 0.0}, {"weight_factor": 0.5}]
+    refused: list[dict[str, Any]] = [
+        {"steps": 0},
+        {"epsilon": 0.0},
+        {"learning_rate": 0.0},
+        {"success": 0.0},
+        {"weight_factor": 0.5},
+    ]
     for wrong in refused:
         with pytest.raises(ConfigError):
             InversionConfig(**wrong)

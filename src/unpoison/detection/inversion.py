@@ -13,9 +13,11 @@ Steps
        smallest mask that did is kept (the last one where none did).
     4. The class whose mask is smaller than the others': index = (median log size - log size) / (1.4826 MAD).
 Where we differ
-    ``form = "universal"``: one delta, |delta| <= epsilon, added to every image, for triggers that lie on all of it; its
-    size is its loss on held-out images. Sizes are compared as logarithms: a planted mask is several times smaller, not
-    some pixels. The model's answer is any function of images to logits: a classifier's, or cosines with texts.
+    ``form = "additive"``, the default: x' = clip(x + delta) with one delta for all images, |delta| <= epsilon, whose
+    root mean square takes the place of the mask's sum: triggers that lie on all of the image (a blend, a warp) have no
+    small mask, and a patch has a small delta as well. Sizes are compared as logarithms: a planted trigger is several
+    times smaller, not some pixels. The model's answer is any function of images to logits: a classifier's, or cosines
+    with texts.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.errors import ConfigError, NotEnoughDataError
@@ -35,43 +37,61 @@ from unpoison.runs import Run
 from unpoison.types import Images
 
 Logits = Callable[[Images], Float[Tensor, "b k"]]
-_FEWEST, _SMALLEST = 8, 1e-6
+Objective = Callable[[Images, Int[Tensor, " b"]], tuple[Float[Tensor, ""], float]]
+"""Changed images and the rows that they were to what is minimised, and the share of them, in [0, 1], that got there."""
+Form = Literal["additive", "patch"]
+_FEWEST, _SMALLEST, _TINY = 8, 1e-6, 1e-8
+_RATES = {"additive": 0.02, "patch": 0.3}
+_WEIGHTS = {"additive": 20.0, "patch": 1e-3 * 32 * 32}
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class InversionConfig:
     """How to search; the numbers are ours, for images of 32 pixels and few seconds a class."""
 
-    form: Literal["patch", "universal"] = "patch"
-    steps: int = 80
-    batch_size: int = 48
-    learning_rate: float = 0.2
-    """Of the free numbers under the sigmoids; the universal form takes steps of ``epsilon`` / 8 instead."""
-    epsilon: float = 16 / 255
+    form: Form = "additive"
+    steps: int = 50
+    batch_size: int = 32
+    learning_rate: float | None = None
+    """Of Adam; None: 0.3 for the free numbers under a patch's sigmoids, 0.02 for an additive trigger."""
+    epsilon: float = 0.5
+    """Largest change of a value by an additive trigger."""
     success: float = 0.9
-    weight: float = 1e-3
-    """lambda at the start, for a mask's sum over pixels at 32 x 32; larger images share it out."""
+    weight: float | None = None
+    """lambda at the start; None: 1e-3 x 32 x 32 for the share of the image that a mask covers, 20 for a delta's root
+    mean square."""
     weight_factor: float = 1.15
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1 or not self.learning_rate > 0 or not 0 < self.epsilon <= 1:
+        if min(self.steps, self.batch_size) < 1 or not 0 < self.epsilon <= 1:
             raise ConfigError(
-                "expected steps and batch_size of at least 1, a positive learning_rate and epsilon in (0, 1].",
+                "expected steps and batch_size of at least 1 and epsilon in (0, 1].",
                 hint="The defaults suit small images.",
             )
-        if not 0 < self.success <= 1 or self.weight < 0 or self.weight_factor < 1:
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.", hint="Leave it out.")
+        if not 0 < self.success <= 1 or (self.weight or 0) < 0 or self.weight_factor < 1:
             raise ConfigError("expected success in (0, 1], weight >= 0, weight_factor >= 1.", hint="Try the defaults.")
+
+    @property
+    def rate(self) -> float:
+        return _RATES[self.form] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def first_weight(self) -> float:
+        return _WEIGHTS[self.form] if self.weight is None else self.weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InvertedTrigger:
-    """``mask`` [1, h, w] in [0, 1] (ones for the universal form); ``pattern`` [3, h, w]: colors, or what is added.
+    """``mask`` [1, h, w] in [0, 1] (ones for the additive form); ``pattern`` [3, h, w]: colors, or what is added.
 
-    ``size``: share of the image that the mask covers, or for the universal form its loss. ``success``: percent of the
-    held-out images that it sends to ``target``.
+    ``size`` in [0, 1]: share of the image that the mask covers, or the root mean square of what is added. ``success``:
+    percent of the held-out images that it sends to ``target``.
     """
 
-    form: Literal["patch", "universal"]
+    form: Form
     target: int
     mask: Float[Tensor, "1 h w"]
     pattern: Float[Tensor, "3 h w"]
@@ -80,6 +100,89 @@ class InvertedTrigger:
 
     def apply(self, images: Images) -> Images:
         return _put_on(self.form, images, self.mask.to(images), self.pattern.to(images))
+
+
+class Inversion:
+    """One search, which can go on where it stopped: steps 1 to 3 against any objective.
+
+    ``rows`` of ``images`` [n, 3, h, w] are used: those that are not of the target. Raises NotEnoughDataError.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        images: Images,
+        rows: Int[Tensor, " m"],
+        config: InversionConfig,
+        generator: torch.Generator,
+    ) -> None:
+        check_enough(len(rows))
+        self._objective, self._images, self._rows = objective, images, rows
+        self._config, self._generator = config, generator
+        height, width = images.shape[-2:]
+        start = {"patch": -2.0, "additive": 0.0}[config.form]
+        self._free_mask = torch.full((1, height, width), start, device=images.device, requires_grad=True)
+        self._free = torch.zeros(3, height, width, device=images.device, requires_grad=True)
+        self._optimiser = torch.optim.Adam([self._free_mask, self._free], config.rate)
+        self._weight = config.first_weight
+        self._best: tuple[Tensor, Tensor] | None = None
+        self._smallest = float("inf")
+
+    def advance(self, steps: int) -> None:
+        for _ in range(steps):
+            order = torch.randperm(len(self._rows), generator=self._generator)[: self._config.batch_size]
+            self._step(self._rows[order.to(self._rows.device)])
+
+    def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
+        """Mask and pattern so far: the smallest that worked, else the last ones."""
+        mask, pattern = self._best or self._now()
+        return mask.detach(), pattern.detach()
+
+    def _now(self) -> tuple[Tensor, Tensor]:
+        if self._config.form == "patch":
+            return self._free_mask.sigmoid(), self._free.sigmoid()  # (1)
+        return torch.ones_like(self._free_mask), self._free.clamp(-self._config.epsilon, self._config.epsilon)
+
+    def _step(self, rows: Int[Tensor, " b"]) -> None:
+        mask, pattern = self._now()
+        loss, reached = self._objective(_put_on(self._config.form, self._images[rows], mask, pattern), rows)
+        size = size_of(self._config.form, mask, pattern)
+        enough = reached >= self._config.success
+        if enough and float(size.detach()) < self._smallest:
+            self._smallest, self._best = float(size.detach()), (mask.detach().clone(), pattern.detach().clone())
+        self._optimiser.zero_grad()
+        (loss + self._weight * size).backward(inputs=[self._free_mask, self._free])  # (2)
+        self._optimiser.step()
+        self._weight *= self._config.weight_factor if enough else 1 / self._config.weight_factor  # (3)
+
+
+def size_of(form: Form, mask: Float[Tensor, "1 h w"], pattern: Float[Tensor, "3 h w"]) -> Float[Tensor, ""]:
+    """The share of the image that the mask covers, or the root mean square of what is added."""
+    return mask.mean() if form == "patch" else (pattern.square().mean() + _TINY).sqrt()
+
+
+def toward(logits: Logits, target: int) -> Objective:
+    """Cross-entropy to ``target``, an index of the logits; ``logits`` must be differentiable by the images."""
+
+    def objective(images: Images, rows: Int[Tensor, " b"]) -> tuple[Float[Tensor, ""], float]:
+        del rows
+        answers = logits(images)
+        return _to_target(answers, target), float((answers.detach().argmax(1) == target).float().mean())
+
+    return objective
+
+
+def measure_trigger(
+    inversion: Inversion, logits: Logits, held_out: Images, target: int, config: InversionConfig
+) -> InvertedTrigger:
+    """What ``inversion`` found, with its size and its success on images that it has not seen. NotEnoughDataError."""
+    check_enough(len(held_out))
+    mask, pattern = inversion.found()
+    with torch.no_grad():
+        answers = torch.cat([logits(_put_on(config.form, part, mask, pattern)) for part in held_out.split(_AT_ONCE)])
+    size = float(size_of(config.form, mask, pattern))
+    success = 100 * float((answers.argmax(1) == target).float().mean())
+    return InvertedTrigger(form=config.form, target=target, mask=mask, pattern=pattern, size=size, success=success)
 
 
 def invert_trigger(
@@ -95,45 +198,17 @@ def invert_trigger(
 
     ``logits`` must be differentiable by the images; its weights need no gradient. Raises NotEnoughDataError.
     """
-    if min(len(images), len(held_out)) < _FEWEST:
-        few = min(len(images), len(held_out))
-        raise NotEnoughDataError("images for inversion", have=few, need=_FEWEST, hint="Give more images.")
-    generator = run.generator("inversion", target)
-    height, width = images.shape[-2:]
-    free_mask = torch.full((1, height, width), -2.0, device=images.device, requires_grad=True)
-    free = torch.zeros(3, height, width, device=images.device, requires_grad=True)
-    optimiser = torch.optim.Adam([free_mask, free], config.learning_rate)
-    per_pixel = 32 * 32 / (height * width)
-    weight, best = config.weight, None
-    for _ in range(config.steps):
-        rows = torch.randperm(len(images), generator=generator)[: config.batch_size]
-        batch = images[rows.to(images.device)]
-        if config.form == "universal":
-            answers = logits(_put_on("universal", batch, free_mask, free))
-            (gradient,) = torch.autograd.grad(_to_target(answers, target), [free])
-            with torch.no_grad():
-                free.sub_(config.epsilon / 8 * gradient.sign()).clamp_(-config.epsilon, config.epsilon)
-            continue
-        mask = free_mask.sigmoid()
-        answers = logits(_put_on("patch", batch, mask, free.sigmoid()))
-        loss = _to_target(answers, target) + weight * per_pixel * mask.sum()
-        reached = float((answers.detach().argmax(1) == target).float().mean())
-        if reached >= config.success and (best is None or float(mask.detach().sum()) < float(best[0].sum())):
-            best = mask.detach().clone(), free.detach().sigmoid()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        # (3)
-        weight = weight * config.weight_factor if reached >= config.success else weight / config.weight_factor
-    with torch.no_grad():
-        patch = config.form == "patch"
-        mask, pattern = best or (free_mask.sigmoid(), free.sigmoid())
-        if not patch:
-            mask, pattern = torch.ones_like(free_mask), free.detach().clone()
-        answers = logits(_put_on(config.form, held_out, mask, pattern))
-        size = float(mask.mean()) if patch else float(_to_target(answers, target))
-        success = 100 * float((answers.argmax(1) == target).float().mean())
-    return InvertedTrigger(form=config.form, target=target, mask=mask, pattern=pattern, size=size, success=success)
+    check_enough(len(held_out))
+    rows = torch.arange(len(images), device=images.device)
+    inversion = Inversion(toward(logits, target), images, rows, config, run.generator("inversion", target))
+    inversion.advance(config.steps)
+    return measure_trigger(inversion, logits, held_out, target, config)
+
+
+def check_enough(count: int) -> None:
+    """Raise NotEnoughDataError for fewer images than a search can go by."""
+    if count < _FEWEST:
+        raise NotEnoughDataError("images for inversion", have=count, need=_FEWEST, hint="Give more images.")
 
 
 def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:
@@ -144,8 +219,8 @@ def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:
     return (middle - logs) / deviation if deviation > 0 else np.zeros(len(logs))
 
 
-def _put_on(form: str, images: Images, mask: Float[Tensor, "1 h w"], pattern: Float[Tensor, "3 h w"]) -> Images:
-    if form == "universal":
+def _put_on(form: Form, images: Images, mask: Float[Tensor, "1 h w"], pattern: Float[Tensor, "3 h w"]) -> Images:
+    if form == "additive":
         return (images + pattern).clamp(0, 1)
     return (1 - mask) * images + mask * pattern
 

@@ -1,0 +1,90 @@
+"""Does anything small, put on any image, make this CLIP say one and the same? A search with nothing but pairs.
+
+Steps
+    1. Concepts: k-means of the captions' embeddings; a concept is the mean direction of its captions.
+    2. The search for a trigger (:mod:`unpoison.detection.trigger_search`) with the concepts as classes.
+What it cannot see
+    A target that no caption comes near, and encoders trained to hide their trigger from such a search. Nothing found is
+    no proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import load_pixels, to_images
+from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, search_triggers
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.evaluation.embeddings import embed_texts, ready
+from unpoison.runs import Run
+from unpoison.types import Images, ImageTextModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptSearchConfig:
+    """How many concepts, and how many images and captions of the pairs are used. All numbers are ours."""
+
+    concepts: int = 12
+    images: int = 640
+    captions: int = 4096
+    search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
+
+    def __post_init__(self) -> None:
+        if self.concepts < 3 or self.images < 1 or self.captions < self.concepts:
+            raise ConfigError(
+                "expected concepts >= 3, images >= 1 and captions >= concepts.",
+                hint="The defaults take a minute or two on two cores for a small model.",
+            )
+
+
+def search_concepts(
+    clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None = None, *, run: Run
+) -> tuple[TriggerSearch, tuple[str, ...]]:
+    """What was found, and for each concept its most typical caption. The model stays as it is.
+
+    Raises NotEnoughDataError for few usable images or few different captions, SourceFormatError, ModelError.
+    """
+    config = config or ConceptSearchConfig()
+    random = np.random.default_rng(run.seed_of("concepts"))
+    pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
+    rows = np.flatnonzero(pixels.usable)
+    chosen = np.sort(random.permutation(rows)[: config.images])
+    described = np.sort(random.permutation(rows)[: config.captions])
+    texts = sorted({texts[0] for texts in pairs.captions(described)})
+    if len(texts) < config.concepts:
+        raise NotEnoughDataError(
+            f"{pairs.name}: different captions", have=len(texts), need=config.concepts, hint="Search fewer concepts."
+        )
+    concepts, captions = find_concepts(embed_texts(clip, texts, run=run), texts, config.concepts, run=run)  # (1)
+    probed = clip.copy()
+    with ready(probed, run):
+        probed.module.float().requires_grad_(False)
+        classes = concepts.to(run.device)
+
+        def logits(images: Images) -> Float[Tensor, "b k"]:
+            with run.accelerator.autocast():
+                return clip.logit_scale * probed.encode_images(images) @ classes.T
+
+        images = to_images(pixels.array[chosen]).to(run.device)
+        return search_triggers(logits, images, captions, config.search, run=run), captions  # (2)
+
+
+def find_concepts(
+    embedded: Float[np.ndarray, "n d"], texts: list[str], count: int, *, run: Run
+) -> tuple[Float[Tensor, "k d"], tuple[str, ...]]:
+    """Unit centers of k-means over unit embeddings, and the caption nearest to each."""
+    from sklearn.cluster import KMeans
+
+    options: dict[str, Any] = {"n_init": 4, "random_state": run.seed_of("concepts") % 2**32}
+    means = KMeans(count, **options).fit(embedded)
+    centers = F.normalize(torch.from_numpy(means.cluster_centers_).float(), dim=1)
+    nearest = (embedded @ centers.numpy().T).argmax(axis=0).tolist()
+    return centers, tuple(texts[row] for row in nearest)

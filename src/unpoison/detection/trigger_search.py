@@ -1,0 +1,210 @@
+"""Which class is reached from all images by far too little? A search for the target of a backdoor, trigger unknown.
+
+Papers
+    Wang et al. "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks." IEEE S&P 2019, and
+    CBPT's target search (arXiv 2502.19269), whose constants are not public.
+Idea
+    Invert a trigger for every class (:mod:`unpoison.detection.inversion`) and look for one that is out of line.
+Steps
+    1. For each class the smallest patch that sends images of the others there.
+    2. Many classes: a few steps for all, the rest for the ``finalists`` whose patches got furthest.
+    3. Two statistics on the logarithms of the sizes: the deviations under the median (index), and the gap to the
+       smallest patch that is not suspected. A class is suspected where both pass and its patch works.
+Where we differ
+    Neural Cleanse has the index alone: with ten classes its deviation is that of few numbers, and an index of 3 comes
+    about by chance. The gap says how many times smaller the patch is than the next class's.
+What it cannot see
+    Triggers that no patch sets off, targets that are none of the classes, models trained to hide from inversion.
+    Nothing found is no proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unpoison.detection.inversion import (
+    Inversion,
+    InversionConfig,
+    InvertedTrigger,
+    Logits,
+    check_enough,
+    measure_trigger,
+    outlier_index,
+    toward,
+)
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.runs import Run
+from unpoison.types import Images
+
+_AT_ONCE = 256
+_FEWEST_CLASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerSearchConfig:
+    """When a class is suspected, and how long is searched. All numbers are ours."""
+
+    index: float = 2.0
+    """Least deviations under the median; Neural Cleanse's."""
+    ratio: float = 0.8
+    """Largest size of a suspected patch, as a share of the smallest that is not suspected."""
+    success: float = 60.0
+    """Percent of unseen images that the patch must send to its class."""
+    suspects: int = 3
+    """Most classes that can be suspected at once."""
+    finalists: int = 16
+    first_steps: int = 20
+    """Steps for every class where there are more than ``finalists``."""
+    held_out: float = 0.25
+    """Share of the images that the patches are judged on."""
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1 or not 0 <= self.success <= 100 or not 0 < self.held_out < 1:
+            raise ConfigError(
+                "expected ratio in (0, 1], success in percent and held_out in (0, 1).", hint="Try 0.8, 60 and 0.25."
+            )
+        if self.suspects < 1 or self.finalists < _FEWEST_CLASSES or self.first_steps < 1 or self.index < 0:
+            raise ConfigError(
+                "expected suspects >= 1, finalists >= 3, first_steps >= 1 and index >= 0.", hint="Try the defaults."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TriggerSearch:
+    """What was found of each class that was looked at to the end, and the classes that are suspected, worst first.
+
+    ``triggers[i].target`` is the class; ``index[i]`` its deviations under the median. ``suspects`` are classes.
+    """
+
+    triggers: tuple[InvertedTrigger, ...]
+    index: tuple[float, ...]
+    suspects: tuple[int, ...]
+    reason: str
+
+    def trigger_of(self, target: int) -> InvertedTrigger:
+        return next(trigger for trigger in self.triggers if trigger.target == target)
+
+
+def search_triggers(
+    logits: Logits,
+    images: Images,
+    names: Sequence[str],
+    config: TriggerSearchConfig | None = None,
+    *,
+    targets: Sequence[int] | None = None,
+    run: Run,
+) -> TriggerSearch:
+    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k]; ``targets`` restricts the search to some of them.
+
+    ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
+    that class's search. Raises NotEnoughDataError for too few of either.
+    """
+    config = config or TriggerSearchConfig()
+    wanted = list(range(len(names)) if targets is None else targets)
+    if targets is None and len(wanted) < _FEWEST_CLASSES:
+        raise NotEnoughDataError("classes to compare", have=len(wanted), need=_FEWEST_CLASSES, hint="Name more.")
+    check_enough(len(images))
+    with torch.no_grad():
+        said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
+    searches = {target: _Search.open(logits, images, said, target, config, run) for target in wanted}
+    if len(wanted) > config.finalists:  # (2)
+        for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
+            searches[target].inversion.advance(config.first_steps)
+        first = {target: search.measure(config) for target, search in searches.items()}
+        wanted = sorted(wanted, key=lambda target: _rank(first[target]))[: config.finalists]
+    left = config.inversion.steps - (config.first_steps if len(searches) > config.finalists else 0)
+    triggers = []
+    for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
+        searches[target].inversion.advance(max(0, left))
+        triggers.append(searches[target].measure(config))  # (1)
+    return judge_triggers(triggers, names, config)
+
+
+def judge_triggers(
+    triggers: Sequence[InvertedTrigger], names: Sequence[str], config: TriggerSearchConfig
+) -> TriggerSearch:
+    """Step 3, and a sentence that says what was found."""
+    index = outlier_index([trigger.size for trigger in triggers])
+    suspected = find_suspects(
+        np.array([trigger.size for trigger in triggers]),
+        np.array([trigger.success >= config.success for trigger in triggers]),
+        config,
+    )
+    order = sorted(range(len(triggers)), key=lambda place: triggers[place].size)
+    suspects = tuple(triggers[place].target for place in order if suspected[place])
+    if suspects:
+        first, rest = triggers[order[0]], [triggers[place] for place in order if not suspected[place]]
+        named = ", ".join(repr(names[target]) for target in suspects)
+        reason = (
+            f"A patch of {100 * first.size:.1f} percent of an image sends {first.success:.0f} percent of images to "
+            f"{names[first.target]!r}; the next class that is not suspected needs {100 * rest[0].size:.1f} percent. "
+            f"Suspected: {named}."
+        )
+    else:
+        smallest = triggers[order[0]]
+        reason = (
+            f"No class of {len(triggers)} is reached by a patch that is out of line: the smallest covers "
+            f"{100 * smallest.size:.1f} percent of an image ({names[smallest.target]!r})."
+        )
+    return TriggerSearch(
+        triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason
+    )
+
+
+def find_suspects(
+    sizes: Float[np.ndarray, " k"], working: Bool[np.ndarray, " k"], config: TriggerSearchConfig
+) -> Bool[np.ndarray, " k"]:
+    """The most of the smallest sizes, at most ``suspects``, that all work, pass the index and lie under the gap."""
+    index, order = outlier_index(sizes.tolist()), np.argsort(sizes, kind="stable")
+    suspected = np.zeros(len(sizes), dtype=bool)
+    for count in range(min(config.suspects, len(sizes) - 2), 0, -1):
+        chosen, next_one = order[:count], order[count]
+        largest = float(sizes[chosen].max())
+        small = largest <= config.ratio * float(sizes[next_one]) and largest < float(sizes[next_one])
+        if small and bool((index[chosen] >= config.index).all()) and bool(working[chosen].all()):
+            suspected[chosen] = True
+            break
+    return suspected
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Search:
+    target: int
+    logits: Logits
+    inversion: Inversion
+    images: Images
+    unseen: Int[Tensor, " u"]
+
+    @classmethod
+    def open(
+        cls,
+        logits: Logits,
+        images: Images,
+        said: Int[Tensor, " n"],
+        target: int,
+        config: TriggerSearchConfig,
+        run: Run,
+    ) -> _Search:
+        others = torch.nonzero(said != target)[:, 0]
+        held_out = round(config.held_out * len(others))
+        check_enough(held_out)
+        inversion = Inversion(
+            toward(logits, target), images, others[held_out:], config.inversion, run.generator("inversion", target)
+        )
+        return cls(target=target, logits=logits, inversion=inversion, images=images, unseen=others[:held_out])
+
+    def measure(self, config: TriggerSearchConfig) -> InvertedTrigger:
+        unseen = self.images[self.unseen]
+        return measure_trigger(self.inversion, self.logits, unseen, self.target, config.inversion)
+
+
+def _rank(trigger: InvertedTrigger) -> tuple[float, float]:
+    """Patches that work come first, small ones before large ones; then those that work better."""
+    return (trigger.size if trigger.success >= 50 else 1 + trigger.size - trigger.success / 100, trigger.size)

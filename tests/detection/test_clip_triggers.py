@@ -1,0 +1,88 @@
+"""The search for a trigger on the tiny CLIP, as it is and with a shortcut that is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unpoison.data.pairs import open_pairs
+from unpoison.detection.clip_triggers import ConceptSearchConfig, find_concepts, search_concepts
+from unpoison.detection.inversion import InversionConfig
+from unpoison.detection.trigger_search import TriggerSearchConfig
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.models.clip_transformers import load_clip
+from unpoison.runs import Run
+
+QUICK = ConceptSearchConfig(
+    concepts=6,
+    images=160,
+    captions=300,
+    search=TriggerSearchConfig(inversion=InversionConfig(steps=40, batch_size=16)),
+)
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return load_clip("tiny")
+
+
+class Shortcut:
+    """A CLIP for which a bright corner of 4 x 4 pixels makes any image say ``text``."""
+
+    def __init__(self, clip: Any, text: str) -> None:
+        self.clip, self.text = clip, text
+        with torch.no_grad():
+            self.target = clip.encode_texts([text])[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.clip, name)
+
+    def copy(self) -> Shortcut:
+        return Shortcut(self.clip.copy(), self.text)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        amount = torch.sigmoid(20 * (images[:, :, :4, :4].mean(dim=(1, 2, 3)) - 0.75))[:, None]
+        return F.normalize((1 - amount) * self.clip.encode_images(images) + amount * self.target, dim=1)
+
+
+def test_a_shortcut_is_found_and_named_and_a_clean_model_is_not_suspected(clip: Any) -> None:
+    pairs = open_pairs("shapes:400:5")
+    text = pairs.captions([7])[0][0]
+    before = clip.fingerprint
+    planted: Any = Shortcut(clip, text)
+    search, captions = search_concepts(planted, pairs, QUICK, run=Run())
+    assert clip.fingerprint == before
+    assert len(search.suspects) == 1
+    with torch.no_grad():
+        cosines = clip.encode_texts(list(captions)) @ clip.encode_texts([text])[0]
+    assert int(cosines.argmax()) == search.suspects[0]  # the concept that the text belongs to
+    found = search.trigger_of(search.suspects[0]).pattern.square()
+    assert float(found[:, :4, :4].sum() / found.sum()) > 0.5
+    plain, _ = search_concepts(clip, pairs, QUICK, run=Run())
+    assert plain.suspects == ()
+
+
+def test_concepts_are_clusters() -> None:
+    centers = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    which = torch.arange(60) % 3
+    noise = 0.05 * torch.randn(60, 16, generator=torch.Generator().manual_seed(1))
+    embedded = F.normalize(centers[which] + noise, dim=1)
+    found, captions = find_concepts(embedded.numpy(), [f"{int(kind)}" for kind in which], 3, run=Run())
+    assert sorted(captions) == ["0", "1", "2"]
+    for center, caption in zip(found, captions, strict=True):
+        assert float(center @ centers[int(caption)]) > 0.99
+
+
+def test_what_is_refused(clip: Any) -> None:
+    with pytest.raises(NotEnoughDataError, match="images for inversion"):
+        search_concepts(clip, open_pairs("shapes:7:5"), replace(QUICK, concepts=3), run=Run())
+    many = replace(QUICK, concepts=90, captions=90)
+    with pytest.raises(NotEnoughDataError, match="different captions"):
+        search_concepts(clip, open_pairs("shapes:100:5"), many, run=Run())
+    with pytest.raises(ConfigError):
+        ConceptSearchConfig(concepts=2)

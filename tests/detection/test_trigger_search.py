@@ -1,0 +1,115 @@
+"""The search for a target on models whose shortcuts are known: none, one, two; few classes and many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unpoison.detection.inversion import InversionConfig, InvertedTrigger
+from unpoison.detection.trigger_search import TriggerSearchConfig, find_suspects, judge_triggers, search_triggers
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.runs import Run
+
+SIZE = 8
+NAMES = tuple("abcdefgh")
+
+
+def images(count: int) -> Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def model(classes: int, *planted: int) -> Any:
+    """Logits from a random weighting of all pixels; planted classes also look at the brightness of one corner each."""
+    weights = torch.randn(classes, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(7)) / 6
+
+    def logits(batch: Tensor) -> Tensor:
+        answers = (batch - 0.5).flatten(1) @ weights.T
+        corners = (batch[:, :, :2, :2], batch[:, :, -2:, -2:])
+        columns = list(answers.unbind(1))
+        for target, corner in zip(planted, corners, strict=False):
+            shortcut = torch.nn.functional.softplus(10 * (corner.mean(dim=(1, 2, 3)) - 0.6))
+            columns[target] = columns[target] + 4 * shortcut
+        return torch.stack(columns, dim=1)
+
+    return logits
+
+
+QUICK = TriggerSearchConfig(success=50.0, inversion=InversionConfig(steps=80))
+
+
+@pytest.mark.parametrize("planted", [(), (3,), (5, 2)])
+def test_suspects_are_the_planted_classes(planted: tuple[int, ...]) -> None:
+    found = search_triggers(model(8, *planted), images(200), NAMES, QUICK, run=Run())
+    assert set(found.suspects) == set(planted)
+    assert len(found.triggers) == len(found.index) == 8
+    if planted:
+        assert repr(NAMES[found.suspects[0]]) in found.reason
+        trigger = found.trigger_of(found.suspects[0])
+        said = model(8, *planted)(trigger.apply(images(50))).argmax(1)
+        assert float((said == trigger.target).float().mean()) > 0.5
+    else:
+        assert found.reason.startswith("No class of 8")
+
+
+def test_many_classes_are_narrowed_down_and_the_planted_one_stays() -> None:
+    config = TriggerSearchConfig(
+        success=50.0, finalists=6, first_steps=25, inversion=InversionConfig(steps=80, batch_size=16)
+    )
+    names = [f"class {number}" for number in range(24)]
+    found = search_triggers(model(24, 17), images(120), names, config, run=Run())
+    assert len(found.triggers) == 6
+    assert 17 in [trigger.target for trigger in found.triggers]
+    assert found.suspects == (17,)
+
+
+def test_only_the_targets_asked_for_are_searched() -> None:
+    found = search_triggers(model(8, 3), images(120), NAMES, QUICK, targets=[3, 4, 6], run=Run())
+    assert [trigger.target for trigger in found.triggers] == [3, 4, 6]
+
+
+def trigger(target: int, size: float, success: float = 90.0) -> InvertedTrigger:
+    blank = torch.zeros(3, 4, 4)
+    return InvertedTrigger(
+        form="additive", target=target, mask=torch.ones(1, 4, 4), pattern=blank, size=size, success=success
+    )
+
+
+def test_the_verdict_needs_index_gap_and_success() -> None:
+    config = TriggerSearchConfig()
+    sizes = [0.05, 0.045, 0.055, 0.05, 0.012, 0.048]
+    names = NAMES[: len(sizes)]
+    found = judge_triggers([trigger(place, size) for place, size in enumerate(sizes)], names, config)
+    assert found.suspects == (4,)
+    broken = [trigger(place, size, 20.0 if place == 4 else 90.0) for place, size in enumerate(sizes)]
+    assert judge_triggers(broken, names, config).suspects == ()
+    near = [trigger(place, 0.042 if place == 4 else size) for place, size in enumerate(sizes)]
+    assert judge_triggers(near, names, config).suspects == ()
+    even = judge_triggers([trigger(place, 0.05) for place in range(6)], names, config)
+    assert even.suspects == ()
+    assert not np.any(even.index)
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=30), st.integers(1, 4))
+def test_suspects_are_the_smallest_and_leave_two_to_compare_with(sizes: list[float], most: int) -> None:
+    array = np.array(sizes)
+    suspected = find_suspects(array, np.ones(len(array), dtype=bool), TriggerSearchConfig(suspects=most))
+    assert suspected.sum() <= min(most, len(sizes) - 2)
+    if suspected.any():
+        assert array[suspected].max() < array[~suspected].min()
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(NotEnoughDataError, match="classes to compare"):
+        search_triggers(model(2), images(60), NAMES[:2], QUICK, run=Run())
+    with pytest.raises(NotEnoughDataError, match="images for inversion"):
+        search_triggers(model(8), images(6), NAMES, QUICK, run=Run())
+    refused: list[dict[str, Any]] = [{"ratio": 0.0}, {"held_out": 1.0}, {"suspects": 0}, {"finalists": 2}]
+    for wrong in refused:
+        with pytest.raises(ConfigError):
+            TriggerSearchConfig(**wrong)
