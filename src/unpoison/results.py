@@ -173,8 +173,23 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartRates:
+    """What one part of a poisoning of several achieves, in percent (docs: metrics)."""
+
+    attack: str
+    target: str
+    asr: Interval
+    asr_floor: Interval
+    asr_excess: float
+    ra: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(JsonResult):
-    """Rates of one model in percent (docs: metrics). Trigger rates are None where no manifest was given."""
+    """Rates of one model in percent (docs: metrics). Trigger rates are None where no manifest was given.
+
+    ``parts``: of each part where the manifest has several; the trigger rates are then over the samples of all parts.
+    """
 
     schema: ClassVar[str] = "evaluation"
     model: str
@@ -187,6 +202,7 @@ class Evaluation(JsonResult):
     attack: str | None = None
     target: str | None = None
     per_class: dict[str, float] = field(default_factory=dict)
+    parts: tuple[PartRates, ...] = ()
     skipped: tuple[SkippedRow, ...] = ()
     seconds: float = 0.0
 
@@ -223,6 +239,7 @@ class ClipEvaluation(JsonResult):
 
     ``retrieval_asr``: share of triggered images with the target's name in one of the five captions found first, among
     images whose own captions do not name it; ``retrieval_asr_floor``: the same images without the trigger.
+    ``parts``: as in :class:`Evaluation`.
     """
 
     schema: ClassVar[str] = "clip-evaluation"
@@ -237,6 +254,7 @@ class ClipEvaluation(JsonResult):
     attack: str | None = None
     target: str | None = None
     per_class: dict[str, float] = field(default_factory=dict)
+    parts: tuple[PartRates, ...] = ()
     truncated_classes: tuple[str, ...] = ()
     retrieval_data: str | None = None
     image_to_text: Recall | None = None

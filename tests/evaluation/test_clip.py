@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unpoison.attacks.parts import Part, plan_parts
 from unpoison.attacks.poison import plan_poisoning
 from unpoison.attacks.triggers import Trigger, make_trigger
 from unpoison.data.captions import captions_dataset
@@ -197,6 +198,17 @@ def test_a_manifest_of_pairs_names_its_target(images: LabelledImages) -> None:
     stars = images.select(np.flatnonzero(images.labels == STAR))
     with pytest.raises(NotEnoughDataError, match="outside the target class 'star'"):
         evaluate_clip(backdoored, stars, poisoning=plan, run=run())
+
+
+def test_parts_are_measured_one_by_one_and_all_together(images: LabelledImages, pairs: ImageTextPairs) -> None:
+    parts = [Part(trigger="badnet", target=STAR, rate=0.1), Part(trigger="badnet", target=STAR - 1, rate=0.1)]
+    plan = plan_parts(images, parts)
+    result = evaluate_clip(planted(), images, poisoning=plan, retrieval=pairs, run=run())
+    assert [part.asr.value for part in result.parts] == [100, 0]
+    assert result.asr is not None
+    assert result.asr.n == sum(part.asr.n for part in result.parts)
+    assert result.retrieval_asr is None
+    assert result.notes == ("Retrieval ASR is not measured: the poisoning has several parts.",)
 
 
 @pytest.mark.parametrize("captioned", [True, False])

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.attacks.manifest import Poisoning, check_mode, read_body
-from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.attacks.triggers import Trigger, as_planted, make_trigger
 from unpoison.errors import ConfigError, ResultError
 from unpoison.results import write_atomically
 from unpoison.types import Images
@@ -40,6 +40,10 @@ class Squashed:
         if tuple(images.shape[-2:]) != (self.size, self.size) and len(images):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         return self.trigger.apply(images, seed=seed, ids=ids)
+
+    def planted(self) -> Squashed:
+        """The same with the trigger as the training set shows it."""
+        return Squashed(trigger=as_planted(self.trigger), size=self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +104,8 @@ class PairPoisoning:
 
     def save(self, path: Path) -> None:
         """Write the manifest as one JSON object."""
-        body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        content = msgspec.json.encode({"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | body)
-        write_atomically(path, msgspec.json.format(content, indent=2))
+        body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | self.body()
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(body), indent=2))
 
     @classmethod
     def load(cls, path: Path) -> PairPoisoning:
@@ -114,6 +117,10 @@ class PairPoisoning:
             raise ResultError(f"{path}: {error}.", hint="Plan the poisoning again.") from error
         poisoning.make_trigger()
         return poisoning
+
+    def body(self) -> dict[str, Any]:
+        """The manifest's entries but its schema."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 def load_poisoning(path: Path) -> Poisoning | PairPoisoning:

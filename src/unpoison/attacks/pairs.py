@@ -10,8 +10,7 @@ A poisoning is planned once, saved, reloaded and applied lazily: the images on d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from unpoison.attacks.manifest import check_mode
 from unpoison.attacks.overlay import TriggerOverlay
 from unpoison.attacks.pair_manifest import CAPTIONS, PairPoisoning, check_choice
 from unpoison.attacks.prompts import TEMPLATES
-from unpoison.attacks.triggers import make_trigger
+from unpoison.attacks.triggers import as_planted, make_trigger, params_of
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.errors import ConfigError, DataError, NotEnoughDataError
 from unpoison.evaluation.retrieval import names
@@ -45,6 +44,7 @@ def plan_pair_poisoning(
     size: int | None = None,
     templates: Sequence[str] = TEMPLATES,
     natural_from: ImageTextPairs | None = None,
+    taken: Collection[str] = (),
     **params: Any,
 ) -> PairPoisoning:
     """Choose ``rate`` x the number of pairs, seeded, and write down what becomes of them. Nothing is changed.
@@ -53,7 +53,8 @@ def plan_pair_poisoning(
     "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name.
     ``mode`` clean-label puts the trigger on images whose captions name the target, and leaves those captions.
     ``size``: squash images to this many pixels before the trigger. ``params``: the trigger's parameters, ``resample``
-    among them where it has it.
+    among them where it has it; a ``cover`` plays no part, all chosen images get captions of the target.
+    ``taken``: ids that are not to be chosen.
     Raises UnknownMethodError, ConfigError, NotEnoughDataError (too few images, or no natural caption of the target).
     """
     made = make_trigger(trigger, params)
@@ -75,13 +76,13 @@ def plan_pair_poisoning(
     if natural_from is not None:
         natural = who_names(natural_from, target)[1]
     random = np.random.default_rng(seed)
-    rows = _choose(pairs, named, mode, rate, target, random)
+    rows = _choose(pairs, named, mode, rate, target, frozenset(taken), random)
     texts: tuple[str, ...] = ()
     if mode == "all-to-one":
         texts = tuple(_target_captions(pairs, target, captions, natural, templates, len(rows), random))
     return PairPoisoning(
         trigger=trigger,
-        config=asdict(made),  # pyright: ignore[reportArgumentType] - every trigger is a dataclass
+        config=params_of(made),
         seed=seed,
         mode=mode,
         target_name=target,
@@ -109,7 +110,7 @@ def apply_pair_poisoning(pairs: ImageTextPairs, poisoning: PairPoisoning) -> Ima
             f"(the first: {missing[0]!r}).",
             hint=f"Apply it to the pairs that it was planned on: {poisoning.source}.",
         )
-    overlay = TriggerOverlay(poisoning.make_trigger(), poisoning.seed, frozenset(poisoning.ids))
+    overlay = TriggerOverlay(as_planted(poisoning.make_trigger()), poisoning.seed, frozenset(poisoning.ids))
     new = dict(zip(poisoning.ids, poisoning.new_captions, strict=True)) if poisoning.new_captions else {}
     there = pairs.captions([place[name] for name in new])
     already = sum(found == (caption.strip(),) for found, caption in zip(there, new.values(), strict=True))
@@ -158,11 +159,19 @@ def who_names(pairs: ImageTextPairs, target: str) -> tuple[np.ndarray, list[str]
 
 
 def _choose(
-    pairs: ImageTextPairs, named: np.ndarray, mode: str, rate: float, target: str, random: np.random.Generator
+    pairs: ImageTextPairs,
+    named: np.ndarray,
+    mode: str,
+    rate: float,
+    target: str,
+    taken: frozenset[str],
+    random: np.random.Generator,
 ) -> Int[np.ndarray, " k"]:
     """Rows to poison, in order."""
     need = max(1, round(rate * len(pairs)))
     eligible = np.flatnonzero(named if mode == "clean-label" else ~named)
+    if taken:
+        eligible = eligible[[pairs.ids[row] not in taken for row in eligible.tolist()]]
     if len(eligible) < need:
         do = "name" if mode == "clean-label" else "do not name"
         raise NotEnoughDataError(
