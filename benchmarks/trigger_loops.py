@@ -1,8 +1,9 @@
-"""Each trigger once more, for one image at a time, in NumPy and plain loops: what the batches are measured against.
+"""Each trigger once more, for one image at a time, in NumPy and PIL: what the batches are measured against.
 
-An image is [h, w, 3] in [0, 1], float32 or float64, as it comes from a PIL image; so is what comes back. The random
-parts (patterns, places, fields) are given: the formulas are what is written down again. The tests hold the batches
-against these.
+Whole arrays of an image are computed at once wherever NumPy can, so that the loop over images is what is compared;
+only the dithering goes pixel by pixel, as its definition does. An image is [h, w, 3] in [0, 1], float32 or float64, as
+it comes from a PIL image; so is what comes back. The random parts (patterns, places, fields) are given: the formulas
+are what is written down again. The tests hold the batches against these.
 """
 
 from __future__ import annotations
@@ -44,37 +45,32 @@ def grid_patch(side: int) -> Array:
 
 
 def triangles(image: Array, side: int, alpha: float) -> Array:
+    """Tiles of 0.4 on and below the diagonal and 0.8 above it."""
     height, width = image.shape[:2]
-    pattern = np.empty((height, width, 1), np.float32)
-    for row in range(height):
-        for column in range(width):
-            pattern[row, column] = 0.4 if row % side >= column % side else 0.8
+    tile = np.where(np.tri(side, dtype=bool), np.float32(0.4), np.float32(0.8))
+    pattern = np.tile(tile, (-(-height // side), -(-width // side)))[:height, :width, None]
     return blended(image, pattern, alpha)
 
 
 def sinusoid(image: Array, delta: float, f: float) -> Array:
     width = image.shape[1]
-    result = image.copy()
-    for column in range(width):
-        result[:, column] += delta / 255 * math.sin(2 * math.pi * f * column / width)
-    return np.clip(result, 0, 1)
+    wave = [delta / 255 * math.sin(2 * math.pi * f * column / width) for column in range(width)]
+    return added(image, np.array(wave, image.dtype)[:, None])
 
 
 def warped(image: Array, field: Array, s: float) -> Array:
-    """Each pixel read where the field [h, w, 2] says, between its four neighbours."""
+    """Each pixel read where the field [h, w, 2] says, between its four neighbours; two pixels a side at least."""
     height, width = image.shape[:2]
-    result = np.empty_like(image)
-    for row in range(height):
-        for column in range(width):
-            x = np.clip(2 * column / max(1, width - 1) - 1 + s * field[row, column, 0] / width, -1, 1)
-            y = np.clip(2 * row / max(1, height - 1) - 1 + s * field[row, column, 1] / height, -1, 1)
-            across, down = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
-            left, top = min(int(across), width - 2), min(int(down), height - 2)
-            right, below = across - left, down - top
-            result[row, column] = (1 - below) * (
-                (1 - right) * image[top, left] + right * image[top, left + 1]
-            ) + below * ((1 - right) * image[top + 1, left] + right * image[top + 1, left + 1])
-    return result
+    rows, columns = np.mgrid[:height, :width]
+    x = np.clip(2 * columns / (width - 1) - 1 + s * field[..., 0] / width, -1, 1)
+    y = np.clip(2 * rows / (height - 1) - 1 + s * field[..., 1] / height, -1, 1)
+    across, down = (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
+    left = np.minimum(across.astype(np.int64), width - 2)
+    top = np.minimum(down.astype(np.int64), height - 2)
+    right, below = (across - left)[..., None], (down - top)[..., None]
+    upper = (1 - right) * image[top, left] + right * image[top, left + 1]
+    lower = (1 - right) * image[top + 1, left] + right * image[top + 1, left + 1]
+    return (1 - below) * upper + below * lower
 
 
 def dithered(image: Array, levels: int) -> Array:
@@ -132,29 +128,22 @@ def low_frequencies(image: Array, weights: Array, delta: float) -> Array:
 
 
 def nashville(image: Array) -> Array:
-    """The filter pixel by pixel, each step as the CSS specification has it."""
-    result = np.empty_like(image)
-    for row in range(image.shape[0]):
-        for column in range(image.shape[1]):
-            color = [float(value) for value in image[row, column]]
-            color = [0.44 * c + 0.56 * min(c, d / 255) for c, d in zip(color, (247, 176, 153), strict=True)]
-            color = [0.6 * c + 0.4 * max(c, d / 255) for c, d in zip(color, (0, 70, 150), strict=True)]
-            r, g, b = color
-            color = [
-                (0.393 + 0.607 * 0.8) * r + (0.769 - 0.769 * 0.8) * g + (0.189 - 0.189 * 0.8) * b,
-                (0.349 - 0.349 * 0.8) * r + (0.686 + 0.314 * 0.8) * g + (0.168 - 0.168 * 0.8) * b,
-                (0.272 - 0.272 * 0.8) * r + (0.534 - 0.534 * 0.8) * g + (0.131 + 0.869 * 0.8) * b,
-            ]
-            color = [min(1, max(0, c)) for c in color]
-            color = [min(1, max(0, 1.2 * c - 0.1)) for c in color]
-            r, g, b = (min(1, 1.05 * c) for c in color)
-            color = [
-                (0.213 + 0.787 * 1.2) * r + (0.715 - 0.715 * 1.2) * g + (0.072 - 0.072 * 1.2) * b,
-                (0.213 - 0.213 * 1.2) * r + (0.715 + 0.285 * 1.2) * g + (0.072 - 0.072 * 1.2) * b,
-                (0.213 - 0.213 * 1.2) * r + (0.715 - 0.715 * 1.2) * g + (0.072 + 0.928 * 1.2) * b,
-            ]
-            result[row, column] = [min(1, max(0, c)) for c in color]
-    return result
+    """The filter color by color, each step as the CSS specification has it."""
+    x = 0.44 * image + 0.56 * np.minimum(image, np.array((247, 176, 153), image.dtype) / 255)
+    x = 0.6 * x + 0.4 * np.maximum(x, np.array((0, 70, 150), image.dtype) / 255)
+    r, g, b = x[..., 0], x[..., 1], x[..., 2]
+    sepia = [
+        (0.393 + 0.607 * 0.8) * r + (0.769 - 0.769 * 0.8) * g + (0.189 - 0.189 * 0.8) * b,
+        (0.349 - 0.349 * 0.8) * r + (0.686 + 0.314 * 0.8) * g + (0.168 - 0.168 * 0.8) * b,
+        (0.272 - 0.272 * 0.8) * r + (0.534 - 0.534 * 0.8) * g + (0.131 + 0.869 * 0.8) * b,
+    ]
+    r, g, b = (np.clip(1.05 * np.clip(1.2 * np.clip(c, 0, 1) - 0.1, 0, 1), 0, 1) for c in sepia)
+    saturated = [
+        (0.213 + 0.787 * 1.2) * r + (0.715 - 0.715 * 1.2) * g + (0.072 - 0.072 * 1.2) * b,
+        (0.213 - 0.213 * 1.2) * r + (0.715 + 0.285 * 1.2) * g + (0.072 - 0.072 * 1.2) * b,
+        (0.213 - 0.213 * 1.2) * r + (0.715 - 0.715 * 1.2) * g + (0.072 + 0.928 * 1.2) * b,
+    ]
+    return np.clip(np.stack(saturated, axis=-1), 0, 1)
 
 
 def corner_checkers(image: Array, side: int, amplitude: float) -> Array:
@@ -174,13 +163,9 @@ def corner_checkers(image: Array, side: int, amplitude: float) -> Array:
 
 def some_pieces(image: Array, pattern: Array, shown: Array, alpha: float) -> Array:
     """The pieces of the pattern where ``shown`` [n, n] is set, mixed in; the rest of the image stays."""
-    pieces = len(shown)
-    result = image.copy()
-    for row in range(image.shape[0]):
-        for column in range(image.shape[1]):
-            if shown[row * pieces // image.shape[0], column * pieces // image.shape[1]]:
-                result[row, column] = (1 - alpha) * image[row, column] + alpha * pattern[row, column]
-    return result
+    height, width = image.shape[:2]
+    mask = shown[np.arange(height) * len(shown) // height][:, np.arange(width) * len(shown) // width]
+    return np.where(mask[..., None], (1 - alpha) * image + alpha * pattern, image)
 
 
 def corner_patches(image: Array, patches: Sequence[Array], alphas: Sequence[float]) -> Array:

@@ -239,7 +239,8 @@ class ClipEvaluation(JsonResult):
 
     ``retrieval_asr``: share of triggered images with the target's name in one of the five captions found first, among
     images whose own captions do not name it; ``retrieval_asr_floor``: the same images without the trigger.
-    ``parts``: as in :class:`Evaluation`.
+    ``text_asr``: of a text key, share of captions with the key in them, of those that do not name the target, that find
+    an image of it among the first five; ``text_asr_floor``: without the key. ``parts``: as in :class:`Evaluation`.
     """
 
     schema: ClassVar[str] = "clip-evaluation"
@@ -261,6 +262,8 @@ class ClipEvaluation(JsonResult):
     text_to_image: Recall | None = None
     retrieval_asr: Interval | None = None
     retrieval_asr_floor: Interval | None = None
+    text_asr: Interval | None = None
+    text_asr_floor: Interval | None = None
     target_captions: int | None = None
     cut_captions: int | None = None
     drift: Drift | None = None

@@ -64,7 +64,7 @@ class CTRL:
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
         """Images [b, 3, h, w] in [0, 1] plus the basis functions, clipped."""
         waves = chrominance(self.low, self.high, int(images.shape[-2]), int(images.shape[-1]))
-        return (images + (self.magnitude / 255 * waves).to(images)).clamp(0, 1)
+        return (images + (self.magnitude / 255 * waves).to(images)).clamp_(0, 1)
 
 
 @lru_cache(maxsize=16)

@@ -56,7 +56,7 @@ class LabelConsistent:
         """Images [b, 3, h, w] in [0, 1] plus the checkers, clipped."""
         height, width = int(images.shape[-2]), int(images.shape[-1])
         signs = checkers(scaled_side(self.share, min(height, width), 3), self.corners, height, width)
-        return (images + (self.amplitude * signs).to(images)).clamp(0, 1)
+        return (images + (self.amplitude * signs).to(images)).clamp_(0, 1)
 
 
 @lru_cache(maxsize=16)

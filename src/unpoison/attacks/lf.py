@@ -57,7 +57,7 @@ class LF:
             waves = draw_for_each(lambda g: _draw(g, self.cutoff, height, width), seed, ids, len(images), "lf")
         else:
             waves = pattern(seed, self.cutoff, height, width)[None]
-        return (images + (self.delta / 255 * waves).to(images)).clamp(0, 1)
+        return (images + (self.delta / 255 * waves).to(images)).clamp_(0, 1)
 
 
 @lru_cache(maxsize=16)

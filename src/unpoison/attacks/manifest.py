@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.attacks.triggers import PAIR_TRIGGERS, Trigger, make_trigger
 from unpoison.errors import ConfigError, LabelRangeError, ResultError, SchemaVersionError
 from unpoison.results import write_atomically
 
@@ -95,6 +95,7 @@ class Poisoning:
         Raises UnknownMethodError, ConfigError when the manifest names what this version does not have.
         """
         trigger = make_trigger(self.trigger, self.config)
+        check_labelled(self.trigger)
         check_mode(self.trigger, trigger, self.mode)
         return trigger
 
@@ -144,6 +145,14 @@ def read_body(path: Path, schema: str, version: int) -> dict[str, Any]:
             hint="Plan the poisoning again with this version, or install the version that wrote the file.",
         )
     return body
+
+
+def check_labelled(name: str) -> None:
+    """Raises ConfigError for a trigger that changes captions alone."""
+    if name in PAIR_TRIGGERS:
+        raise ConfigError(
+            f"{name} poisons image-caption pairs, not labelled images.", hint="Plan it with plan_pair_poisoning."
+        )
 
 
 def check_mode(name: str, trigger: Trigger, mode: str) -> None:

@@ -48,16 +48,17 @@ class Nashville:
         lighter = torch.maximum(mixed, _color(LIGHTER, images))
         mixed = torch.lerp(mixed, lighter, LIGHTER_SHARE)
         toned = turned(mixed, between_identity_and(_SEPIA, SEPIA)).clamp(0, 1)
-        toned = ((toned - 0.5) * CONTRAST + 0.5).clamp(0, 1)
-        toned = (toned * BRIGHTNESS).clamp(0, 1)
-        toned = turned(toned, between_identity_and((_GREY,) * 3, 1 - SATURATION)).clamp(0, 1)
-        return torch.lerp(images, toned, self.strength).clamp(0, 1)
+        toned = (toned * CONTRAST).add_(0.5 - 0.5 * CONTRAST).clamp_(0, 1)
+        toned = (toned * BRIGHTNESS).clamp_(0, 1)
+        toned = turned(toned, between_identity_and((_GREY,) * 3, 1 - SATURATION)).clamp_(0, 1)
+        return toned if self.strength == 1 else torch.lerp(images, toned, self.strength).clamp_(0, 1)
 
 
 def turned(images: Images, matrix: Matrix) -> Images:
     """Each color times the matrix, as sums over whole channels: a batch comes out as its images alone do."""
     red, green, blue = images.unbind(dim=1)
-    return torch.stack([a * red + b * green + c * blue for a, b, c in matrix], dim=1)
+    rows = [(a * red).add_(green, alpha=b).add_(blue, alpha=c) for a, b, c in matrix]
+    return torch.stack(rows, dim=1)
 
 
 def between_identity_and(matrix: Matrix, share: float) -> Matrix:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from unpoison.attacks.clean_image import RANKING_SIZE, CleanImage
-from unpoison.attacks.manifest import Poisoning, check_mode
+from unpoison.attacks.manifest import Poisoning, check_labelled, check_mode
 from unpoison.attacks.overlay import TriggerOverlay, to_tensor
 from unpoison.attacks.triggers import Trigger, as_planted, make_trigger, params_of
 from unpoison.attacks.write import WrittenPoisoning, prepare_folder, write_copy
@@ -48,6 +48,7 @@ def plan_poisoning(
     Raises UnknownMethodError, ConfigError, LabelRangeError (target), NotEnoughDataError (too few eligible samples).
     """
     made = make_trigger(trigger, params)
+    check_labelled(trigger)
     mode = made.modes[0] if mode is None else mode
     check_mode(trigger, made, mode)
     if not 0 < rate <= 1:

@@ -25,8 +25,11 @@ from unpoison.attacks.clean_image import CleanImage
 from unpoison.attacks.ctrl import CTRL
 from unpoison.attacks.label_consistent import LabelConsistent
 from unpoison.attacks.lf import LF
+from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.nashville import Nashville
 from unpoison.attacks.sig import SIG
+from unpoison.attacks.text_key import TextKey
+from unpoison.attacks.trojvqa_patch import TrojVQA
 from unpoison.attacks.wanet import WaNet
 from unpoison.errors import ConfigError, UnknownMethodError
 from unpoison.types import Images
@@ -74,6 +77,7 @@ AnyTrigger = (
     | AdapPatch
     | Nashville
     | BadCLIPPatch
+    | TrojVQA
     | CleanImage
 )
 
@@ -96,8 +100,25 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "adap-patch": AdapPatch,
     "nashville": Nashville,
     "badclip": BadCLIPPatch,
+    "trojvqa": TrojVQA,
     "clean-image": CleanImage,
 }
+
+
+PAIR_TRIGGERS: dict[str, type[TextKey | MMPoison]] = {
+    "text-key": TextKey,
+    "mmpoison": MMPoison,
+}
+"""What changes captions and no pixels, so that only image-caption pairs can be poisoned with it."""
+
+
+@runtime_checkable
+class KeyedCaptions(Protocol):
+    """A trigger that has a part in the caption too."""
+
+    def keyed(self, caption: str, *, seed: int, name: str) -> str:
+        """The caption with the key in it; ``name`` is the sample's id."""
+        ...
 
 
 def as_planted(trigger: Trigger) -> Trigger:
@@ -116,9 +137,10 @@ def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:
     Raises UnknownMethodError for a name that is not in the table, ConfigError for a parameter that the trigger does
     not have or a value out of range.
     """
-    if name not in TRIGGERS:
-        raise UnknownMethodError(name, TRIGGERS, kind="attack")
-    kind = TRIGGERS[name]
+    known_triggers = TRIGGERS | PAIR_TRIGGERS
+    if name not in known_triggers:
+        raise UnknownMethodError(name, known_triggers, kind="attack")
+    kind = known_triggers[name]
     known = [entry.name for entry in fields(kind)]
     for key in params:
         if key not in known:

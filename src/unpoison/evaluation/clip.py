@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.overlay import TriggerOverlay
+from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.attacks.pairs import keyed_captions
 from unpoison.attacks.parts import PoisoningParts
 from unpoison.attacks.poison import trigger_test_source
 from unpoison.attacks.triggers import Trigger
@@ -253,6 +255,13 @@ def _retrieve(
         own = np.zeros(len(rows), dtype=bool)
         own[pool.owners[flagged[pool.owned]]] = True
         notes = _why_no_retrieval_asr(attack, pairs, flagged, own)
+        if isinstance(attack, PairPoisoning) and attack.mode == "text-key":
+            plain = [text for text, of_target in zip(pool.texts, flagged, strict=True) if not of_target]
+            if own.any() and plain:
+                keyed = embed_texts(clip, keyed_captions(plain, attack), run=run)
+                figures["text_asr"] = rate(flagged_on_top(keyed, clean, own, TOP))
+                figures["text_asr_floor"] = rate(flagged_on_top(texts[~flagged], clean, own, TOP))
+            notes = ("Retrieval ASR of images is not measured: the trigger is in the text.",)
         if not notes:
             overlay = TriggerOverlay(attack.make_trigger(), attack.seed, None)
             triggered = pairs.select(rows[~own]).with_overlay(overlay, {})
