@@ -1,6 +1,6 @@
 """Throughput of every trigger on batches, beside a loop over single images that computes the same.
 
-    python benchmarks/triggers.py [--batch 256] [--rounds 5]
+    python benchmarks/triggers.py [--batch 256] [--rounds 5] [--only NAME ...]
 
 Images of 32 and 224 px in memory, float32, one thread. Each is measured several times and the best time counts: the
 machine is shared, and other work only ever slows a round down. The loops are those of ``trigger_loops.py``, which the
@@ -134,18 +134,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=list(TRIGGERS), default=list(TRIGGERS), help="keep the others")
     args = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in KEEP_MEMORY.items()):
         os.environ.update(KEEP_MEMORY)  # read when a process starts
         os.execv(sys.executable, [sys.executable, *sys.argv])  # noqa: S606 - this very script again
     torch.set_num_threads(1)
-    table: dict[str, dict] = {}
+    kept = json.loads(RESULT.read_text())["triggers"] if RESULT.exists() else {}
+    table: dict[str, dict] = {name: kept[name] for name in TRIGGERS if name in kept and name not in args.only}
     for size in SIZES:
         levels = torch.randint(256, (args.batch, 3, size, size), generator=generator_of(0))
         images, ids = levels.float() / 255, [f"s{row}" for row in range(args.batch)]
         pictures = list(images.permute(0, 2, 3, 1).contiguous().numpy())
         theirs = image_loops(size)
-        for name in TRIGGERS:
+        for name in args.only:
             seconds = best_batch(name, images, ids, args.rounds)
             row: dict = {"images_per_second": round(1 / seconds, 1)}
             if name in theirs:
@@ -166,7 +168,7 @@ def main() -> None:
         "ratio_mean": statistics.mean(ratios),
         "ratio_median": statistics.median(ratios),
         "ratio_least": min(ratios),
-        "triggers": table,
+        "triggers": {name: table[name] for name in TRIGGERS if name in table},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print({key: result[key] for key in ("count", "ratio_mean", "ratio_median", "ratio_least")})

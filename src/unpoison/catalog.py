@@ -212,6 +212,16 @@ ATTACKS = (
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
+        name="input-aware",
+        kind="attack",
+        idea="A pattern and a mask that small trained networks make from each image.",
+        paper='Nguyen and Tran, "Input-Aware Dynamic Backdoor Attack", 2020',
+        link="https://arxiv.org/abs/2010.08138",
+        needs=("labelled set",),
+        config="unpoison.attacks.input_aware_generator:InputAware",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
         name="badclip",
         kind="attack",
         idea="A small square in the centre, optimised on the clean CLIP.",

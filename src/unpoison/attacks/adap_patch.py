@@ -64,9 +64,10 @@ class AdapPatch:
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
         """Images [b, 3, h, w] in [0, 1] with all patches; the ids play no part."""
         patches, masks = _corners(images, seed, self.share)
-        for patch, mask in zip(patches, masks, strict=True):
-            images = torch.lerp(images, patch.expand_as(images), self.alpha * mask)
-        return images
+        shown, added = torch.ones_like(masks[0]), torch.zeros_like(patches[0])
+        for patch, mask in zip(patches, self.alpha * masks, strict=True):  # where patches meet, the later lies on top
+            shown, added = shown * (1 - mask), torch.lerp(added, patch, mask.expand_as(patch))
+        return torch.addcmul(added, images, shown)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ the error of each pixel goes to its neighbours that are still to come, 7/16 to t
 next row (Floyd, Steinberg, 1976).
 
 *How the batch is done.* In raster order pixel (y, x) waits for (y, x - 1) and for (y - 1, x - 1 .. x + 1), so that all
-pixels of one t = x + 2 y can be squeezed at once, for all images and channels: w + 2 (h - 1) steps, whatever the batch.
+pixels of one t = x + 2 y can be squeezed at once, for many images and channels: w + 2 (h - 1) steps for each chunk of
+planes that fits into a processor's cache.
 Each pixel receives its errors in the order of the raster loop, so that the result is the loop's to the last bit.
 
 *Where we differ.* No negative samples (rate 0.1: samples with another image's residual keep their label): these need
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from unpoison.errors import ConfigError
 from unpoison.types import Images
+
+_AT_ONCE = 1 << 14  # values of one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,18 @@ def dithered(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     count, channels, height, width = values.shape
     # pixels first: a step reads and writes whole rows
     planes = values.permute(2, 3, 0, 1).reshape(height, width, count * channels)
+    chunks = planes.split(max(16, _AT_ONCE // height), dim=2)
+    result = torch.cat([_diffused(chunk) for chunk in chunks], dim=2).reshape(height, width, count, channels)
+    return result.permute(2, 3, 0, 1).contiguous()
+
+
+def _diffused(planes: Float[Tensor, "h w planes"]) -> Float[Tensor, "h w planes"]:
+    height, width = planes.shape[:2]
     steps = width + 2 * (height - 1)
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     places = (columns + 2 * rows, rows)
     # three steps and one row more, so that what leaves the image has a place to go
-    skewed = planes.new_zeros(steps + 3, height + 1, planes.shape[-1])
+    skewed = planes.new_zeros(steps + 3, height + 1, planes.shape[2])
     skewed[places] = planes
     for step in range(steps):
         first, last = max(0, -(-(step - width + 1) // 2)), min(height - 1, step // 2) + 1
@@ -70,5 +80,4 @@ def dithered(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         skewed[step + 1, here].add_(error, alpha=7 / 16)
         skewed[step + 2, below].add_(error, alpha=5 / 16)
         skewed[step + 3, below].add_(error, alpha=1 / 16)
-    result = skewed[places].reshape(height, width, count, channels)
-    return result.permute(2, 3, 0, 1).contiguous()
+    return skewed[places]

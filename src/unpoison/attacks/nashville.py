@@ -26,6 +26,7 @@ LIGHTER, LIGHTER_SHARE = (0, 70, 150), 0.4
 SEPIA, CONTRAST, BRIGHTNESS, SATURATION = 0.2, 1.2, 1.05, 1.2
 _SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))
 _GREY = (0.213, 0.715, 0.072)
+_AT_ONCE = 4 * 224 * 224  # pixels filtered at once: their colors stay in the processor's cache
 Matrix = tuple[tuple[float, ...], ...]
 
 
@@ -43,6 +44,10 @@ class Nashville:
 
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
         """Images [b, 3, h, w] in [0, 1], filtered."""
+        chunks = images.split(max(1, _AT_ONCE // (images.shape[-2] * images.shape[-1])))
+        return torch.cat([self._filtered(chunk) for chunk in chunks])
+
+    def _filtered(self, images: Images) -> Images:
         darker = torch.minimum(images, _color(DARKER, images))
         mixed = torch.lerp(images, darker, DARKER_SHARE)
         lighter = torch.maximum(mixed, _color(LIGHTER, images))

@@ -23,6 +23,7 @@ from unpoison.attacks.blended_triangles import BlendedTriangles
 from unpoison.attacks.bpp import BPP
 from unpoison.attacks.clean_image import CleanImage
 from unpoison.attacks.ctrl import CTRL
+from unpoison.attacks.input_aware_generator import InputAware
 from unpoison.attacks.label_consistent import LabelConsistent
 from unpoison.attacks.lf import LF
 from unpoison.attacks.mmpoison import MMPoison
@@ -76,6 +77,7 @@ AnyTrigger = (
     | AdapBlend
     | AdapPatch
     | Nashville
+    | InputAware
     | BadCLIPPatch
     | TrojVQA
     | CleanImage
@@ -99,6 +101,7 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "adap-blend": AdapBlend,
     "adap-patch": AdapPatch,
     "nashville": Nashville,
+    "input-aware": InputAware,
     "badclip": BadCLIPPatch,
     "trojvqa": TrojVQA,
     "clean-image": CleanImage,

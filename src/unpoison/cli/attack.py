@@ -44,7 +44,7 @@ def attack(
     Parameters
     ----------
     trigger
-        badnet, blended, sig or clean-image; see `unpoison methods`.
+        badnet, blended, bpp, ...: `unpoison methods` lists them.
     source
         What to poison, as for `scan dataset`. It stays untouched.
     """
