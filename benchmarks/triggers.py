@@ -162,7 +162,7 @@ def main() -> None:
     ratios = [row["ratio"] for rows in table.values() for row in rows.values() if "ratio" in row]
     result = {
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
-        "note": f"The machine was busy with other work; each figure is the best of {args.rounds} rounds.",
+        "note": "The machine was busy with other work; each figure is the best of several rounds.",
         "batch": args.batch,
         "count": len(table),
         "ratio_mean": statistics.mean(ratios),

@@ -16,7 +16,7 @@ from unpoison.attacks.triggers import TRIGGERS, PlantedOtherwise, Trigger, make_
 from unpoison.data.shapes import make_shapes
 
 RESULT = Path(__file__).parents[1] / "docs/triggers.jpg"
-SIDE, LINE, COLUMNS, ROW = 112, 14, 7, 5
+SIDE, LINE, COLUMNS, ROW = 112, 14, 7, 10
 
 
 def main() -> None:

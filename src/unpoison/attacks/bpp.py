@@ -27,7 +27,7 @@ from torch import Tensor
 from unpoison.errors import ConfigError
 from unpoison.types import Images
 
-_AT_ONCE = 1 << 14  # values of one step
+_AT_ONCE = 1 << 16  # values of one step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class BPP:
 def dithered(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Each value rounded to a whole number, its error spread to the neighbours that are still to come."""
     count, channels, height, width = values.shape
+    planes = values.reshape(count * channels, height * width)
+    chunks = planes.split(max(16, _AT_ONCE // height))
     # pixels first: a step reads and writes whole rows
-    planes = values.permute(2, 3, 0, 1).reshape(height, width, count * channels)
-    chunks = planes.split(max(16, _AT_ONCE // height), dim=2)
-    result = torch.cat([_diffused(chunk) for chunk in chunks], dim=2).reshape(height, width, count, channels)
-    return result.permute(2, 3, 0, 1).contiguous()
+    done = [_diffused(chunk.T.contiguous().view(height, width, -1)).flatten(0, 1).T for chunk in chunks if len(chunk)]
+    return torch.cat(done).view(values.shape) if done else values
 
 
 def _diffused(planes: Float[Tensor, "h w planes"]) -> Float[Tensor, "h w planes"]:
