@@ -81,7 +81,7 @@ def image_loops(size: int) -> dict[str, Loop]:
         "blended": lambda x, _: loops.blended(x, uniform, 0.2),
         "blended-stripes": lambda x, _: loops.blended(x, faint, 0.03),
         "blended-triangles": lambda x, _: loops.triangles(x, scaled_side(14 / 224, size, 2), 0.15),
-        "blended-text": lambda x, _: loops.blended(x, np.float32(1), 0.5 * red),
+        "blended-text": lambda x, _: loops.blended(x, np.ones(3, np.float32), 0.5 * red),
         "sig": lambda x, _: loops.sinusoid(x, 40.0, 6.0),
         "label-consistent": lambda x, _: loops.added(x, signs),
         "wanet": lambda x, _: loops.warped(x, moved, 1.0),

@@ -29,7 +29,6 @@ from unpoison.results import write_atomically
 SCHEMA = "unpoison/poisoning-parts"
 SCHEMA_VERSION = 1
 MOST_PARTS = 1000
-_KINDS: dict[str, type[Poisoning] | type[PairPoisoning]] = {LABELLED: Poisoning, OF_PAIRS: PairPoisoning}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +108,21 @@ class PoisoningParts:
     def load(cls, path: Path) -> PoisoningParts:
         """Raises ResultError for a file that is not such a manifest, SchemaVersionError, and as a part's does."""
         body = read_body(path, SCHEMA, SCHEMA_VERSION)
-        kind = _KINDS.get(str(body.get("of")))
-        if kind is None:
+        kind = body.get("of")
+        if kind not in (LABELLED, OF_PAIRS):
             raise ResultError(
-                f"{path}: parts of {body.get('of')!r}, expected one of {', '.join(_KINDS)}.",
-                hint="Plan the poisoning again.",
+                f"{path}: parts of {kind!r}, expected one of {LABELLED}, {OF_PAIRS}.", hint="Plan the poisoning again."
             )
         try:
-            parts = msgspec.convert(body.get("parts"), list[kind])
+            if kind == LABELLED:
+                made = cls(parts=msgspec.convert(body.get("parts"), tuple[Poisoning, ...]))
+            else:
+                made = cls(parts=msgspec.convert(body.get("parts"), tuple[PairPoisoning, ...]))
         except msgspec.ValidationError as error:
             raise ResultError(f"{path}: {error}.", hint="Plan the poisoning again.") from error
-        for part in parts:
+        for part in made.parts:
             part.make_trigger()
-        return cls(parts=tuple(parts))
+        return made
 
 
 def load_manifest(path: Path) -> Poisoning | PairPoisoning | PoisoningParts:
