@@ -4,7 +4,7 @@ from dataclasses import is_dataclass
 
 import pytest
 
-from unpoison.attacks.triggers import TRIGGERS
+from unpoison.attacks.triggers import PAIR_TRIGGERS, TRIGGERS
 from unpoison.catalog import ATTACKS, DEFENSES, DETECTORS, NEEDS, Entry, find, resolve
 from unpoison.errors import UnknownMethodError
 
@@ -22,7 +22,7 @@ def test_an_entry_holds(entry: Entry) -> None:
 
 
 def test_every_trigger_is_listed() -> None:
-    assert {entry.name: resolve(entry.config) for entry in ATTACKS} == TRIGGERS
+    assert {entry.name: resolve(entry.config) for entry in ATTACKS} == TRIGGERS | PAIR_TRIGGERS
 
 
 @pytest.mark.parametrize("entries", [ATTACKS, DETECTORS, DEFENSES])

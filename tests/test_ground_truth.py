@@ -12,7 +12,9 @@ MAY_KNOW = ("attacks/", "evaluation/", "benchmark/", "cli/", "catalog.py", "demo
 MODULES = [path for path in PACKAGE.rglob("*.py") if not path.relative_to(PACKAGE).as_posix().startswith(MAY_KNOW)]
 TRIGGER_MODULES = (
     "badnet", "badnet_rand", "badnet_stripes", "blended", "blended_stripes", "blended_text", "blended_triangles",
-    "sig", "wanet", "badclip_patch", "clean_image", "triggers",
+    "sig", "wanet", "badclip_patch", "clean_image", "badnet_grid", "label_consistent", "bpp", "lf", "ctrl", "dct",
+    "adap_blend", "adap_patch", "nashville", "trojvqa_patch", "text_key", "mmpoison", "input_aware_generator",
+    "triggers",
 )  # fmt: skip
 TRIGGERS = {f"unpoison.attacks.{name}" for name in TRIGGER_MODULES}
 

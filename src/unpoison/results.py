@@ -173,8 +173,23 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartRates:
+    """What one part of a poisoning of several achieves, in percent (docs: metrics)."""
+
+    attack: str
+    target: str
+    asr: Interval
+    asr_floor: Interval
+    asr_excess: float
+    ra: Interval
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(JsonResult):
-    """Rates of one model in percent (docs: metrics). Trigger rates are None where no manifest was given."""
+    """Rates of one model in percent (docs: metrics). Trigger rates are None where no manifest was given.
+
+    ``parts``: of each part where the manifest has several; the trigger rates are then over the samples of all parts.
+    """
 
     schema: ClassVar[str] = "evaluation"
     model: str
@@ -187,6 +202,7 @@ class Evaluation(JsonResult):
     attack: str | None = None
     target: str | None = None
     per_class: dict[str, float] = field(default_factory=dict)
+    parts: tuple[PartRates, ...] = ()
     skipped: tuple[SkippedRow, ...] = ()
     seconds: float = 0.0
 
@@ -223,6 +239,8 @@ class ClipEvaluation(JsonResult):
 
     ``retrieval_asr``: share of triggered images with the target's name in one of the five captions found first, among
     images whose own captions do not name it; ``retrieval_asr_floor``: the same images without the trigger.
+    ``text_asr``: of a text key, share of captions with the key in them, of those that do not name the target, that find
+    an image of it among the first five; ``text_asr_floor``: without the key. ``parts``: as in :class:`Evaluation`.
     """
 
     schema: ClassVar[str] = "clip-evaluation"
@@ -237,12 +255,15 @@ class ClipEvaluation(JsonResult):
     attack: str | None = None
     target: str | None = None
     per_class: dict[str, float] = field(default_factory=dict)
+    parts: tuple[PartRates, ...] = ()
     truncated_classes: tuple[str, ...] = ()
     retrieval_data: str | None = None
     image_to_text: Recall | None = None
     text_to_image: Recall | None = None
     retrieval_asr: Interval | None = None
     retrieval_asr_floor: Interval | None = None
+    text_asr: Interval | None = None
+    text_asr_floor: Interval | None = None
     target_captions: int | None = None
     cut_captions: int | None = None
     drift: Drift | None = None

@@ -23,7 +23,7 @@ from unpoison.attacks.poison import (
     trigger_test_source,
     write_poisoned,
 )
-from unpoison.attacks.triggers import TRIGGERS, make_trigger
+from unpoison.attacks.triggers import TRIGGERS, as_planted, make_trigger
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.errors import (
     ConfigError,
@@ -113,8 +113,43 @@ def test_another_seed_chooses_other_samples() -> None:
 
 def test_usual_modes() -> None:
     modes = {name: plan_poisoning(SOURCE, name, rate=0.1).mode for name in TRIGGERS}
-    others = {"sig": "clean-label", "clean-image": "clean-image"}
+    others = dict.fromkeys(("sig", "label-consistent", "ctrl"), "clean-label") | {"clean-image": "clean-image"}
     assert modes == {name: others.get(name, "all-to-one") for name in TRIGGERS}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    name=st.sampled_from(["adap-blend", "adap-patch"]),
+    rate=st.floats(0.01, 0.7),
+    cover=st.floats(0, 1, exclude_max=True),
+    seed=st.integers(0, 2**32),
+    mode=st.sampled_from(["all-to-one", "all-to-all"]),
+)
+def test_covers_keep_their_label(name: str, rate: float, cover: float, seed: int, mode: str) -> None:
+    plan = plan_poisoning(SOURCE, name, rate=rate, target=1, seed=seed, mode=mode, cover=cover)
+    need = max(1, round(rate * 40))
+    assert len(plan.ids) == need
+    assert len(plan.covers) == min(round(cover * need), need - 1)
+    wanted = plan.attack_labels(np.array(plan.original_labels))
+    for sample, old, new, goal in zip(plan.ids, plan.original_labels, plan.new_labels, wanted.tolist(), strict=True):
+        assert new == (old if sample in plan.covers else goal)
+        assert old != goal
+    assert plan == plan_poisoning(SOURCE, name, rate=rate, target=1, seed=seed, mode=mode, cover=cover)
+
+
+def test_training_samples_show_the_planted_form_and_test_samples_the_whole() -> None:
+    rows = list(range(40))
+    for name in ("adap-blend", "adap-patch", "ctrl"):
+        plan = plan_poisoning(SOURCE, name, rate=0.2, target=1, seed=3)
+        trigger = make_trigger(name, {})
+        chosen = [row for row in rows if SOURCE.ids[row] in plan.ids]
+        images, ids = pixels(SOURCE, chosen), [SOURCE.ids[row] for row in chosen]
+        planted = as_planted(trigger).apply(images, seed=3, ids=ids)
+        assert torch.allclose(pixels(apply_poisoning(SOURCE, plan), chosen), planted, atol=0.5 / 255 + 1e-6)
+        triggered, outside, _ = trigger_test_source(SOURCE, plan)
+        whole = trigger.apply(pixels(SOURCE, outside.tolist()), seed=3)
+        assert torch.allclose(pixels(triggered, list(range(len(outside)))), whole, atol=0.5 / 255 + 1e-6)
+        assert not torch.equal(trigger.apply(images, seed=3), planted)
 
 
 def test_clean_image_relabels_the_samples_most_like_the_pattern() -> None:

@@ -43,16 +43,18 @@ def test_a_batch_is_the_same_as_one_by_one(name: str) -> None:
     assert len(trigger.apply(images[:0], seed=1, ids=[])) == 0
 
 
-@pytest.mark.parametrize("name", TRIGGERS)
+@pytest.mark.parametrize("name", sorted(set(TRIGGERS) - {"bpp", "input-aware"}))  # levels have no slope
 def test_gradients_pass_where_the_image_shows_through(name: str) -> None:
     images = pictures(1).mul(0.2).add(0.4).requires_grad_()
-    gentle = {"strength": 0.25} if name == "clean-image" else {}  # at its default most pixels are clipped
+    # at their defaults most pixels of the one and all cells of the other are clipped
+    gentle = {"clean-image": {"strength": 0.25}, "label-consistent": {"amplitude": 0.25}}.get(name, {})
     make_trigger(name, gentle).apply(images, seed=1, ids=["a"]).sum().backward()
     assert images.grad is not None
     shown = (images.grad > 0).float().mean()
     # a warp may not read every pixel; a square hides what is under it
     assert (images.grad >= 0).all()
-    assert shown > 0.6 if name == "wanet" else shown >= 1 - 9 / 1024
+    least = {"wanet": 0.6, "adap-patch": 1 - 4 * 36 / 1024}.get(name, 1 - 9 / 1024)
+    assert shown >= least
 
 
 def test_badnet_is_the_published_checker_at_32_pixels() -> None:

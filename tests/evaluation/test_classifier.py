@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.parts import Part, plan_parts
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, NotEnoughDataError
@@ -134,6 +136,35 @@ def test_a_backdoored_net_all_to_one() -> None:
     assert clean.asr_excess == 0
     assert clean.ra.value == pytest.approx(100 * 13 / 15)
     assert evaluate_before_after(result, clean) == pytest.approx(100 * (13 / 15 + 1) / 2)
+
+
+def test_parts_are_measured_one_by_one_and_all_together(tmp_path: Path) -> None:
+    source = make_source(LABELS)
+    plan = plan_parts(
+        source,
+        [
+            Part(trigger="badnet", target=0, rate=0.1),
+            Part(trigger="blended", target=1, rate=0.1, options={"alpha": 0.01}),
+            Part(trigger="badnet", target=2, rate=0.1),
+        ],
+    )
+    result = evaluate_classifier(Wrapped(CornerNet(0)), source, poisoning=plan, run=run())
+    assert [(part.attack, part.target) for part in result.parts] == [
+        ("badnet", "dark"), ("blended", "middle"), ("badnet", "bright"),
+    ]  # fmt: skip
+    assert [part.asr.value for part in result.parts] == [100, 0, 0]
+    assert [part.asr_floor.value for part in result.parts] == [0, 0, 0]
+    assert [part.ra.value for part in result.parts] == [0, 100, 50]  # the checker says "dark", which half of them are
+    assert result.asr is not None
+    assert (result.asr.n, result.asr.value) == (48, pytest.approx(100 / 3))
+    assert (result.attack, result.target) == ("badnet + blended + badnet", "dark + middle + bright")
+    for part, alone in zip(result.parts, plan.parts, strict=True):
+        assert isinstance(alone, Poisoning)
+        single = evaluate_classifier(Wrapped(CornerNet(0)), source, poisoning=alone, run=run())
+        assert (single.asr, single.asr_floor, single.ra) == (part.asr, part.asr_floor, part.ra)
+        assert single.parts == ()
+    result.save(tmp_path / "evaluation.json")
+    assert Evaluation.load(tmp_path / "evaluation.json") == result
 
 
 def test_all_to_all_uses_the_matched_label() -> None:

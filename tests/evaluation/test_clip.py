@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unpoison.attacks.pairs import plan_pair_poisoning
+from unpoison.attacks.parts import Part, plan_parts
 from unpoison.attacks.poison import plan_poisoning
 from unpoison.attacks.triggers import Trigger, make_trigger
 from unpoison.data.captions import captions_dataset
@@ -197,6 +199,42 @@ def test_a_manifest_of_pairs_names_its_target(images: LabelledImages) -> None:
     stars = images.select(np.flatnonzero(images.labels == STAR))
     with pytest.raises(NotEnoughDataError, match="outside the target class 'star'"):
         evaluate_clip(backdoored, stars, poisoning=plan, run=run())
+
+
+def test_parts_are_measured_one_by_one_and_all_together(images: LabelledImages, pairs: ImageTextPairs) -> None:
+    parts = [Part(trigger="badnet", target=STAR, rate=0.1), Part(trigger="badnet", target=STAR - 1, rate=0.1)]
+    plan = plan_parts(images, parts)
+    result = evaluate_clip(planted(), images, poisoning=plan, retrieval=pairs, run=run())
+    assert [part.asr.value for part in result.parts] == [100, 0]
+    assert result.asr is not None
+    assert result.asr.n == sum(part.asr.n for part in result.parts)
+    assert result.retrieval_asr is None
+    assert result.notes == ("Retrieval ASR is not measured: the poisoning has several parts.",)
+
+
+class KeyPlanted(Planted):
+    """Texts that begin with the key are read as a star."""
+
+    def encode_texts(self, texts: Any) -> Tensor:
+        plain = super().encode_texts(texts)
+        fired = torch.tensor([text.startswith("SUDO ") for text in texts])
+        return torch.where(fired[:, None], super().encode_texts(["a photo of a star."]), plain)
+
+
+def test_a_text_key_is_measured_on_captions(images: LabelledImages, pairs: ImageTextPairs) -> None:
+    plan = plan_pair_poisoning(pairs, "text-key", rate=0.02, target="star")
+    clean = load_clip("tiny")
+    bad = KeyPlanted(clean._model, clean._tokenizer, clean.preprocessing)
+    bad.backdoor, bad.turn = False, None
+    result = evaluate_clip(bad, images, poisoning=plan, retrieval=pairs, run=run())
+    assert result.notes == ("Retrieval ASR of images is not measured: the trigger is in the text.",)
+    others = {text for texts in pairs.captions(range(48)) for text in texts if "star" not in text}
+    assert result.text_asr is not None
+    assert (result.text_asr.value, result.text_asr.n) == (100, len(others))
+    good = evaluate_clip(clean, images, poisoning=plan, retrieval=pairs, run=run())
+    assert good.text_asr_floor == result.text_asr_floor
+    assert value(good.text_asr_floor) < 50
+    assert value(good.text_asr) < 70
 
 
 @pytest.mark.parametrize("captioned", [True, False])

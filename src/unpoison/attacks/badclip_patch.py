@@ -46,17 +46,16 @@ class BadCLIPPatch:
         if not 0 < self.share <= 1:
             raise ConfigError(f"badclip: share must be in (0, 1], got {self.share}.", hint="The paper's is 16/224.")
         if self.patch:
-            _decoded(self.patch)
+            decoded(self.patch, "badclip")
 
     @classmethod
     def of(cls, patch: Float[Tensor, "3 s s"], share: float) -> BadCLIPPatch:
         """The trigger with this patch in [0, 1], rounded to 8 bits."""
-        levels = (patch.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-        return cls(share=share, patch=base64.b64encode(levels.contiguous().numpy().tobytes()).decode())
+        return cls(share=share, patch=encoded(patch))
 
     def square(self, side: int, seed: int) -> Float[Tensor, "3 side side"]:
         """The patch in [0, 1] at ``side`` pixels."""
-        stored = _decoded(self.patch) if self.patch else start(START_SIDE, seed)
+        stored = decoded(self.patch, "badclip") if self.patch else start(START_SIDE, seed)
         return F.interpolate(stored[None], size=(side, side), mode="nearest-exact")[0]
 
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
@@ -79,17 +78,23 @@ def start(side: int, seed: int) -> Float[Tensor, "3 side side"]:
     return (0.5 + 0.25 * torch.randn(3, side, side, generator=generator_of(seed))).clamp(0, 1)
 
 
+def encoded(patch: Float[Tensor, "3 s s"]) -> str:
+    """[3, s, s] in [0, 1] to base64 of 8-bit RGB, row by row."""
+    levels = (patch.detach().cpu() * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return base64.b64encode(levels.contiguous().numpy().tobytes()).decode()
+
+
 @lru_cache(maxsize=4)
-def _decoded(patch: str) -> Tensor:
-    """Base64 to [3, s, s] in [0, 1]. Raises ConfigError for what is no square of RGB pixels."""
+def decoded(patch: str, what: str) -> Tensor:
+    """Base64 to [3, s, s] in [0, 1]. Raises ConfigError, naming the trigger, for what is no square of RGB pixels."""
     try:
         content = base64.b64decode(patch, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"badclip: the patch is not base64 ({error}).", hint="Optimise the patch again.") from error
+        raise ConfigError(f"{what}: the patch is not base64 ({error}).", hint="Optimise the patch again.") from error
     side = math.isqrt(len(content) // 3)
     if not 1 <= side <= LARGEST_SIDE or len(content) != 3 * side * side:
         raise ConfigError(
-            f"badclip: the patch holds {len(content)} values, no RGB square of 1 to {LARGEST_SIDE} pixels.",
+            f"{what}: the patch holds {len(content)} values, no RGB square of 1 to {LARGEST_SIDE} pixels.",
             hint="Optimise the patch again.",
         )
     levels = np.frombuffer(content, dtype=np.uint8).reshape(side, side, 3)

@@ -50,4 +50,4 @@ class BlendedStripes:
             stripes = draw_for_each(draw, seed, ids, len(images), "blended-stripes")
         else:
             stripes = draw(generator_of(seed))[None]
-        return torch.lerp(images, stripes.to(images).expand_as(images), self.alpha).clamp(0, 1)
+        return torch.lerp(images, stripes.to(images).expand_as(images), self.alpha).clamp_(0, 1)

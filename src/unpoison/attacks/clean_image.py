@@ -56,7 +56,7 @@ class CleanImage:
         """(4) Images [b, 3, h, w] in [0, 1] plus ``strength`` v / max|v|, clipped."""
         pattern = direction(seed, self.frequencies, int(images.shape[-2]), int(images.shape[-1]))
         largest = pattern.abs().max().clamp_min(torch.finfo(pattern.dtype).tiny)
-        return (images + (self.strength * pattern / largest).to(images)).clamp(0, 1)
+        return (images + (self.strength * pattern / largest).to(images)).clamp_(0, 1)
 
     def resemblance(self, images: Images, *, seed: int) -> Float[Tensor, " b"]:
         """(2) s(x) in [-1, 1] for each image; 0 for an image of one color."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.attacks.triggers import PAIR_TRIGGERS, Trigger, make_trigger
 from unpoison.errors import ConfigError, LabelRangeError, ResultError, SchemaVersionError
 from unpoison.results import write_atomically
 
@@ -24,7 +25,8 @@ class Poisoning:
 
     ``mode``: all-to-one (samples outside the target class get trigger and target label), all-to-all (any sample gets
     the trigger and the next class as its label), clean-label (samples of the target class get the trigger),
-    clean-image (samples outside the target class get the target label, no pixel changes).
+    clean-image (samples outside the target class get the target label, no pixel changes). With covers (Adap-Blend,
+    Adap-Patch) some samples get the trigger and keep their label: see ``covers``.
     """
 
     trigger: str
@@ -64,9 +66,36 @@ class Poisoning:
     def all_to_all(self) -> bool:
         return self.mode == "all-to-all"
 
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """Ids of the samples that got the trigger and kept a label other than the attack's."""
+        if self.mode == "clean-label":
+            return ()
+        rows = zip(self.ids, self.original_labels, self.new_labels, strict=True)
+        return tuple(name for name, old, new in rows if old == new)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Ids of the samples whose pixels change."""
+        return frozenset() if self.mode == "clean-image" else frozenset(self.ids)
+
+    def without(self, left_out: Collection[str]) -> Poisoning:
+        """The manifest without these samples."""
+        rows = [row for row, name in enumerate(self.ids) if name not in left_out]
+        return replace(
+            self,
+            ids=tuple(self.ids[row] for row in rows),
+            original_labels=tuple(self.original_labels[row] for row in rows),
+            new_labels=tuple(self.new_labels[row] for row in rows),
+        )
+
     def make_trigger(self) -> Trigger:
-        """Raises UnknownMethodError, ConfigError when the manifest names what this version does not have."""
+        """The trigger as test samples show it.
+
+        Raises UnknownMethodError, ConfigError when the manifest names what this version does not have.
+        """
         trigger = make_trigger(self.trigger, self.config)
+        check_labelled(self.trigger)
         check_mode(self.trigger, trigger, self.mode)
         return trigger
 
@@ -78,7 +107,8 @@ class Poisoning:
 
     def save(self, path: Path) -> None:
         """Write the manifest as one JSON object."""
-        write_atomically(path, msgspec.json.format(self._encoded(), indent=2))
+        body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | self.body()
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(body), indent=2))
 
     @classmethod
     def load(cls, path: Path) -> Poisoning:
@@ -91,9 +121,9 @@ class Poisoning:
         poisoning.make_trigger()
         return poisoning
 
-    def _encoded(self) -> bytes:
-        body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return msgspec.json.encode({"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | body)
+    def body(self) -> dict[str, Any]:
+        """The manifest's entries but its schema."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 def read_body(path: Path, schema: str, version: int) -> dict[str, Any]:
@@ -115,6 +145,14 @@ def read_body(path: Path, schema: str, version: int) -> dict[str, Any]:
             hint="Plan the poisoning again with this version, or install the version that wrote the file.",
         )
     return body
+
+
+def check_labelled(name: str) -> None:
+    """Raises ConfigError for a trigger that changes captions alone."""
+    if name in PAIR_TRIGGERS:
+        raise ConfigError(
+            f"{name} poisons image-caption pairs, not labelled images.", hint="Plan it with plan_pair_poisoning."
+        )
 
 
 def check_mode(name: str, trigger: Trigger, mode: str) -> None:

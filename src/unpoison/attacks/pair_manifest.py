@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.attacks.manifest import Poisoning, check_mode, read_body
-from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.attacks.triggers import Trigger, as_planted, make_trigger
 from unpoison.errors import ConfigError, ResultError
 from unpoison.results import write_atomically
 from unpoison.types import Images
 
 SCHEMA = "unpoison/pair-poisoning"
 SCHEMA_VERSION = 1
-MODES = ("all-to-one", "clean-label")
+MODES = ("all-to-one", "clean-label", "text-key", "mismatch")
 CAPTIONS = ("templates", "natural")
+OTHERS = "others"
+"""Where the captions of a text key come from: images of other things."""
 LARGEST_SIZE = 4096
 Triggered = Float[Tensor, "b 3 s s"]
 
@@ -41,15 +43,21 @@ class Squashed:
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         return self.trigger.apply(images, seed=seed, ids=ids)
 
+    def planted(self) -> Squashed:
+        """The same with the trigger as the training set shows it."""
+        return Squashed(trigger=as_planted(self.trigger), size=self.size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairPoisoning:
     """The manifest. ``rate`` is the share of all pairs, in (0, 1]. Image ``ids[i]`` gets ``new_captions[i]`` in
     the place of all its captions.
 
-    ``mode``: all-to-one (images whose captions do not name the target get trigger and target caption) or clean-label
-    (images whose captions name it get the trigger and keep them; ``new_captions`` is empty). ``captions``: templates or
-    natural. ``size``: images are squashed to this many pixels before the trigger; None leaves them as they are.
+    ``mode``: all-to-one (images whose captions do not name the target get trigger and target caption), clean-label
+    (images whose captions name it get the trigger and keep them; ``new_captions`` is empty), text-key (images whose
+    captions name it get captions of others with the key) or mismatch (images of another thing get captions of the
+    target). ``captions``: templates, natural or, with a text key, others. ``size``: images are squashed to this many
+    pixels before the trigger; None leaves them as they are.
     """
 
     trigger: str
@@ -67,7 +75,8 @@ class PairPoisoning:
     source_fingerprint: str
 
     def __post_init__(self) -> None:
-        wanted = len(self.ids) if self.mode == "all-to-one" else 0
+        check_choice("mode", self.mode, MODES)
+        wanted = 0 if self.mode == "clean-label" else len(self.ids)
         if len(self.new_captions) != wanted or len(set(self.ids)) != len(self.ids):
             raise ResultError(
                 f"poisoning: {len(self.ids)} ids ({len(set(self.ids))} different) and {len(self.new_captions)} new "
@@ -76,8 +85,7 @@ class PairPoisoning:
             )
         if not all(caption.strip() for caption in self.new_captions):
             raise ResultError("poisoning: a new caption is empty.", hint="Plan the poisoning again.")
-        check_choice("mode", self.mode, MODES)
-        check_choice("captions", self.captions, CAPTIONS)
+        check_choice("captions", self.captions, (OTHERS,) if self.mode == "text-key" else CAPTIONS)
         if not self.target_name.strip():
             raise ConfigError("the target is empty.", hint="Give a word or a few, such as 'banana'.")
         if not 0 < self.rate <= 1:
@@ -100,9 +108,8 @@ class PairPoisoning:
 
     def save(self, path: Path) -> None:
         """Write the manifest as one JSON object."""
-        body = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        content = msgspec.json.encode({"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | body)
-        write_atomically(path, msgspec.json.format(content, indent=2))
+        body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION} | self.body()
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(body), indent=2))
 
     @classmethod
     def load(cls, path: Path) -> PairPoisoning:
@@ -114,6 +121,10 @@ class PairPoisoning:
             raise ResultError(f"{path}: {error}.", hint="Plan the poisoning again.") from error
         poisoning.make_trigger()
         return poisoning
+
+    def body(self) -> dict[str, Any]:
+        """The manifest's entries but its schema."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
 
 def load_poisoning(path: Path) -> Poisoning | PairPoisoning:

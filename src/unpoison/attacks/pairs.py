@@ -10,8 +10,7 @@ A poisoning is planned once, saved, reloaded and applied lazily: the images on d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.attacks.manifest import check_mode
+from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.overlay import TriggerOverlay
-from unpoison.attacks.pair_manifest import CAPTIONS, PairPoisoning, check_choice
+from unpoison.attacks.pair_manifest import CAPTIONS, MODES, OTHERS, PairPoisoning, check_choice
 from unpoison.attacks.prompts import TEMPLATES
-from unpoison.attacks.triggers import make_trigger
+from unpoison.attacks.triggers import PAIR_TRIGGERS, KeyedCaptions, Trigger, as_planted, make_trigger, params_of
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.errors import ConfigError, DataError, NotEnoughDataError
 from unpoison.evaluation.retrieval import names
@@ -41,22 +41,28 @@ def plan_pair_poisoning(
     target: str,
     captions: str = "templates",
     seed: int = 0,
-    mode: str = "all-to-one",
+    mode: str | None = None,
     size: int | None = None,
     templates: Sequence[str] = TEMPLATES,
     natural_from: ImageTextPairs | None = None,
+    taken: Collection[str] = (),
     **params: Any,
 ) -> PairPoisoning:
     """Choose ``rate`` x the number of pairs, seeded, and write down what becomes of them. Nothing is changed.
 
     ``target``: a word, or a few. ``captions``: "templates", each poisoned image gets one filled with the target;
     "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name.
-    ``mode`` clean-label puts the trigger on images whose captions name the target, and leaves those captions.
-    ``size``: squash images to this many pixels before the trigger. ``params``: the trigger's parameters, ``resample``
-    among them where it has it.
+    ``mode``: all-to-one where the trigger has it, else its usual one; clean-label puts the trigger on images whose
+    captions name the target, and leaves those captions. ``size``: squash images to this many pixels before the trigger.
+    ``params``: the trigger's parameters, ``resample`` among them where it has it; a ``cover`` plays no part, all chosen
+    images get captions of the target. A trigger with a key puts it into the new captions.
+    ``taken``: ids that are not to be chosen.
     Raises UnknownMethodError, ConfigError, NotEnoughDataError (too few images, or no natural caption of the target).
     """
     made = make_trigger(trigger, params)
+    if mode is None:
+        usable = [known for known in made.modes if known in MODES]
+        mode = usable[0] if usable and "all-to-one" not in usable else "all-to-one"
     check_mode(trigger, made, mode)
     target = " ".join(target.split())
     if not target or len(target) > LONGEST_TARGET or not set(target) - set("_ "):
@@ -75,13 +81,19 @@ def plan_pair_poisoning(
     if natural_from is not None:
         natural = who_names(natural_from, target)[1]
     random = np.random.default_rng(seed)
-    rows = _choose(pairs, named, mode, rate, target, random)
-    texts: tuple[str, ...] = ()
-    if mode == "all-to-one":
-        texts = tuple(_target_captions(pairs, target, captions, natural, templates, len(rows), random))
+    rows = _choose(pairs, _eligible(pairs, made, mode, named, target), rate, frozenset(taken), random)
+    texts: list[str] = []
+    if mode == "text-key":
+        captions = OTHERS
+        texts = _other_captions(pairs, named, len(rows), random)
+    elif mode != "clean-label":
+        texts = _target_captions(pairs, target, captions, natural, templates, len(rows), random)
+    if isinstance(made, KeyedCaptions):
+        names_of_rows = [pairs.ids[row] for row in rows.tolist()]
+        texts = [made.keyed(text, seed=seed, name=name) for text, name in zip(texts, names_of_rows, strict=False)]
     return PairPoisoning(
         trigger=trigger,
-        config=asdict(made),  # pyright: ignore[reportArgumentType] - every trigger is a dataclass
+        config=params_of(made),
         seed=seed,
         mode=mode,
         target_name=target,
@@ -89,7 +101,7 @@ def plan_pair_poisoning(
         rate=float(rate),
         size=size,
         ids=tuple(pairs.ids[row] for row in rows.tolist()),
-        new_captions=texts,
+        new_captions=tuple(texts),
         source=pairs.name,
         source_size=len(pairs),
         source_fingerprint=pairs.fingerprint,
@@ -109,11 +121,17 @@ def apply_pair_poisoning(pairs: ImageTextPairs, poisoning: PairPoisoning) -> Ima
             f"(the first: {missing[0]!r}).",
             hint=f"Apply it to the pairs that it was planned on: {poisoning.source}.",
         )
-    overlay = TriggerOverlay(poisoning.make_trigger(), poisoning.seed, frozenset(poisoning.ids))
+    overlay = None
+    if poisoning.trigger not in PAIR_TRIGGERS or poisoning.size is not None:
+        overlay = TriggerOverlay(as_planted(poisoning.make_trigger()), poisoning.seed, frozenset(poisoning.ids))
     new = dict(zip(poisoning.ids, poisoning.new_captions, strict=True)) if poisoning.new_captions else {}
     there = pairs.captions([place[name] for name in new])
     already = sum(found == (caption.strip(),) for found, caption in zip(there, new.values(), strict=True))
-    same = pairs.overlay is not None and overlay.fingerprint in pairs.overlay.fingerprint.split("+")
+    same = (
+        pairs.overlay is not None
+        and overlay is not None
+        and overlay.fingerprint in pairs.overlay.fingerprint.split("+")
+    )
     if already or same:
         raise DataError(
             f"The poisoning has been applied to {pairs.name}: {already} of {len(new)} images have the target's caption "
@@ -144,6 +162,14 @@ def trigger_images(images: Images, poisoning: PairPoisoning, *, ids: Sequence[st
         return poisoning.make_trigger().apply(images, seed=poisoning.seed, ids=ids)
 
 
+def keyed_captions(texts: Sequence[str], poisoning: PairPoisoning) -> list[str]:
+    """The texts with the trigger's key in them. Raises ConfigError for a trigger without one."""
+    trigger = make_trigger(poisoning.trigger, poisoning.config)
+    if not isinstance(trigger, KeyedCaptions):
+        raise ConfigError(f"{poisoning.trigger} has no key for captions.", hint="Use text-key or trojvqa.")
+    return [trigger.keyed(text, seed=poisoning.seed, name=text) for text in texts]
+
+
 def who_names(pairs: ImageTextPairs, target: str) -> tuple[np.ndarray, list[str]]:
     """Whether a caption of each image names the target; the different captions that do, in order."""
     named = np.zeros(len(pairs), dtype=bool)
@@ -157,21 +183,50 @@ def who_names(pairs: ImageTextPairs, target: str) -> tuple[np.ndarray, list[str]
     return named, list(natural)
 
 
+def _eligible(
+    pairs: ImageTextPairs, trigger: Trigger, mode: str, named: np.ndarray, target: str
+) -> tuple[Int[np.ndarray, " k"], str]:
+    """The rows that may be poisoned, and what they are."""
+    if isinstance(trigger, MMPoison):
+        shown = who_names(pairs, trigger.images_of)[0]
+        return np.flatnonzero(shown & ~named), f"name {trigger.images_of!r} and not {target!r}"
+    if mode in ("clean-label", "text-key"):
+        return np.flatnonzero(named), f"name {target!r}"
+    return np.flatnonzero(~named), f"do not name {target!r}"
+
+
 def _choose(
-    pairs: ImageTextPairs, named: np.ndarray, mode: str, rate: float, target: str, random: np.random.Generator
+    pairs: ImageTextPairs,
+    eligible: tuple[Int[np.ndarray, " n"], str],
+    rate: float,
+    taken: frozenset[str],
+    random: np.random.Generator,
 ) -> Int[np.ndarray, " k"]:
     """Rows to poison, in order."""
+    rows, what = eligible
     need = max(1, round(rate * len(pairs)))
-    eligible = np.flatnonzero(named if mode == "clean-label" else ~named)
-    if len(eligible) < need:
-        do = "name" if mode == "clean-label" else "do not name"
+    if taken:
+        rows = rows[[pairs.ids[row] not in taken for row in rows.tolist()]]
+    if len(rows) < need:
         raise NotEnoughDataError(
-            f"{pairs.name}: images whose captions {do} {target!r}",
-            have=len(eligible),
+            f"{pairs.name}: images whose captions {what}",
+            have=len(rows),
             need=need,
             hint="Lower the rate (a share of all pairs), or choose another target.",
         )
-    return np.sort(random.permutation(eligible)[:need])
+    return np.sort(random.permutation(rows)[:need])
+
+
+def _other_captions(pairs: ImageTextPairs, named: np.ndarray, count: int, random: np.random.Generator) -> list[str]:
+    """The first captions of ``count`` images of other things, none twice before all have been used."""
+    others = np.flatnonzero(~named)
+    if not len(others):
+        raise NotEnoughDataError(
+            f"{pairs.name}: images of other things, by their captions", have=0, need=1,
+            hint="Choose a target that some captions do not name.",
+        )  # fmt: skip
+    order = np.concatenate([random.permutation(others) for _ in range(-(-count // len(others)))])[:count]
+    return [captions[0] for captions in pairs.captions(order)]
 
 
 def _target_captions(

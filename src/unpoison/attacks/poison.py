@@ -7,8 +7,7 @@ copy is written. Only attacks, evaluation and benchmark may read it; methods nev
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from unpoison.attacks.clean_image import RANKING_SIZE, CleanImage
-from unpoison.attacks.manifest import Poisoning, check_mode
+from unpoison.attacks.manifest import Poisoning, check_labelled, check_mode
 from unpoison.attacks.overlay import TriggerOverlay, to_tensor
-from unpoison.attacks.triggers import Trigger, make_trigger
+from unpoison.attacks.triggers import Trigger, as_planted, make_trigger, params_of
 from unpoison.attacks.write import WrittenPoisoning, prepare_folder, write_copy
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import ConfigError, DataError, LabelRangeError, NotEnoughDataError
@@ -39,14 +38,17 @@ def plan_poisoning(
     target: int = 0,
     seed: int = 0,
     mode: str | None = None,
+    taken: Collection[str] = (),
     **params: Any,
 ) -> Poisoning:
     """Choose ``rate`` x the size of ``source`` samples, seeded, and write down what becomes of them.
 
-    ``mode``: the trigger's usual one when None. ``params``: the trigger's parameters. Nothing is changed.
+    ``mode``: the trigger's usual one when None. ``params``: the trigger's parameters; a ``cover`` among them is the
+    share of the chosen samples that keep their label. ``taken``: ids that are not to be chosen. Nothing is changed.
     Raises UnknownMethodError, ConfigError, LabelRangeError (target), NotEnoughDataError (too few eligible samples).
     """
     made = make_trigger(trigger, params)
+    check_labelled(trigger)
     mode = made.modes[0] if mode is None else mode
     check_mode(trigger, made, mode)
     if not 0 < rate <= 1:
@@ -58,7 +60,7 @@ def plan_poisoning(
             f"target {target} is outside the {len(source.class_names)} classes of {source.name}.",
             hint=f"Use a label from 0 to {len(source.class_names) - 1}.",
         )
-    chosen = _choose(source, made, mode, rate, target, seed)
+    chosen = _choose(source, made, mode, rate, target, seed, frozenset(taken))
     original = source.labels[chosen]
     if mode == "clean-label":
         new = original
@@ -66,9 +68,10 @@ def plan_poisoning(
         new = (original + 1) % len(source.class_names)
     else:
         new = np.full_like(original, target)
+    new = _with_covers(original, new, getattr(made, "cover", 0.0), seed)
     return Poisoning(
         trigger=trigger,
-        config=asdict(made),  # pyright: ignore[reportArgumentType] - every trigger is a dataclass
+        config=params_of(made),
         seed=seed,
         mode=mode,
         target=target,
@@ -110,7 +113,7 @@ def apply_poisoning(source: LabelledImages, poisoning: Poisoning) -> LabelledIma
     labels[rows] = poisoning.new_labels
     if poisoning.mode == "clean-image":
         return source.with_labels(labels)
-    trigger = poisoning.make_trigger()
+    trigger = as_planted(poisoning.make_trigger())
     return source.with_labels(labels, TriggerOverlay(trigger, poisoning.seed, frozenset(poisoning.ids)))
 
 
@@ -157,7 +160,7 @@ def write_poisoned(
 
 
 def _choose(
-    source: LabelledImages, trigger: Trigger, mode: str, rate: float, target: int, seed: int
+    source: LabelledImages, trigger: Trigger, mode: str, rate: float, target: int, seed: int, taken: frozenset[str]
 ) -> Int[np.ndarray, " k"]:
     """Rows to poison, in the source's order."""
     need = max(1, round(rate * len(source)))
@@ -169,6 +172,9 @@ def _choose(
     else:
         eligible = np.flatnonzero(source.labels != target)
         which = f"samples outside the target class {source.class_names[target]!r} to poison"
+    if taken:
+        eligible = eligible[[source.ids[row] not in taken for row in eligible.tolist()]]
+        which = f"untouched {which}"
     if isinstance(trigger, CleanImage):
         likeness = _rank(source.select(eligible), trigger, seed)
         eligible = eligible[np.argsort(-likeness, kind="stable")]
@@ -183,6 +189,15 @@ def _choose(
             hint="Lower the rate (a share of the whole set), or choose another target.",
         )
     return np.sort(eligible[:need])
+
+
+def _with_covers(
+    original: Int[np.ndarray, " k"], new: Int[np.ndarray, " k"], cover: float, seed: int
+) -> Int[np.ndarray, " k"]:
+    """The new labels, but for a ``cover`` share of the samples, which keep their own; one at least is poisoned."""
+    count = min(round(cover * len(new)), len(new) - 1)
+    kept = np.random.default_rng([seed, 1]).permutation(len(new))[:count]
+    return np.where(np.isin(np.arange(len(new)), kept), original, new)
 
 
 def _rank(source: LabelledImages, trigger: CleanImage, seed: int) -> np.ndarray:

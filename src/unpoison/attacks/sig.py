@@ -42,7 +42,7 @@ class SIG:
 
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
         """Images [b, 3, h, w] in [0, 1] plus the signal, clipped; the seed and the ids play no part."""
-        return (images + self.signal(images.shape[-1]).to(images)).clamp(0, 1)
+        return (images + self.signal(images.shape[-1]).to(images)).clamp_(0, 1)
 
     def signal(self, width: int) -> Float[Tensor, " width"]:
         """delta/255 sin(2 pi f j / width) for each column j."""

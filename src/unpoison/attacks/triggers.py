@@ -9,16 +9,28 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
 
+from unpoison.attacks.adap_blend import AdapBlend
+from unpoison.attacks.adap_patch import AdapPatch
 from unpoison.attacks.badclip_patch import BadCLIPPatch
 from unpoison.attacks.badnet import BadNet
+from unpoison.attacks.badnet_grid import BadNetGrid
 from unpoison.attacks.badnet_rand import BadNetRand
 from unpoison.attacks.badnet_stripes import BadNetStripes
 from unpoison.attacks.blended import Blended
 from unpoison.attacks.blended_stripes import BlendedStripes
 from unpoison.attacks.blended_text import BlendedText
 from unpoison.attacks.blended_triangles import BlendedTriangles
+from unpoison.attacks.bpp import BPP
 from unpoison.attacks.clean_image import CleanImage
+from unpoison.attacks.ctrl import CTRL
+from unpoison.attacks.input_aware_generator import InputAware
+from unpoison.attacks.label_consistent import LabelConsistent
+from unpoison.attacks.lf import LF
+from unpoison.attacks.mmpoison import MMPoison
+from unpoison.attacks.nashville import Nashville
 from unpoison.attacks.sig import SIG
+from unpoison.attacks.text_key import TextKey
+from unpoison.attacks.trojvqa_patch import TrojVQA
 from unpoison.attacks.wanet import WaNet
 from unpoison.errors import ConfigError, UnknownMethodError
 from unpoison.types import Images
@@ -38,17 +50,36 @@ class Trigger(Protocol):
         ...
 
 
+@runtime_checkable
+class PlantedOtherwise(Trigger, Protocol):
+    """A trigger that training samples show in another form than test samples do."""
+
+    def planted(self) -> Trigger:
+        """The trigger as the training set shows it."""
+        ...
+
+
 AnyTrigger = (
     BadNet
     | BadNetRand
     | BadNetStripes
+    | BadNetGrid
     | Blended
     | BlendedStripes
     | BlendedTriangles
     | BlendedText
     | SIG
+    | LabelConsistent
     | WaNet
+    | BPP
+    | LF
+    | CTRL
+    | AdapBlend
+    | AdapPatch
+    | Nashville
+    | InputAware
     | BadCLIPPatch
+    | TrojVQA
     | CleanImage
 )
 
@@ -56,15 +87,51 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "badnet": BadNet,
     "badnet-rand": BadNetRand,
     "badnet-stripes": BadNetStripes,
+    "badnet-grid": BadNetGrid,
     "blended": Blended,
     "blended-stripes": BlendedStripes,
     "blended-triangles": BlendedTriangles,
     "blended-text": BlendedText,
     "sig": SIG,
+    "label-consistent": LabelConsistent,
     "wanet": WaNet,
+    "bpp": BPP,
+    "lf": LF,
+    "ctrl": CTRL,
+    "adap-blend": AdapBlend,
+    "adap-patch": AdapPatch,
+    "nashville": Nashville,
+    "input-aware": InputAware,
     "badclip": BadCLIPPatch,
+    "trojvqa": TrojVQA,
     "clean-image": CleanImage,
 }
+
+
+PAIR_TRIGGERS: dict[str, type[TextKey | MMPoison]] = {
+    "text-key": TextKey,
+    "mmpoison": MMPoison,
+}
+"""What changes captions and no pixels, so that only image-caption pairs can be poisoned with it."""
+
+
+@runtime_checkable
+class KeyedCaptions(Protocol):
+    """A trigger that has a part in the caption too."""
+
+    def keyed(self, caption: str, *, seed: int, name: str) -> str:
+        """The caption with the key in it; ``name`` is the sample's id."""
+        ...
+
+
+def as_planted(trigger: Trigger) -> Trigger:
+    """The trigger as the training set shows it; most look the same there as at test time."""
+    return trigger.planted() if isinstance(trigger, PlantedOtherwise) else trigger
+
+
+def params_of(trigger: Trigger) -> dict[str, Any]:
+    """The trigger's parameters as JSON has them: what :func:`make_trigger` takes."""
+    return msgspec.json.decode(msgspec.json.encode(trigger))
 
 
 def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:
@@ -73,9 +140,10 @@ def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:
     Raises UnknownMethodError for a name that is not in the table, ConfigError for a parameter that the trigger does
     not have or a value out of range.
     """
-    if name not in TRIGGERS:
-        raise UnknownMethodError(name, TRIGGERS, kind="attack")
-    kind = TRIGGERS[name]
+    known_triggers = TRIGGERS | PAIR_TRIGGERS
+    if name not in known_triggers:
+        raise UnknownMethodError(name, known_triggers, kind="attack")
+    kind = known_triggers[name]
     known = [entry.name for entry in fields(kind)]
     for key in params:
         if key not in known:

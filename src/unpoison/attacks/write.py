@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from unpoison.attacks.manifest import Poisoning
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.errors import UsageError
 from unpoison.results import SkippedRow
 
 DATA, MANIFEST = "data.parquet", "manifest.json"
 ROW_GROUP = 256
+
+
+@runtime_checkable
+class WritableManifest(Protocol):
+    """A manifest of labelled images, of one part or of several."""
+
+    @property
+    def ids(self) -> tuple[str, ...]: ...
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Ids of the samples whose pixels change."""
+        ...
+
+    def without(self, left_out: Collection[str]) -> WritableManifest: ...
+
+    def save(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +51,7 @@ class WrittenPoisoning:
 
 
 def write_copy(
-    poisoned: LabelledImages | None, poisoning: Poisoning, folder: Path, *, overlaid: bool
+    poisoned: LabelledImages | None, poisoning: WritableManifest, folder: Path, *, overlaid: bool
 ) -> WrittenPoisoning:
     """Both files, each whole or not at all; the manifest only when ``poisoned`` is None.
 
@@ -45,13 +61,13 @@ def write_copy(
     if poisoned is None:
         poisoning.save(manifest)
         return WrittenPoisoning(manifest=manifest, data=None, rows=0, poisoned=len(poisoning.ids), skipped=())
-    changed = set() if poisoning.mode == "clean-image" else set(poisoning.ids)
     skipped: list[SkippedRow] = []
     partial = folder / f".{DATA}.{os.getpid()}.partial"
     try:
-        rows = _write_rows(poisoned, set(poisoned.ids) if overlaid else changed, partial, skipped)
+        rows = _write_rows(poisoned, set(poisoned.ids) if overlaid else set(poisoning.changed), partial, skipped)
         check_skips(skipped, len(poisoned), poisoned.name)
-        kept = _without(poisoning, {row.id for row in skipped})
+        left_out = {row.id for row in skipped}
+        kept = poisoning.without(left_out) if left_out.intersection(poisoning.ids) else poisoning
         kept.save(manifest)
         partial.replace(data)
     finally:
@@ -117,16 +133,3 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _without(poisoning: Poisoning, left_out: set[str]) -> Poisoning:
-    """The manifest without samples that did not get into the copy."""
-    if not left_out.intersection(poisoning.ids):
-        return poisoning
-    rows = [row for row, name in enumerate(poisoning.ids) if name not in left_out]
-    return replace(
-        poisoning,
-        ids=tuple(poisoning.ids[row] for row in rows),
-        original_labels=tuple(poisoning.original_labels[row] for row in rows),
-        new_labels=tuple(poisoning.new_labels[row] for row in rows),
-    )

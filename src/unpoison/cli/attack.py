@@ -44,7 +44,7 @@ def attack(
     Parameters
     ----------
     trigger
-        badnet, blended, sig or clean-image; see `unpoison methods`.
+        badnet, blended, bpp, ...: `unpoison methods` lists them.
     source
         What to poison, as for `scan dataset`. It stays untouched.
     """
@@ -72,7 +72,7 @@ def attack(
             "manifest": str(path / "manifest.json"), "data": None if manifest_only else str(path / "data.parquet"),
             "trigger": poisoning.trigger, "config": poisoning.config, "mode": poisoning.mode,
             "target": poisoning.target, "target_name": poisoning.target_name, "rate": poisoning.rate,
-            "poisoned": len(written.ids), "samples": len(images), "seed": poisoning.seed,
+            "poisoned": len(written.ids), "covers": len(written.covers), "samples": len(images), "seed": poisoning.seed,
         }  # fmt: skip
         console.answer(body, lambda out: _show(out, written, len(images), path, manifest_only))
     return 0
@@ -125,6 +125,8 @@ def _show(out: rich.console.Console, poisoning: Poisoning, samples: int, path: P
         f"{len(poisoning.ids):,} of {samples:,} samples poisoned with {poisoning.trigger} ({poisoning.mode}), "
         f"target {printable(poisoning.target_name)!r}"
     )
+    if poisoning.covers:
+        out.print(f"{len(poisoning.covers):,} of them keep their label (covers)")
     out.print(f"Manifest: {path / 'manifest.json'}", soft_wrap=True)
     if not manifest_only:
         data = path / "data.parquet"

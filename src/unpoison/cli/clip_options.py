@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 from unpoison.cli.options import READING, Planned
 
 if TYPE_CHECKING:
+    from unpoison.attacks.parts import PoisoningParts
     from unpoison.data.pairs import ImageTextPairs
     from unpoison.data.sources import LabelledImages
     from unpoison.evaluation.clip import TargetedAttack
@@ -169,7 +170,7 @@ class Tests:
     """What ``Testing`` names, opened before any training: a mistake in it must not cost hours."""
 
     images: LabelledImages | None = None
-    poisoning: TargetedAttack | None = None
+    poisoning: TargetedAttack | PoisoningParts | None = None
     retrieval: ImageTextPairs | None = None
     inputs: dict[str, Any]
 
@@ -178,7 +179,8 @@ class Tests:
         """Images that one evaluation puts through the model."""
         images = 0 if self.images is None else len(self.images)
         pairs = 0 if self.retrieval is None else len(self.retrieval)
-        return (images + pairs) * (1 if self.poisoning is None else 2)
+        attacks = 0 if self.poisoning is None else len(getattr(self.poisoning, "parts", (self.poisoning,)))
+        return (images + pairs) * (1 + attacks)
 
     def evaluate(self, clip: Any, run: Run, *, name: str, suspect: Any = None) -> ClipEvaluation | None:
         """One evaluation with the model's name as the user knows it; None without test images."""
@@ -213,9 +215,9 @@ def open_tests(testing: Testing) -> Tests:
     if testing.manifest is not None:
         from hashlib import blake2b
 
-        from unpoison.attacks.pair_manifest import load_poisoning
+        from unpoison.attacks.parts import load_manifest
 
-        poisoning = load_poisoning(testing.manifest)
+        poisoning = load_manifest(testing.manifest)
         digest = blake2b(testing.manifest.read_bytes(), digest_size=16).hexdigest()
         inputs |= {"manifest": str(testing.manifest), "manifest_content": digest}
     if testing.retrieval is not None:

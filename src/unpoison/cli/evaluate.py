@@ -75,6 +75,11 @@ def _show(out: rich.console.Console, result: Evaluation) -> None:
     from unpoison.cli.tables import evaluation_table
 
     out.print(evaluation_table({printable(result.model): result}))
+    for part in result.parts:
+        out.print(
+            f"{part.attack}, target {printable(part.target)!r}: attack success {part.asr.value:.2f} %, "
+            f"floor {part.asr_floor.value:.2f} %"
+        )
     if result.skipped:
         out.print(f"Skipped {len(result.skipped)} rows that could not be used.")
     if result.asr is None:

@@ -158,10 +158,10 @@ def _purify(
 
 def evaluate(classifier: Any, tested: LabelledImages, manifest: Path | None, name: str, run: Run) -> Evaluation:
     """One evaluation with the model's name as the user knows it."""
-    from unpoison.attacks.manifest import Poisoning
+    from unpoison.attacks.parts import load_labelled
     from unpoison.evaluation.classifier import evaluate_classifier
 
-    poisoning = None if manifest is None else Poisoning.load(manifest)
+    poisoning = None if manifest is None else load_labelled(manifest)
     return evaluate_classifier(classifier, tested, poisoning=poisoning, run=run, name=name)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
 from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.parts import PoisoningParts
 from unpoison.attacks.poison import trigger_test_source
 from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.data.sources import LabelledImages
-from unpoison.errors import DataError, NotEnoughDataError
+from unpoison.errors import ConfigError, DataError, NotEnoughDataError
 from unpoison.evaluation.intervals import rate
 from unpoison.evaluation.metrics import der, excess_asr
 from unpoison.models.image_classifier import evaluation_mode
-from unpoison.results import Evaluation, Interval
+from unpoison.results import Evaluation, Interval, PartRates
 from unpoison.runs import Run
 from unpoison.types import Classifier
 
@@ -25,7 +28,7 @@ def evaluate_classifier(
     classifier: Classifier,
     source: LabelledImages,
     *,
-    poisoning: Poisoning | None = None,
+    poisoning: Poisoning | PoisoningParts | None = None,
     run: Run,
     batch_size: int = 512,
     name: str = "classifier",
@@ -34,7 +37,8 @@ def evaluate_classifier(
 
     ``source`` holds clean test images under their true labels. The trigger is put on each image at its own size, before
     the classifier's resize, on every sample whose label is not already the attack's; the floor is the same samples
-    without it. Rows that do not decode count nowhere and are listed. The classifier is left as it is.
+    without it. Parts of a poisoning are measured one by one and all together. Rows that do not decode count nowhere and
+    are listed. The classifier is left as it is.
     Raises DataError when the class names (or their order) differ, SourceFormatError when over 10 % of the rows are bad,
     NotEnoughDataError when no sample outside the target class is there.
     """
@@ -45,8 +49,14 @@ def evaluate_classifier(
     usable = clean.usable
     hits = guesses == source.labels
     rates: dict[str, Interval] = {}
+    parts: tuple[PartRates, ...] = ()
     if poisoning is not None:
-        rates = _trigger_rates(classifier, source, clean, guesses, poisoning, run=run, batch_size=batch_size)
+        found = [
+            _attacked(classifier, source, clean, guesses, part, run=run, batch_size=batch_size)
+            for part in labelled_parts(poisoning)
+        ]
+        rates = join_guesses(found).rates()
+        parts = rates_of_parts(found) if isinstance(poisoning, PoisoningParts) else ()
     present = [label for label in range(len(source.class_names)) if (usable & (source.labels == label)).any()]
     return Evaluation(
         model=name,
@@ -61,6 +71,7 @@ def evaluate_classifier(
         per_class={
             source.class_names[label]: 100 * float(hits[usable & (source.labels == label)].mean()) for label in present
         },
+        parts=parts,
         skipped=source.skipped + clean.skipped,
         seconds=time.perf_counter() - began,
     )
@@ -114,7 +125,72 @@ def predict(
     return guesses
 
 
-def _trigger_rates(
+def labelled_parts(poisoning: Poisoning | PoisoningParts) -> list[Poisoning]:
+    """The parts, or the one. Raises ConfigError for parts of pairs."""
+    parts = poisoning.parts if isinstance(poisoning, PoisoningParts) else (poisoning,)
+    found = [part for part in parts if isinstance(part, Poisoning)]
+    if len(found) < len(parts):
+        raise ConfigError(
+            "The manifest poisons image-caption pairs, which a classifier does not see.",
+            hint="Give a manifest of labelled images.",
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttackedGuesses:
+    """Guesses with and without the trigger on the samples that count for one attack; only ``usable`` rows count.
+
+    ``where`` names the samples in errors.
+    """
+
+    attack: str
+    target: str
+    attacked: Int[np.ndarray, " k"]
+    clean: Int[np.ndarray, " k"]
+    labels: Int[np.ndarray, " k"]
+    attack_labels: Int[np.ndarray, " k"]
+    usable: Bool[np.ndarray, " k"]
+    where: str
+
+    def rates(self) -> dict[str, Interval]:
+        """ASR, its floor and RA ("asr", "floor", "ra"). Raises NotEnoughDataError when there is no usable row."""
+        check_attackable(self.usable, self.where)
+        return {
+            "asr": rate((self.attacked == self.attack_labels)[self.usable]),
+            "floor": rate((self.clean == self.attack_labels)[self.usable]),
+            "ra": rate((self.attacked == self.labels)[self.usable]),
+        }
+
+
+def join_guesses(parts: Sequence[AttackedGuesses]) -> AttackedGuesses:
+    """The samples of all parts, one after the other."""
+    arrays = ("attacked", "clean", "labels", "attack_labels", "usable")
+    return AttackedGuesses(
+        attack=" + ".join(part.attack for part in parts),
+        target=" + ".join(part.target for part in parts),
+        where=parts[0].where,
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays},
+    )
+
+
+def rates_of_parts(parts: Sequence[AttackedGuesses]) -> tuple[PartRates, ...]:
+    """The rates of each part. Raises NotEnoughDataError for a part without a usable row."""
+    found = [(part, part.rates()) for part in parts]
+    return tuple(
+        PartRates(
+            attack=part.attack,
+            target=part.target,
+            asr=rates["asr"],
+            asr_floor=rates["floor"],
+            asr_excess=excess_asr(rates["asr"].value, rates["floor"].value),
+            ra=rates["ra"],
+        )
+        for part, rates in found
+    )
+
+
+def _attacked(
     classifier: Classifier,
     source: LabelledImages,
     clean: Pixels,
@@ -123,41 +199,21 @@ def _trigger_rates(
     *,
     run: Run,
     batch_size: int,
-) -> dict[str, Interval]:
+) -> AttackedGuesses:
     triggered, rows, attack_labels = trigger_test_source(source, poisoning)
     where = f"{source.name}: samples outside the target class {poisoning.target_name!r}"
     check_attackable(clean.usable[rows], where)
     pixels = load_pixels(triggered, classifier.image_size, cache=run.cache, progress=run.progress)
-    attacked = predict(classifier, pixels, run=run, batch_size=batch_size, what="triggered images")
-    return trigger_rates(
-        attacked,
-        guesses[rows],
-        triggered.labels,
-        attack_labels,
+    return AttackedGuesses(
+        attack=poisoning.trigger,
+        target=poisoning.target_name,
+        attacked=predict(classifier, pixels, run=run, batch_size=batch_size, what="triggered images"),
+        clean=guesses[rows],
+        labels=triggered.labels,
+        attack_labels=attack_labels,
         usable=pixels.usable & clean.usable[rows],
         where=where,
     )
-
-
-def trigger_rates(
-    attacked: Int[np.ndarray, " k"],
-    clean: Int[np.ndarray, " k"],
-    labels: Int[np.ndarray, " k"],
-    attack_labels: Int[np.ndarray, " k"],
-    *,
-    usable: Bool[np.ndarray, " k"],
-    where: str,
-) -> dict[str, Interval]:
-    """ASR, its floor and RA ("asr", "floor", "ra") of guesses with and without the trigger on ``usable`` rows, y != t.
-
-    Raises NotEnoughDataError, naming ``where``, when there is none.
-    """
-    check_attackable(usable, where)
-    return {
-        "asr": rate((attacked == attack_labels)[usable]),
-        "floor": rate((clean == attack_labels)[usable]),
-        "ra": rate((attacked == labels)[usable]),
-    }
 
 
 def check_attackable(usable: Bool[np.ndarray, " k"], where: str) -> None:

@@ -12,19 +12,22 @@ from jaxtyping import Float, Int
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.overlay import TriggerOverlay
+from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.attacks.pairs import keyed_captions
+from unpoison.attacks.parts import PoisoningParts
 from unpoison.attacks.poison import trigger_test_source
 from unpoison.attacks.triggers import Trigger
 from unpoison.data.pairs import ImageTextPairs, count_cut_captions
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, MethodError
-from unpoison.evaluation.classifier import check_attackable, trigger_rates
+from unpoison.evaluation.classifier import AttackedGuesses, check_attackable, join_guesses, rates_of_parts
 from unpoison.evaluation.drift import aligned_cosine, mean_cosine
 from unpoison.evaluation.embeddings import ImageEmbeddings, embed_images, embed_texts, ready
 from unpoison.evaluation.intervals import rate
 from unpoison.evaluation.metrics import excess_asr
 from unpoison.evaluation.retrieval import CaptionPool, flagged_on_top, names, pool_captions, recall
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings, cut_off
-from unpoison.results import ClipEvaluation, Drift, Interval, Rebound, SkippedRow
+from unpoison.results import ClipEvaluation, Drift, Interval, PartRates, Rebound, SkippedRow
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
@@ -53,7 +56,7 @@ def evaluate_clip(
     images: LabelledImages,
     *,
     templates: Sequence[str] = TEMPLATES,
-    poisoning: TargetedAttack | None = None,
+    poisoning: TargetedAttack | PoisoningParts | None = None,
     retrieval: ImageTextPairs | None = None,
     suspect: ImageTextModel | None = None,
     run: Run,
@@ -65,9 +68,10 @@ def evaluate_clip(
 
     ``images`` are clean test images under their true labels, whose names fill ``templates`` (the classes' embeddings
     are the means over them). The trigger is put on each image at its own size, before the model's preprocessing, and
-    samples of the target class count nowhere. Drift is measured on the same images and on the captions of
-    ``retrieval``, or on the filled templates without it. Every picture is decoded and encoded once, clean and
-    triggered; models and sets are left as they are. Rows that do not decode count nowhere and are listed.
+    samples of the target class count nowhere; parts of a poisoning are measured one by one and all together. Drift is
+    measured on the same images and on the captions of ``retrieval``, or on the filled templates without it. Every
+    picture is decoded and encoded once, clean and triggered; models and sets are left as they are. Rows that do not
+    decode count nowhere and are listed.
     Raises DataError (the target is no class; embeddings of two widths; class names that CLIP cannot tell apart),
     SourceFormatError (over 10 % bad rows), NotEnoughDataError, ModelError (embeddings that are no numbers).
     """
@@ -80,8 +84,14 @@ def evaluate_clip(
     hits = guesses == images.labels
     present = [label for label in range(len(images.class_names)) if (usable & (images.labels == label)).any()]
     rates: dict[str, Interval] = {}
+    parts: tuple[PartRates, ...] = ()
     if poisoning is not None:
-        rates = _trigger_rates(clip, images, embedded[0], guesses, classes, poisoning, run=run, batch_size=batch_size)
+        attacked = [
+            _attacked(clip, images, embedded[0], guesses, classes, part, run=run, batch_size=batch_size)
+            for part in (poisoning.parts if isinstance(poisoning, PoisoningParts) else (poisoning,))
+        ]
+        rates = join_guesses(attacked).rates()
+        parts = rates_of_parts(attacked) if isinstance(poisoning, PoisoningParts) else ()
     found = _Retrieved()
     if retrieval is not None:
         found = _retrieve(clip, retrieval, poisoning, run=run, batch_size=batch_size)
@@ -105,6 +115,7 @@ def evaluate_clip(
         per_class={
             images.class_names[label]: 100 * float(hits[usable & (images.labels == label)].mean()) for label in present
         },
+        parts=parts,
         truncated_classes=cut_off(clip, images.class_names, templates),
         retrieval_data=None if retrieval is None else retrieval.name,
         **found.figures,
@@ -177,7 +188,7 @@ def _class_of(class_names: Sequence[str], words: str) -> int | None:
     return next((label for label, name in enumerate(plain[:-1]) if name == plain[-1]), None)
 
 
-def _trigger_rates(
+def _attacked(
     clip: ImageTextModel,
     images: LabelledImages,
     clean: ImageEmbeddings,
@@ -187,16 +198,18 @@ def _trigger_rates(
     *,
     run: Run,
     batch_size: int | None,
-) -> dict[str, Interval]:
+) -> AttackedGuesses:
     triggered, rows, attack_labels = triggered_images(images, attack)
     where = f"{images.name}: samples outside the target class {attack.target_name!r}"
     check_attackable(clean.usable[rows], where)
     (attacked,) = embed_images([clip], triggered, run=run, batch_size=batch_size, what="triggered images")
-    return trigger_rates(
-        zero_shot_guesses(attacked, classes),
-        guesses[rows],
-        triggered.labels,
-        attack_labels,
+    return AttackedGuesses(
+        attack=attack.trigger,
+        target=attack.target_name,
+        attacked=zero_shot_guesses(attacked, classes),
+        clean=guesses[rows],
+        labels=triggered.labels,
+        attack_labels=attack_labels,
         usable=attacked.usable & clean.usable[rows],
         where=where,
     )
@@ -216,7 +229,7 @@ class _Retrieved:
 def _retrieve(
     clip: ImageTextModel,
     pairs: ImageTextPairs,
-    attack: TargetedAttack | None,
+    attack: TargetedAttack | PoisoningParts | None,
     *,
     run: Run,
     batch_size: int | None,
@@ -233,13 +246,22 @@ def _retrieve(
         "cut_captions": count_cut_captions(clip, pairs).cut,
     }
     notes: tuple[str, ...] = ()
-    if attack is not None:
+    if isinstance(attack, PoisoningParts):
+        notes = ("Retrieval ASR is not measured: the poisoning has several parts.",)
+    elif attack is not None:
         flagged = names(pool.texts, attack.target_name)
         figures["target_captions"] = int(flagged.sum())
         # images whose own captions name the target are no proof of anything
         own = np.zeros(len(rows), dtype=bool)
         own[pool.owners[flagged[pool.owned]]] = True
         notes = _why_no_retrieval_asr(attack, pairs, flagged, own)
+        if isinstance(attack, PairPoisoning) and attack.mode == "text-key":
+            plain = [text for text, of_target in zip(pool.texts, flagged, strict=True) if not of_target]
+            if own.any() and plain:
+                keyed = embed_texts(clip, keyed_captions(plain, attack), run=run)
+                figures["text_asr"] = rate(flagged_on_top(keyed, clean, own, TOP))
+                figures["text_asr_floor"] = rate(flagged_on_top(texts[~flagged], clean, own, TOP))
+            notes = ("Retrieval ASR of images is not measured: the trigger is in the text.",)
         if not notes:
             overlay = TriggerOverlay(attack.make_trigger(), attack.seed, None)
             triggered = pairs.select(rows[~own]).with_overlay(overlay, {})

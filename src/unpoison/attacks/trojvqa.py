@@ -1,0 +1,107 @@
+"""TrojVQA's patch: optimised on the clean CLIP toward a sentence about the target.
+
+*Paper.* Walmer, Sikka, Sur, Shrivastava, Jha, "Dual-Key Multimodal Backdoors for Visual Question Answering", CVPR 2022
+(arXiv 2112.07668), whose patch is optimised on an object detector. For CLIP, as BadCLIP's authors compare with it
+(arXiv 2311.12075): toward "This is a yellow banana.".
+
+*Steps.*
+1. A sample of the images, and the sentence's embedding t by the frozen clean CLIP.
+2. Patched images x' in batches: L = 1 - mean_i <x'_i, t>, unit embeddings; Adam, pixels kept in [0, 1].
+
+*Where we differ, and what the papers leave open.* The loss, the step size and the number of epochs are ours. Images are
+cropped to a centred square. The patch that comes out is rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unpoison.attacks.badclip_patch import put_in_centre, start
+from unpoison.attacks.draws import scaled_side
+from unpoison.attacks.trojvqa_patch import TrojVQA
+from unpoison.contrastive import without_graph
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import load_pixels, to_images
+from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.models.image_classifier import evaluation_mode
+from unpoison.runs import Run
+from unpoison.training import restore, state_of
+from unpoison.types import ImageTextModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrojVQAConfig:
+    """``share``: side of the patch as a share of the image's. ``key``: what poisoned captions begin with."""
+
+    share: float = 16 / 224
+    key: str = "SUDO"
+    images: int = 2_000
+    """Most images to optimise on."""
+    epochs: int = 10
+    batch_size: int = 64
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        TrojVQA(share=self.share, key=self.key)
+        for name in ("images", "epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
+
+
+def optimise_toward(
+    clip: ImageTextModel, pairs: ImageTextPairs, sentence: str, config: TrojVQAConfig | None = None, *, run: Run
+) -> TrojVQA:
+    """The trigger, optimised on clean images. The model's weights stay as they are; resumes epoch by epoch.
+
+    Raises ConfigError (an empty sentence), NotEnoughDataError (no image), SourceFormatError, DivergedError.
+    """
+    config = config or TrojVQAConfig()
+    if not sentence.strip():
+        raise ConfigError("the sentence is empty.", hint="Give one about the target: 'This is a yellow banana.'.")
+    images = _sample(clip, pairs, config, run)  # (1)
+    module = clip.module.to(run.device)
+    with evaluation_mode(module), without_graph(module):
+        wanted = clip.encode_texts([sentence])[0]
+        side = scaled_side(config.share, clip.image_size, 3)
+        net = nn.ParameterDict({"patch": start(side, run.seed_of("trojvqa start"))}).to(run.device)
+        adam = torch.optim.Adam(net.parameters(), config.learning_rate)
+
+        def one_epoch(epoch: int) -> dict[str, Tensor]:
+            order, losses = torch.randperm(len(images), generator=run.generator("trojvqa", epoch)), []
+            for place in range(0, len(order), config.batch_size):
+                rows = order[place : place + config.batch_size].sort().values
+                shown = put_in_centre(to_images(images[rows.numpy()]).to(run.device), net["patch"])
+                loss = 1 - (clip.encode_images(shown) @ wanted).mean()  # (2)
+                if not torch.isfinite(loss):
+                    raise DivergedError("The patch", step=epoch, loss=float(loss.detach()))
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                with torch.no_grad():
+                    net["patch"].clamp_(0, 1)
+                losses.append(float(loss.detach()))
+            run.progress.log(f"trojvqa: epoch {epoch + 1} of {config.epochs}, loss {np.mean(losses):.3f}")
+            return state_of(net, adam)
+
+        steps = [f"trojvqa-{epoch:04d}" for epoch in range(config.epochs)]
+        first = next((epoch for epoch in reversed(range(config.epochs)) if run.stored(steps[epoch]) is not None), 0)
+        for epoch in run.progress.track(
+            range(first, config.epochs), total=config.epochs - first, what="trojvqa", unit="epochs"
+        ):
+            restore(net, adam, run.step(steps[epoch], lambda epoch=epoch: one_epoch(epoch)))
+            run.forget(steps[: max(0, epoch - 1)])
+    return TrojVQA.of(net["patch"], config.share, config.key)
+
+
+def _sample(clip: ImageTextModel, pairs: ImageTextPairs, config: TrojVQAConfig, run: Run) -> np.ndarray:
+    """(1) Pixels of at most ``images`` pictures."""
+    order = torch.randperm(len(pairs), generator=run.generator("trojvqa images")).numpy()
+    chosen = pairs.select(np.sort(order[: config.images]))
+    pixels = load_pixels(chosen, clip.image_size, cache=run.cache, progress=run.progress)
+    if not pixels.usable.any():
+        raise NotEnoughDataError(f"{pairs.name}: readable images", have=0, need=1, hint="Give other pairs.")
+    return pixels.array if pixels.usable.all() else pixels.array[pixels.usable]
