@@ -71,10 +71,15 @@ def _scanned_source(scan: Path, data: str | None, reading: Reading) -> Any:
     import msgspec
 
     from unpoison.cli.running import open_source
-    from unpoison.errors import ResultError, SourceFormatError
+    from unpoison.errors import ResultError, SourceFormatError, UsageError
 
     try:
         inputs = msgspec.json.decode((scan / "run.json").read_bytes())
+        if inputs.get("pairs"):
+            raise UsageError(
+                f"{scan} holds a scan of image-caption pairs; keep writes labelled sets.",
+                hint=f"The ids of the flagged pairs are in {scan / 'split.parquet'} (region suspect): leave them out.",
+            )
         stored, source = inputs["reading"], inputs["source"]
         seed = inputs["seed"]
         if not (isinstance(stored, dict) and isinstance(source, str) and isinstance(seed, int)):
