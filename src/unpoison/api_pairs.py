@@ -139,8 +139,9 @@ def scan_pairs(
 
     ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for similarity, density
     and mean. None of the detectors decides whether a set is poisoned: the scan is inconclusive. Scores, split and
-    samples have no labels (-1) and no class names. Raises NotEnoughDataError, SourceFormatError (too many unusable
-    rows), NoSeparationError (all scores are equal), UnknownMethodError, UsageError (a reference is missing), ModelError.
+    samples have no labels (-1) and no class names.
+    Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
+    UnknownMethodError, UsageError (a reference is missing), ModelError.
     """
     run, config = run or Run(), config or PairDetectorConfig()
     begun = time.monotonic()
@@ -292,8 +293,8 @@ def _warnings(
     cut = count_cut_captions(reference, pairs)
     if cut.images_without_whole:
         warnings.append(
-            f"The reference's tokenizer cuts off every caption of {cut.images_without_whole:,} of {len(pairs):,} images: "
-            "these are judged by their beginning."
+            f"The reference's tokenizer cuts off every caption of {cut.images_without_whole:,} of {len(pairs):,} "
+            "images: these are judged by their beginning."
         )
     return tuple(warnings)
 

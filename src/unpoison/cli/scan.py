@@ -42,8 +42,8 @@ def dataset(
         Parameter(
             group=METHOD,
             show_default=False,
-            help="How samples are scored: of labelled images by CLIP and fresh networks (cgd) or by a network trained on "
-            "them (the next four); of pairs by the last six. [default: cgd, for pairs dao]",
+            help="How samples are scored: labelled images by CLIP and fresh networks (cgd) or by a network trained on "
+            "them (the next four), pairs by the last six. [default: cgd, for pairs dao]",
         ),
     ] = None,
     model: Annotated[

@@ -234,7 +234,7 @@ def _inverted_file(faiss: Any, units: np.ndarray, probes: int, seed: int) -> Any
 
 
 def _faiss() -> ModuleType:
-    """faiss, loaded when it is needed. torch and faiss bring an OpenMP each: on macOS two pools of threads can crash."""
+    """faiss, loaded when it is needed. It and torch bring an OpenMP each: on macOS two pools of threads can crash."""
     import faiss
 
     if sys.platform == "darwin":

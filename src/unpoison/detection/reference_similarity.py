@@ -48,7 +48,7 @@ class DensityConfig:
 
 
 def low_similarity(cosines: Scores) -> Scores:
-    """Minus the cosine of image and caption, in [-1, 1]; NaN stays NaN. Raises NoSeparationError where all are equal."""
+    """Minus the cosine of image and caption, in [-1, 1]; NaN stays NaN. Raises NoSeparationError for equal ones."""
     usable = cosines[~np.isnan(cosines)]
     if len(usable) and np.ptp(usable) == 0:
         raise NoSeparationError(

@@ -60,7 +60,10 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One example image with its label, or with its caption; ``key`` is the exact id as ASCII JSON, since HTML attributes do not keep every character."""
+    """One example image with its label, or with its caption.
+
+    ``key`` is the exact id as ASCII JSON, since HTML attributes do not keep every character.
+    """
 
     id: str
     key: str
