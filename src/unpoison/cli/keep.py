@@ -71,15 +71,11 @@ def _scanned_source(scan: Path, data: str | None, reading: Reading) -> Any:
     import msgspec
 
     from unpoison.cli.running import open_source
-    from unpoison.errors import ResultError, SourceFormatError, UsageError
+    from unpoison.data.pairs import open_pairs
+    from unpoison.errors import ResultError, SourceFormatError
 
     try:
         inputs = msgspec.json.decode((scan / "run.json").read_bytes())
-        if inputs.get("pairs"):
-            raise UsageError(
-                f"{scan} holds a scan of image-caption pairs; keep writes labelled sets.",
-                hint=f"The ids of the flagged pairs are in {scan / 'split.parquet'} (region suspect): leave them out.",
-            )
         stored, source = inputs["reading"], inputs["source"]
         seed = inputs["seed"]
         if not (isinstance(stored, dict) and isinstance(source, str) and isinstance(seed, int)):
@@ -97,6 +93,11 @@ def _scanned_source(scan: Path, data: str | None, reading: Reading) -> Any:
             split=stored.get("split"),
         )
     try:
+        if inputs.get("pairs"):
+            return open_pairs(
+                source if data is None else data, image_column=reading.image_column,
+                caption_column=stored.get("caption_column"), split=reading.split, seed=seed,
+            )  # fmt: skip
         # Without the limit: which rows were scanned is in the split, by id.
         return open_source(source if data is None else data, reading, seed=seed)
     except SourceFormatError as error:

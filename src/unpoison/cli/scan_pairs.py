@@ -36,7 +36,7 @@ def scan(
     from dataclasses import asdict
 
     from unpoison import __version__
-    from unpoison.api_pairs import PairDetectorConfig, find_pair_detector, scan_pairs
+    from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, scan_pairs
     from unpoison.cli import INCONCLUSIVE
     from unpoison.cli.running import DryRun, begin, run_without_folder
     from unpoison.configs import make_config, merge, read_config
@@ -53,7 +53,11 @@ def scan(
             hint="Leave them away, or scan without --pairs and with a --method for labelled images.",
         )
     method = method or "dao"
-    detector = find_pair_detector(method)
+    if method not in PAIR_DETECTORS:
+        raise UsageError(
+            f"{method} is for labelled images, not for pairs.", hint=f"Of pairs: --method {', '.join(PAIR_DETECTORS)}."
+        )
+    detector = PAIR_DETECTORS[method]
     if reference is not None and not detector.reference:
         raise UsageError(f"{method} asks no reference.", hint="Leave --reference away, or try --method density.")
     table = merge(read_config(config) if config is not None else {}, {"assumed_rate": assumed_rate})
