@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from clip_victims import open_data, read_victim  # noqa: E402
+from clip_victims import open_data, read_victim
 
-from unpoison.api_pairs import PAIR_DETECTORS, Embedded, PairDetectorConfig, caption_cosines  # noqa: E402
-from unpoison.attacks.pairs import apply_pair_poisoning  # noqa: E402
-from unpoison.detection.neighbours import NeighboursConfig  # noqa: E402
-from unpoison.evaluation.embeddings import embed_images  # noqa: E402
-from unpoison.evaluation.metrics import auroc, recall, tpr_at_fpr  # noqa: E402
-from unpoison.models.clip_files import load_any_clip  # noqa: E402
-from unpoison.runs import Run  # noqa: E402
+from unpoison.api_pairs import PAIR_DETECTORS, Embedded, PairDetectorConfig, caption_cosines
+from unpoison.attacks.pairs import apply_pair_poisoning
+from unpoison.detection.neighbours import NeighboursConfig
+from unpoison.evaluation.embeddings import embed_images
+from unpoison.evaluation.metrics import auroc, recall, tpr_at_fpr
+from unpoison.models.clip_files import load_any_clip
+from unpoison.runs import Run
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/pair_detectors.json"
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def scored(known: Embedded, truth: np.ndarray, run: Run) -> dict:
-    """Of each detector: AUROC, TPR at 5 % FPR, and the poison among as many of the highest scores as there is poison."""
+    """Of each detector: AUROC, TPR at 5 % FPR, and recall where as many are flagged as there is poison."""
     found = {}
     for method, detector in PAIR_DETECTORS.items():
         for prefix, near in BATCHES.items():

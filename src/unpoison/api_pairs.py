@@ -73,14 +73,14 @@ class Embedded:
     """The usable pairs as detectors see them: ``rows`` of ``pairs``, and what the models make of these.
 
     ``suspect``: unit image embeddings of the CLIP that was trained on the pairs. ``cosines``: of image and caption
-    under the reference, the mean over an image's captions, in [-1, 1]. Empty where the detector asks for neither.
+    under the reference, the mean over an image's captions, in [-1, 1]. None where the detector does not ask for it.
     """
 
     pairs: ImageTextPairs
     rows: Int[np.ndarray, " k"]
     clip: ImageTextModel
-    suspect: Float[np.ndarray, "k d"]
-    cosines: Float[np.ndarray, " k"]
+    suspect: Float[np.ndarray, "k d"] | None
+    cosines: Float[np.ndarray, " k"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +96,20 @@ def _neighbourhoods(*names: str) -> Callable[[Embedded, PairDetectorConfig, Run]
     def score(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
         formulas = {name.replace("-", "_"): neighbours.FORMULAS[name] for name in names}
         seed = run.seed_of("neighbours")
-        return score_neighbourhoods(known.suspect, formulas, config.neighbours, seed=seed, progress=run.progress)
+        return score_neighbourhoods(
+            _asked(known.suspect), formulas, config.neighbours, seed=seed, progress=run.progress
+        )
 
     return score
 
 
 def _similarity(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
-    return {"low_similarity": low_similarity(known.cosines)}
+    return {"low_similarity": low_similarity(_asked(known.cosines))}
 
 
 def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
     similarity = _similarity(known, config, run)
-    dense = density_of_least_similar(similarity["low_similarity"], known.suspect, config.density)
+    dense = density_of_least_similar(similarity["low_similarity"], _asked(known.suspect), config.density)
     return {"density": dense} | similarity
 
 
@@ -161,12 +163,12 @@ def scan_pairs(
     embedded = _embed(asked, pairs, run)
     first = next(iter(embedded.values()))
     rows = np.flatnonzero(first.usable)
-    cosines: Float[np.ndarray, " k"] = np.zeros(0)
+    cosines = None
     warnings: tuple[str, ...] = ()
     if detector.reference and reference is not None:
         cosines, others = caption_cosines(reference, pairs, rows, embedded["reference"].array[rows], run=run)
         warnings = _warnings(clip if detector.suspect else None, reference, pairs, cosines, others)
-    suspect = embedded["suspect"].array[rows] if detector.suspect else np.zeros((0, 1), dtype=np.float32)
+    suspect = embedded["suspect"].array[rows] if detector.suspect else None
     known = Embedded(pairs=pairs, rows=rows, clip=clip, suspect=suspect, cosines=cosines)
     axes = detector.score(known, config, run)
     primary = next(iter(axes))
@@ -297,6 +299,12 @@ def _warnings(
             "images: these are judged by their beginning."
         )
     return tuple(warnings)
+
+
+def _asked(values: np.ndarray | None) -> np.ndarray:
+    if values is None:
+        raise RuntimeError("the detector's entry does not say that it asks this model")
+    return values
 
 
 def _check_separation(scores: Float[np.ndarray, " k"], method: str) -> None:

@@ -144,7 +144,8 @@ def write_clean_copy(
 ) -> list[SkippedRow]:
     """Write ``rows`` of ``source`` to a new parquet file, whole or not at all.
 
-    Columns: image (bytes as they are), label or captions (a list of texts), id. Returns the rows that could not be read. Raises UsageError when ``path`` exists or cannot be written.
+    Columns: image (bytes as they are), label or captions (a list of texts), id.
+    Returns the rows that could not be read. Raises UsageError when ``path`` exists or cannot be written.
     """
     if path.exists():
         raise UsageError(f"{path} exists.", hint="Choose another -o file; nothing was overwritten.")
