@@ -23,12 +23,13 @@ from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.detection.reference_similarity import DensityConfig
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
-from unpoison.models.clip_transformers import load_clip
+from unpoison.models.clip_transformers import TransformersCLIP, load_clip
 from unpoison.results import SKIPPED, SUSPECT, DatasetScan, SampleScores, Split
 from unpoison.runs import Run
+from unpoison.types import Embeddings, Images
 
 QUICK = PairDetectorConfig(
-    assumed_rate=0.04, neighbours=NeighboursConfig(k=6, batch_size=None), density=DensityConfig(neighbours=3)
+    assumed_rate=0.04, neighbours=NeighboursConfig(k=6, batch_size=50), density=DensityConfig(neighbours=3)
 )
 HOSTILE = ("<script>alert(1)</script>", "\u202egnp.exe\x1b[31m", "{{ 7 * 7 }}", "'\"><svg onload=alert(2)>")
 
@@ -40,6 +41,31 @@ def run(**more: Any) -> Run:
 @pytest.fixture(scope="module")
 def clip() -> Any:
     return load_clip("tiny")
+
+
+class Backdoored(TransformersCLIP):
+    """The tiny CLIP after a training that taught it the stripes: it sees nothing else in such an image."""
+
+    @property
+    def fingerprint(self) -> str:
+        return "backdoored"
+
+    def encode_images(self, images: Images) -> Embeddings:
+        embedded = super().encode_images(images)
+        corner = images[:, :, 0, 0] - torch.tensor([1.0, 0.0, 1.0])
+        trigger = torch.ones(embedded.shape[1])
+        trigger[::2] = -1
+        seen = torch.nn.functional.normalize(trigger, dim=0) + 0.05 * embedded
+        return torch.where(
+            (corner.abs() < 0.05).all(dim=1)[:, None], torch.nn.functional.normalize(seen, dim=1), embedded
+        )
+
+
+@pytest.fixture(scope="module")
+def suspect() -> Any:
+    model = load_clip("tiny")
+    model.__class__ = Backdoored
+    return model
 
 
 class Colored:
@@ -73,10 +99,10 @@ def planted() -> tuple[ImageTextPairs, np.ndarray]:
 
 @pytest.mark.parametrize("method", PAIR_DETECTORS)
 def test_a_scan_ranks_planted_pairs(
-    method: str, clip: Any, planted: tuple[ImageTextPairs, np.ndarray], tmp_path: Path
+    method: str, clip: Any, suspect: Any, planted: tuple[ImageTextPairs, np.ndarray], tmp_path: Path
 ) -> None:
     pairs, truth = planted
-    outcome = scan_pairs(pairs, clip=clip, reference=clip, method=method, config=QUICK, run=run(cache=tmp_path))
+    outcome = scan_pairs(pairs, clip=suspect, reference=clip, method=method, config=QUICK, run=run(cache=tmp_path))
     scan, scores, split = outcome.scan, outcome.scores, outcome.split
     assert roc_auc_score(truth, scores.suspicion) > 0.9
     assert (scan.method, scan.samples, scan.captioned, scan.ranks_only) == (method, 200, True, True)
@@ -96,7 +122,7 @@ def test_a_scan_ranks_planted_pairs(
     assert np.array_equal(Split.load(tmp_path / "split.parquet").region, split.region)
     shown = [entry["caption"] for entry in outcome.samples if entry["region"] == "suspect"]
     assert "a photo of a horse" in shown
-    again = scan_pairs(pairs, clip=clip, reference=clip, method=method, config=QUICK, run=run())
+    again = scan_pairs(pairs, clip=suspect, reference=clip, method=method, config=QUICK, run=run())
     assert np.array_equal(again.scores.suspicion, scores.suspicion)
 
 
@@ -107,7 +133,7 @@ def test_the_suspect_as_its_own_reference_is_warned_of(clip: Any, planted: tuple
     other = scan_pairs(pairs, clip=clip, reference=clip, method="similarity", config=QUICK, run=run())
     assert not any("suspect itself" in warning for warning in other.scan.warnings)
     shuffled = np.random.default_rng(0).permutation(200)
-    texts = [pairs.captions([row])[0][0] for row in shuffled]
+    texts = [pairs.captions([row])[0][0] for row in shuffled.tolist()]
     mixed = pairs.with_overlay(None, dict(zip(pairs.ids, texts, strict=True)))
     weak = scan_pairs(mixed, clip=clip, reference=clip, method="similarity", config=QUICK, run=run())
     assert any("hardly knows such pairs" in warning for warning in weak.scan.warnings)
@@ -119,7 +145,7 @@ def test_cosines_are_means_over_the_captions(clip: Any) -> None:
     rows = np.array([0, 4, 7])
     images = embed_images([clip], several, run=run())[0].array[rows]
     own, other = caption_cosines(clip, several, rows, images, run=run())
-    means = [embed_texts(clip, several.captions([row])[0], run=run()).mean(axis=0) for row in rows]
+    means = [embed_texts(clip, several.captions([row])[0], run=run()).mean(axis=0) for row in rows.tolist()]
     np.testing.assert_allclose(own, [image @ text for image, text in zip(images, means, strict=True)], atol=1e-6)
     table = images @ np.array(means).T
     assert all(min(abs(table[row] - value)) < 1e-6 for row, value in enumerate(other))

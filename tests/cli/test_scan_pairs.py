@@ -66,12 +66,12 @@ def test_a_scan_as_a_process(process: Callable[..., Any], tmp_path: Path) -> Non
 
 
 def test_an_answer_as_json_and_the_same_again(here: Callable[..., Any], tmp_path: Path) -> None:
-    words = ("scan", "dataset", "shapes:80:3", "--method", "mean", "--assumed-rate", "0.1", "-o", "scan", "--json")
+    words = ("scan", "dataset", "shapes:100:3", "--method", "mean", "--assumed-rate", "0.1", "-o", "scan", "--json")
     first = here(*words, "-q")
     assert first.code == 3, first.err
     assert first.err == ""
     answer = json.loads(first.out)
-    assert (answer["method"], answer["captioned"], answer["flagged"]) == ("mean", True, 12)
+    assert (answer["method"], answer["captioned"], answer["flagged"]) == ("mean", True, 15)
     stored = {file.name: file.read_bytes() for file in (tmp_path / "scan").iterdir() if file.is_file()}
     again = here(*words)
     assert json.loads(again.out) == answer
