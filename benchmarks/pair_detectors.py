@@ -29,7 +29,7 @@ from unpoison.runs import Run
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/pair_detectors.json"
 THIN = 0.01
-BATCHES = {"": NeighboursConfig(), "all rows, ": NeighboursConfig(batch_size=None)}
+BATCHES = {"": NeighboursConfig(), "batches of 500, ": NeighboursConfig(batch_size=500)}
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def scored(known: Embedded, truth: np.ndarray, run: Run) -> dict:
     found = {}
     for method, detector in PAIR_DETECTORS.items():
         for prefix, near in BATCHES.items():
-            if prefix and (not detector.suspect or method in ("density", "mean")):
+            if prefix and not detector.batches:
                 continue
             axes = detector.score(known, PairDetectorConfig(neighbours=near), run)
             scores = next(iter(axes.values()))

@@ -58,14 +58,14 @@ Axes = dict[str, Float[np.ndarray, " k"]]
 class PairDetectorConfig:
     """Settings of all detectors of pairs; each reads its own and ``assumed_rate``."""
 
-    assumed_rate: float = 0.01
-    """Share of the pairs that is taken for poison: 1.5 times as many are flagged. Ours."""
+    assumed_rate: float = 0.005
+    """Share of the pairs that is taken for poison: 1.5 times as many are flagged. Ours; attacks' papers take 0.003."""
     neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.assumed_rate < 0.5:
-            raise ConfigError(f"expected assumed_rate in (0, 0.5), got {self.assumed_rate}.", hint="Try 0.01.")
+            raise ConfigError(f"expected assumed_rate in (0, 0.5), got {self.assumed_rate}.", hint="Try 0.005.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,6 +90,8 @@ class PairDetector:
     score: Callable[[Embedded, PairDetectorConfig, Run], Axes]
     suspect: bool = True
     reference: bool = False
+    batches: bool = False
+    """It takes poison for rarer than k in a batch."""
 
 
 def _neighbourhoods(*names: str) -> Callable[[Embedded, PairDetectorConfig, Run], Axes]:
@@ -119,12 +121,12 @@ def _mean(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
 
 
 PAIR_DETECTORS: dict[str, PairDetector] = {
-    "dao": PairDetector(score=_neighbourhoods("dao")),
-    "slof": PairDetector(score=_neighbourhoods("slof")),
-    "k-distance": PairDetector(score=_neighbourhoods("k-distance")),
+    "dao": PairDetector(score=_neighbourhoods("dao"), batches=True),
+    "slof": PairDetector(score=_neighbourhoods("slof"), batches=True),
+    "k-distance": PairDetector(score=_neighbourhoods("k-distance"), batches=True),
     "similarity": PairDetector(score=_similarity, suspect=False, reference=True),
     "density": PairDetector(score=_density, reference=True),
-    "mean": PairDetector(score=_mean, reference=True),
+    "mean": PairDetector(score=_mean, reference=True, batches=True),
 }
 
 
@@ -168,6 +170,8 @@ def scan_pairs(
     if detector.reference and reference is not None:
         cosines, others = caption_cosines(reference, pairs, rows, embedded["reference"].array[rows], run=run)
         warnings = _warnings(clip if detector.suspect else None, reference, pairs, cosines, others)
+    if detector.batches:
+        warnings += _crowded(config, len(rows))
     suspect = embedded["suspect"].array[rows] if detector.suspect else None
     known = Embedded(pairs=pairs, rows=rows, clip=clip, suspect=suspect, cosines=cosines)
     axes = detector.score(known, config, run)
@@ -299,6 +303,18 @@ def _warnings(
             "images: these are judged by their beginning."
         )
     return tuple(warnings)
+
+
+def _crowded(config: PairDetectorConfig, total: int) -> tuple[str, ...]:
+    """A warning where at the assumed rate poison has neighbours enough among its own."""
+    batch = min(config.neighbours.batch_size or total, total)
+    together = config.assumed_rate * batch
+    if together < config.neighbours.k:
+        return ()
+    return (
+        f"At the assumed rate {together:.0f} poisoned pairs are in a batch of {batch:,} and are each other's "
+        f"{config.neighbours.k} neighbours: they rank low. Lower neighbours.batch_size.",
+    )
 
 
 def _asked(values: np.ndarray | None) -> np.ndarray:

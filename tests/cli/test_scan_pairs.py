@@ -62,7 +62,7 @@ def test_a_scan_as_a_process(process: Callable[..., Any], tmp_path: Path) -> Non
     assert (len(scores.ids), scores.primary, scores.class_names) == (80, "dao", ())
     assert np.flatnonzero(np.isnan(scores.suspicion)).tolist() == [3]
     split = Split.load(tmp_path / "scan" / "split.parquet")
-    assert len(split.suspect) == round(1.5 * 0.01 * 79)
+    assert len(split.suspect) == round(1.5 * 0.005 * 79)
 
 
 def test_an_answer_as_json_and_the_same_again(here: Callable[..., Any], tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def dataset(
         Parameter(
             group=METHOD,
             show_default=False,
-            help="Where a method only ranks: flag 1.5 times this share. [default: 0.05, for pairs 0.01]",
+            help="Where a method only ranks: flag 1.5 times this share. [default: 0.05, for pairs 0.005]",
         ),
     ] = None,
     scorers: Annotated[
