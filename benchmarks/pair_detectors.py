@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from clip_victims import open_data, read_victim
+from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
 
 from unpoison.api_pairs import PAIR_DETECTORS, Embedded, PairDetectorConfig, caption_cosines
 from unpoison.attacks.pairs import apply_pair_poisoning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,9 +215,9 @@ def test_exactly_k_others_are_enough() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for wrong in ({"k": 0}, {"probes": 0}, {"batch_size": 33}, {"batch_size": 0}):
+    for name, wrong in (("k", 0), ("probes", 0), ("batch_size", 33), ("batch_size", 0)):
         with pytest.raises(ConfigError):
-            NeighboursConfig(**wrong)
+            replace(NeighboursConfig(), **{name: wrong})
     assert NeighboursConfig(batch_size=34).batch_size == 34
 
 

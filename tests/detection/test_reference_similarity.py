@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
@@ -64,9 +66,9 @@ def test_too_few_or_wrong_settings_are_refused() -> None:
         density_of_least_similar(suspicion, embeddings)
     with pytest.raises(NotEnoughDataError):
         density_of_least_similar(suspicion[:0], embeddings[:0])
-    for wrong in ({"share": 0.0}, {"share": 1.5}, {"neighbours": 0}, {"share": float("nan")}):
+    for name, wrong in (("share", 0.0), ("share", 1.5), ("neighbours", 0), ("share", float("nan"))):
         with pytest.raises(ConfigError):
-            DensityConfig(**wrong)
+            replace(DensityConfig(), **{name: wrong})
 
 
 def test_low_similarity_is_minus_the_cosine() -> None:
