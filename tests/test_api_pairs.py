@@ -122,8 +122,8 @@ def test_a_scan_ranks_planted_pairs(
     assert DatasetScan.load(tmp_path / "scan.json") == scan
     assert SampleScores.load(tmp_path / "scores.parquet").ids == scores.ids
     assert np.array_equal(Split.load(tmp_path / "split.parquet").region, split.region)
-    shown = [entry["caption"] for entry in outcome.samples if entry["region"] == "suspect"]
-    assert "a photo of a horse" in shown
+    shown = {entry["id"]: entry["caption"] for entry in outcome.samples if entry["region"] == "suspect"}
+    assert shown == {pairs.ids[row]: pairs.captions([row])[0][0] for row in split.suspect.tolist()}
     again = scan_pairs(pairs, clip=suspect, reference=clip, method=method, config=QUICK, run=run())
     assert np.array_equal(again.scores.suspicion, scores.suspicion)
 
