@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         purify_with_par,
     )
     from unpoison.api_detectors import DetectorConfig, scan_with_detector
+    from unpoison.api_pairs import PairDetectorConfig, scan_pairs
     from unpoison.api_repairs import purify_with_classic, purify_with_pad_ft
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
     from unpoison.data.pairs import join_pairs, open_pairs
@@ -51,6 +52,7 @@ _HOMES = {
     "FineTuningConfig": "unpoison.defenses.baselines.fine_tuning",
     "PADFTConfig": "unpoison.defenses.pad_ft",
     "PARConfig": "unpoison.defenses.par",
+    "PairDetectorConfig": "unpoison.api_pairs",
     "PurifyOutcome": "unpoison.api",
     "Run": "unpoison.runs",
     "RunFolder": "unpoison.runs",
@@ -80,6 +82,7 @@ _HOMES = {
     "save_classifier": "unpoison.models.classifier",
     "save_clip": "unpoison.models.clip_files",
     "scan_dataset": "unpoison.api",
+    "scan_pairs": "unpoison.api_pairs",
     "scan_with_detector": "unpoison.api_detectors",
     "select_clean": "unpoison.keep",
     "train_classifier": "unpoison.training",
@@ -108,6 +111,7 @@ __all__ = [
     "FineTuningConfig",
     "PADFTConfig",
     "PARConfig",
+    "PairDetectorConfig",
     "PurifyOutcome",
     "Run",
     "RunFolder",
@@ -137,6 +141,7 @@ __all__ = [
     "save_classifier",
     "save_clip",
     "scan_dataset",
+    "scan_pairs",
     "scan_with_detector",
     "select_clean",
     "train_classifier",

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
@@ -210,23 +211,16 @@ def describe_samples(
 
     ``cosines`` [n, c] are CLIP's, for the label that it would give; None where no CLIP was asked.
     """
-    order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
-    listed = [row for row in order if split.region[row] != SKIPPED]
-    flagged = [row for region in (SUSPECT, MIXED) for row in listed if split.region[row] == region]
-    trusted = [row for row in reversed(listed) if split.region[row] == CLEAN]
-    chosen = list(dict.fromkeys((flagged or listed)[:suspects] + trusted[:clean]))  # small sets would repeat some
+    chosen = choose_examples(scores, split, suspects=suspects, clean=clean)
     entries = []
     for row, image in zip(chosen, source.decode(np.array(chosen, dtype=np.int64)), strict=True):
         if isinstance(image, SkippedRow):
             continue
-        image.thumbnail((64, 64))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
         entry = {
             "id": scores.ids[row],
             "label": source.class_names[int(scores.labels[row])],
             "region": REGION_NAMES[int(split.region[row])],
-            "thumbnail": base64.b64encode(buffer.getvalue()).decode(),
+            "thumbnail": thumbnail(image),
             "score": float(scores.suspicion[row]),
         }
         if cosines is not None:
@@ -234,6 +228,24 @@ def describe_samples(
         entry |= {name: float(scores.axes[name][row]) for name in (CLIP_AXIS, EARLY_AXIS) if name in scores.axes}
         entries.append(entry)
     return entries
+
+
+def choose_examples(scores: SampleScores, split: Split, *, suspects: int = 48, clean: int = 12) -> list[int]:
+    """Rows that the report shows: the most suspicious of those flagged (or of all), then the least suspicious."""
+    order = np.argsort(np.nan_to_num(-scores.suspicion, nan=np.inf), kind="stable")
+    listed = [int(row) for row in order if split.region[row] != SKIPPED]
+    flagged = [row for region in (SUSPECT, MIXED) for row in listed if split.region[row] == region]
+    trusted = [row for row in reversed(listed) if split.region[row] == CLEAN]
+    return list(dict.fromkeys((flagged or listed)[:suspects] + trusted[:clean]))  # small sets would repeat some
+
+
+def thumbnail(image: Image.Image) -> str:
+    """The image at most 64 px wide and high, as a PNG in base64."""
+    small = image.copy()
+    small.thumbnail((64, 64))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
@@ -284,4 +296,12 @@ def _required(estimate: PoisonEstimate | None) -> PoisonEstimate:
     return estimate
 
 
-__all__ = ["PurifyOutcome", "ScanOutcome", "describe_samples", "purify_with_cgd", "scan_dataset"]
+__all__ = [
+    "PurifyOutcome",
+    "ScanOutcome",
+    "choose_examples",
+    "describe_samples",
+    "purify_with_cgd",
+    "scan_dataset",
+    "thumbnail",
+]

@@ -12,9 +12,10 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Features, Image, Value
+from datasets import ClassLabel, Features, Image, List, Value
 from jaxtyping import Int
 
+from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, ResultError, UsageError
 from unpoison.results import CLEAN, MIXED, SKIPPED, SUSPECT, SkippedRow, Split
@@ -116,7 +117,7 @@ def _from_csv(path: Path, text: str) -> dict[str, str]:
     return found
 
 
-def locate(source: LabelledImages, split: Split, rows: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+def locate(source: LabelledImages | ImageTextPairs, split: Split, rows: Int[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
     """Where the split's ``rows`` are in ``source``. Raises DataError when the source is no longer what was scanned."""
     places = {name: row for row, name in enumerate(source.ids)}
     found = np.array([places.get(split.ids[row], -1) for row in rows], dtype=np.int64)
@@ -127,21 +128,33 @@ def locate(source: LabelledImages, split: Split, rows: Int[np.ndarray, " k"]) ->
             f"the first is {split.ids[int(rows[gone[0]])]!r}.",
             hint="Give the scanned source with --data.",
         )
+    if isinstance(source, ImageTextPairs):
+        return found
     if source.class_names != split.class_names or not np.array_equal(source.labels[found], split.labels[rows]):
         raise DataError(f"{source.name}: labels are not those that were scanned.", hint="Scan the source again.")
     return found
 
 
 def write_clean_copy(
-    source: LabelledImages, rows: Int[np.ndarray, " k"], path: Path, *, progress: Progress | None = None
+    source: LabelledImages | ImageTextPairs,
+    rows: Int[np.ndarray, " k"],
+    path: Path,
+    *,
+    progress: Progress | None = None,
 ) -> list[SkippedRow]:
-    """Write ``rows`` of ``source`` to a new parquet file (image bytes as they are, label, id), whole or not at all.
+    """Write ``rows`` of ``source`` to a new parquet file, whole or not at all.
 
+    Columns: image (bytes as they are), label or captions (a list of texts), id.
     Returns the rows that could not be read. Raises UsageError when ``path`` exists or cannot be written.
     """
     if path.exists():
         raise UsageError(f"{path} exists.", hint="Choose another -o file; nothing was overwritten.")
-    features = Features({"image": Image(), "label": ClassLabel(names=list(source.class_names)), "id": Value("string")})
+    told = (
+        {"captions": List(Value("string"))}
+        if isinstance(source, ImageTextPairs)
+        else {"label": ClassLabel(names=list(source.class_names))}
+    )
+    features = Features({"image": Image(), **told, "id": Value("string")})
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     skipped: list[SkippedRow] = []
     chunks = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
@@ -173,13 +186,19 @@ def read_split(folder: Path) -> Split:
     return Split.load(path)
 
 
-def _table(source: LabelledImages, rows: np.ndarray, schema: pa.Schema, skipped: list[SkippedRow]) -> pa.Table:
+def _table(
+    source: LabelledImages | ImageTextPairs, rows: np.ndarray, schema: pa.Schema, skipped: list[SkippedRow]
+) -> pa.Table:
     images = source.raw(rows)
     good = [place for place, image in enumerate(images) if not isinstance(image, SkippedRow)]
     skipped += [image for image in images if isinstance(image, SkippedRow)]
+    chosen = [int(rows[place]) for place in good]
     columns = {
         "image": [{"bytes": images[place], "path": None} for place in good],
-        "label": [int(source.labels[rows[place]]) for place in good],
-        "id": [source.ids[int(rows[place])] for place in good],
+        "id": [source.ids[row] for row in chosen],
     }
+    if isinstance(source, ImageTextPairs):
+        columns["captions"] = [list(captions) for captions in source.captions(chosen)]
+    else:
+        columns["label"] = [int(source.labels[row]) for row in chosen]
     return pa.table(columns, schema=schema)

@@ -36,7 +36,10 @@ class SkippedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleScores:
-    """Suspicion of each sample on one or more axes; higher = more suspicious; NaN where the row was skipped."""
+    """Suspicion of each sample on one or more axes; higher = more suspicious; NaN where the row was skipped.
+
+    Image-caption pairs have no ``class_names``; each of their labels is -1.
+    """
 
     method: str
     ids: list[str]
@@ -347,6 +350,8 @@ class DatasetScan(JsonResult):
     chance_agreement: float | None = None
     ranks_only: bool = False
     """The method ranks samples of any set and does not decide whether there is poison."""
+    captioned: bool = False
+    """The set is one of image-caption pairs: there are no labels, ``class_names`` is empty."""
 
     @property
     def inconclusive(self) -> bool:

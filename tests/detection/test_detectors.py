@@ -12,6 +12,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from unpoison.api_detectors import NETWORK_DETECTORS, DetectorConfig, highest, scan_with_detector
+from unpoison.api_pairs import PAIR_DETECTORS
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.catalog import DETECTORS
 from unpoison.data.pixels import Pixels, load_pixels
@@ -190,5 +191,5 @@ def test_a_network_of_other_classes_is_refused(trained: Any) -> None:
 
 
 def test_the_catalog_lists_them() -> None:
-    assert {entry.name for entry in DETECTORS} == {"cgd", *NETWORK_DETECTORS}
+    assert {entry.name for entry in DETECTORS} == {"cgd", *NETWORK_DETECTORS, *PAIR_DETECTORS}
     assert highest(np.array([3.0, 1.0, 2.0, 0.0]), 0.34).tolist() == [True, False, True, False]

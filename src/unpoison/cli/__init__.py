@@ -15,7 +15,7 @@ from cyclopts import App, CycloptsError
 
 from unpoison import __version__
 from unpoison.cli.help import AlignedHelp
-from unpoison.errors import UnpoisonError
+from unpoison.errors import NoSeparationError, UnpoisonError
 
 FINDINGS, ERROR, INCONCLUSIVE, INTERRUPTED, BROKEN_PIPE = 1, 2, 3, 130, 141
 
@@ -33,7 +33,11 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,  # ours to report
     )
     scan = App(name="scan", help="Find out whether something is poisoned.", sort_key=1, **plain)
-    scan.command("unpoison.cli.scan:dataset", name="dataset", help="Is this image set poisoned, and which samples?")
+    scan.command(
+        "unpoison.cli.scan:dataset",
+        name="dataset",
+        help="Is this set of images, or of image-caption pairs, poisoned, and which samples?",
+    )
     purify = App(name="purify", help="Remove a backdoor from a model.", sort_key=2, **plain)
     purify.command(
         "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
@@ -95,6 +99,9 @@ def _run(tokens: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command continues it", file=sys.stderr)  # noqa: T201
         return INTERRUPTED
+    except NoSeparationError as error:
+        _fail(tokens, error, type(error).__name__, error.message, error.hint)
+        return INCONCLUSIVE
     except UnpoisonError as error:
         return _fail(tokens, error, type(error).__name__, error.message, error.hint)
     except CycloptsError as error:

@@ -71,6 +71,7 @@ def _scanned_source(scan: Path, data: str | None, reading: Reading) -> Any:
     import msgspec
 
     from unpoison.cli.running import open_source
+    from unpoison.data.pairs import open_pairs
     from unpoison.errors import ResultError, SourceFormatError
 
     try:
@@ -92,6 +93,11 @@ def _scanned_source(scan: Path, data: str | None, reading: Reading) -> Any:
             split=stored.get("split"),
         )
     try:
+        if inputs.get("pairs"):
+            return open_pairs(
+                source if data is None else data, image_column=reading.image_column,
+                caption_column=stored.get("caption_column"), split=reading.split, seed=seed,
+            )  # fmt: skip
         # Without the limit: which rows were scanned is in the split, by id.
         return open_source(source if data is None else data, reading, seed=seed)
     except SourceFormatError as error:

@@ -1,4 +1,4 @@
-"""``unpoison scan dataset``: is this image set poisoned, and which samples?"""
+"""``unpoison scan dataset``: is this set of images or of image-caption pairs poisoned, and which samples?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from unpoison.cli.options import Planned, Reading, run_path
+from unpoison.cli.options import READING, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -18,19 +18,34 @@ if TYPE_CHECKING:
 
 METHOD = Group("Method", sort_key=10)
 TOP = 10
+Method = Literal[
+    "cgd", "activation-clustering", "spectral-signatures", "strip", "ibd-psc",
+    "dao", "slof", "k-distance", "similarity", "density", "mean",
+]  # fmt: skip
+OF_PAIRS = ("dao", "slof", "k-distance", "similarity", "density", "mean")
 
 
 def dataset(
     source: str,
     /,
     *,
+    pairs: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            help="SOURCE holds image-caption pairs; implied by a --method for pairs.",
+        ),
+    ] = False,
     method: Annotated[
-        Literal["cgd", "activation-clustering", "spectral-signatures", "strip", "ibd-psc"],
+        Method | None,
         Parameter(
             group=METHOD,
-            help="How samples are scored. All but cgd look at a network that was trained on the set.",
+            show_default=False,
+            help="How samples are scored: labelled images by CLIP and fresh networks (cgd) or by a network trained on "
+            "them (the next four), pairs by the last six. [default: cgd, for pairs dao]",
         ),
-    ] = "cgd",
+    ] = None,
     model: Annotated[
         str | None,
         Parameter(
@@ -40,8 +55,20 @@ def dataset(
         ),
     ] = None,
     clip: Annotated[
-        str, Parameter(group=METHOD, help='For cgd, a CLIP of transformers: "tiny" (bundled), a folder, an id.')
+        str,
+        Parameter(
+            group=METHOD,
+            help='For cgd, a CLIP: "tiny" (bundled), a folder, an id. For pairs the one trained on them.',
+        ),
     ] = "tiny",
+    reference: Annotated[
+        str | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="For similarity, density and mean: a CLIP that never saw the pairs. [default: tiny]",
+        ),
+    ] = None,
     arch: Annotated[
         str,
         Parameter(
@@ -54,7 +81,7 @@ def dataset(
         Parameter(
             group=METHOD,
             show_default=False,
-            help="For spectral-signatures and strip: flag 1.5 times this share. [default: 0.05]",
+            help="Where a method only ranks: flag 1.5 times this share. [default: 0.05, for pairs 0.005]",
         ),
     ] = None,
     scorers: Annotated[
@@ -69,17 +96,21 @@ def dataset(
     exit_zero: Annotated[
         bool, Parameter(negative="", show_default=False, help="Exit with 0 whatever is found.")
     ] = False,
+    caption_column: Annotated[
+        str | None, Parameter(group=READING, show_default=False, help="Column that holds the captions of pairs.")
+    ] = None,
     reading: Reading = Reading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
-    """Find out whether a labelled image set is poisoned, toward what, and which samples are suspect.
+    """Find out whether a labelled image set is poisoned, toward what, and which samples are suspect; rank pairs.
 
     Exit codes: 0 nothing found, 1 poisoned, 2 error, 3 inconclusive.
 
     Parameters
     ----------
     source
-        Folder of class folders, .parquet, .csv, .jsonl, .tar shards, a Hugging Face id, or "shapes" (built in).
+        Folder of class folders (pairs: of images with captions), .parquet, .csv, .jsonl, .tar shards, a Hugging Face
+        id, or "shapes" (built in).
     """
     from unpoison.cli import FINDINGS, INCONCLUSIVE
     from unpoison.cli.console import Console
@@ -92,6 +123,21 @@ def dataset(
         from unpoison.errors import UsageError
         from unpoison.models.clip_transformers import load_clip
 
+        if pairs or method in OF_PAIRS:
+            from unpoison.cli.scan_pairs import scan
+
+            foreign = {"--model": model, "--scorers": scorers, "--scorer-epochs": scorer_epochs,
+                       "--label-column": reading.label_column, "--class-names": reading.class_names}  # fmt: skip
+            code = scan(
+                console, source, method, clip, reference, assumed_rate, config, caption_column, reading, options,
+                foreign=[name for name, value in foreign.items() if value is not None],
+            )  # fmt: skip
+            return 0 if exit_zero else code
+        if reference is not None or caption_column is not None:
+            raise UsageError(
+                "--reference and --caption-column are for image-caption pairs.", hint="Add --pairs, or leave them away."
+            )
+        method = method or "cgd"
         if method != "cgd":
             code = _detect(console, source, method, model, arch, image_size, assumed_rate, config, reading, options)
             return 0 if exit_zero else code
@@ -221,7 +267,7 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
     import shlex
 
     from unpoison.cli.console import printable
-    from unpoison.cli.tables import flagged_table, suspects_table, verdict
+    from unpoison.cli.tables import flagged_table, skipped_lines, suspects_table, verdict
 
     out.print(verdict(scan.estimate, scan.samples, scan.class_names, ranks_only=scan.ranks_only), style="bold")
     out.print(printable(scan.estimate.reason))
@@ -234,13 +280,8 @@ def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, sp
         out.print(flagged_table(scan))
         out.print()
         out.print(suspects_table(scores, split, TOP))
-    if scan.skipped:
-        out.print()
-        out.print(f"Skipped {len(scan.skipped)} rows that could not be used:")
-        for row in scan.skipped[:3]:
-            out.print(printable(f"  {row.id}: {row.reason}"))
-        if len(scan.skipped) > 3:
-            out.print(f"  and {len(scan.skipped) - 3} more, in {path / 'scan.json'}")
+    for line in skipped_lines(scan, path):
+        out.print(line)
     if scan.not_covered:
         out.print()
         out.print("Not covered: " + printable("; ".join(scan.not_covered)))

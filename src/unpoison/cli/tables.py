@@ -11,6 +11,8 @@ from rich.table import Table
 from unpoison.cli.console import printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from unpoison.results import ClipEvaluation, DatasetScan, Evaluation, Interval, PoisonEstimate, SampleScores, Split
 
 _NAMED = 5  # target labels named in the verdict
@@ -60,6 +62,16 @@ def suspects_table(scores: SampleScores, split: Split, count: int) -> Table:
         values = [f"{scores.axes[axis][row]:.3f}" for axis in axes]
         table.add_row(printable(scores.ids[row]), printable(scores.class_names[int(scores.labels[row])]), *values)
     return table
+
+
+def skipped_lines(scan: DatasetScan, path: Path) -> list[str]:
+    """How many rows could not be used, and why the first could not; nothing where all could."""
+    if not scan.skipped:
+        return []
+    lines = ["", f"Skipped {len(scan.skipped)} rows that could not be used:"]
+    lines += [printable(f"  {row.id}: {row.reason}") for row in scan.skipped[:3]]
+    more = [f"  and {len(scan.skipped) - 3} more, in {path / 'scan.json'}"] if len(scan.skipped) > 3 else []
+    return lines + more
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation | ClipEvaluation]) -> Table:

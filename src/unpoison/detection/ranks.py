@@ -1,6 +1,8 @@
-"""The arithmetic of CGD's separation: cross-entropies, ranks, regions. Pure functions over arrays."""
+"""Cross-entropies, ranks, means of ranks, and CGD's published regions. Pure functions over arrays."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,6 +28,11 @@ def rank_normalise(values: Scores, groups: GivenLabels | None = None) -> Scores:
     for members in _members(usable, groups):
         ranks[members] = rankdata(values[members]) / len(members)
     return ranks
+
+
+def mean_of_ranks(scores: Iterable[Scores]) -> Scores:
+    """An ensemble of at least one score, in (0, 1]: the mean of their ranks; NaN where any of them is NaN."""
+    return np.mean([rank_normalise(values) for values in scores], axis=0)
 
 
 def published_regions(clip_rank: Scores, early_rank: Scores, *, sigma1: float, sigma2: float) -> Region:

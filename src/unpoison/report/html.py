@@ -123,7 +123,7 @@ def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
         agreement = [Tile(value=percent(scan.clip_agreement), name="CLIP agrees with the label", note=note)]
     return RunView(
         anchor=anchor,
-        kind="Data set scan",
+        kind="Scan of pairs" if scan.captioned else "Data set scan",
         run=run,
         verdict=scan_verdict(
             scan.estimate, usable, scan.class_names, weak_clip=scan.weak_clip, ranks_only=scan.ranks_only
@@ -133,7 +133,9 @@ def _dataset_view(run: ReportRun, scan: DatasetScan, anchor: str) -> RunView:
         scan=separation,
         evaluations=_evaluation_views(run),
         tested=[
-            f"{counted(usable, 'usable image')} of {scan.source} with their given labels, "
+            f"{counted(usable, 'usable image')} of {scan.source} with their captions."
+            if scan.captioned
+            else f"{counted(usable, 'usable image')} of {scan.source} with their given labels, "
             f"in {counted(len(scan.class_names), 'class', 'classes')}.",
             f"Whether CLIP ({scan.clip}) disagrees with a label, and whether a small network learns an image "
             "suspiciously early."
@@ -168,6 +170,8 @@ def _scan_tiles(view: ScanView) -> list[Tile]:
 
 
 def _scan_steps(run: ReportRun, scan: DatasetScan) -> list[Step]:
+    if scan.captioned:
+        return _pair_steps(run)
     purify = command("unpoison", "purify", "cgd", "MODEL", "--data", scan.source, "-o", "purified")
     if not scan.estimate.poisoned and scan.estimate.odd_labels:
         return [
@@ -191,6 +195,17 @@ def _scan_steps(run: ReportRun, scan: DatasetScan) -> list[Step]:
         marked = command("unpoison", "keep", run.path, "--decisions", "decisions.json", "-o", "clean.parquet")
         steps.insert(2, Step(text="Or mark images below, save your decisions, and let them count:", line=marked))
     return steps
+
+
+def _pair_steps(run: ReportRun) -> list[Step]:
+    keep = command("unpoison", "keep", run.path, "--decisions", "decisions.json", "-o", "clean.parquet")
+    return [
+        Step(text="Look at the pairs below. Do captions fit their images? Do odd ones share a pattern, or a word?"),
+        Step(text="If so, mark what stays and what goes, save your decisions, and write a copy without the rest:",
+             line=keep),
+        Step(text="Repair a CLIP that was trained on these pairs, with other pairs that are clean:",
+             line="unpoison purify par MODEL --pairs CLEAN_PAIRS -o purified"),
+    ]  # fmt: skip
 
 
 def _purification_view(run: ReportRun, anchor: str) -> RunView:

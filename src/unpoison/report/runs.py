@@ -31,6 +31,7 @@ MAX_SAMPLES = 120
 THUMBNAIL_SIZE = 64
 _MAX_SAMPLES_BYTES = 32 * 2**20
 _MAX_THUMBNAIL_CHARACTERS = 256 * 2**10
+_MAX_CAPTION_CHARACTERS = 500
 _KINDS = {
     "unpoison/dataset-scan": DatasetScan,
     "unpoison/purification": Purification,
@@ -41,10 +42,14 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ReportSample:
-    """One example image: ``thumbnail`` is a PNG that was decoded and encoded again; ranks in (0, 1] or None."""
+    """One example image: ``thumbnail`` is a PNG that was decoded and encoded again; ranks in (0, 1] or None.
+
+    ``caption``: of an image-caption pair, which has no label.
+    """
 
     id: str
     label: str
+    caption: str | None = None
     clip_label: str | None = None
     region: str
     thumbnail: bytes
@@ -188,6 +193,7 @@ class _StoredSample(msgspec.Struct):
     label: str | int
     thumbnail: str
     region: str = "suspect"
+    caption: str | None = None
     clip_label: str | int | None = None
     clip_rank: float | None = None
     early_rank: float | None = None
@@ -208,6 +214,7 @@ def _read_sample(row: object) -> ReportSample | SkippedRow:
     return ReportSample(
         id=stored.id,
         label=str(stored.label),
+        caption=None if stored.caption is None else stored.caption[:_MAX_CAPTION_CHARACTERS],
         clip_label=None if stored.clip_label is None else str(stored.clip_label),
         region=stored.region,
         thumbnail=picture,

@@ -30,6 +30,12 @@ AXIS_WORDS = {
     "spectral_signature": "along its label's direction of largest variance",
     "strip": "keeps its label under other images (minus entropy)",
     "ibd_psc": "keeps its label when weights are scaled",
+    "mean_of_ranks": "mean of the ranks below",
+    "dao": "far from its neighbours, by local dimension (DAO)",
+    "slof": "far from its neighbours (SLOF)",
+    "k_distance": "distance to the k-th neighbour",
+    "density": "alike among the least similar pairs",
+    "low_similarity": "minus the cosine of image and caption",
 }
 NOT_PROOF = "This does not prove the data clean."
 
@@ -54,11 +60,15 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One example image; ``key`` is the exact id as ASCII JSON, since HTML attributes do not keep every character."""
+    """One example image with its label, or with its caption.
+
+    ``key`` is the exact id as ASCII JSON, since HTML attributes do not keep every character.
+    """
 
     id: str
     key: str
     label: str
+    caption: str | None
     clip_label: str | None
     region: str
     clip_rank: float | None
@@ -86,6 +96,7 @@ class ScanView:
     suspects: list[Card]
     comparison: list[Card]
     poisoned: bool | None
+    captioned: bool = False
 
 
 # ---- verdicts
@@ -258,6 +269,7 @@ def scan_view(run: ReportRun) -> ScanView | None:
         suspects=suspects or cards,
         comparison=[card for card in cards if card.region == "clean"] if suspects else [],
         poisoned=estimate.poisoned if estimate else None,
+        captioned=scan is not None and scan.captioned,
     )
 
 
@@ -363,6 +375,7 @@ def _card(sample: ReportSample) -> Card:
         id=sample.id,
         key=json.dumps(sample.id),
         label=sample.label,
+        caption=sample.caption,
         clip_label=sample.clip_label,
         region=sample.region,
         clip_rank=sample.clip_rank,

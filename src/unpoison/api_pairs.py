@@ -1,0 +1,352 @@
+"""Scans of image-caption pairs with detectors that look at what a CLIP makes of them.
+
+from unpoison import load_any_clip, open_pairs, scan_pairs
+
+A further detector is a function of ``Embedded`` and one entry of ``PAIR_DETECTORS`` (and of the catalog).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from unpoison.api import MIN_SAMPLES, ScanOutcome, choose_examples, thumbnail
+from unpoison.api_detectors import highest
+from unpoison.data.pairs import ImageTextPairs, count_cut_captions
+from unpoison.detection import neighbours
+from unpoison.detection.neighbours import NeighboursConfig, score_neighbourhoods
+from unpoison.detection.ranks import mean_of_ranks
+from unpoison.detection.reference_similarity import DensityConfig, density_of_least_similar, low_similarity
+from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
+from unpoison.evaluation.embeddings import ImageEmbeddings, embed_images, embed_texts
+from unpoison.results import (
+    CLEAN,
+    REGION_NAMES,
+    SKIPPED,
+    SUSPECT,
+    DatasetScan,
+    PoisonEstimate,
+    Region,
+    SampleScores,
+    SkippedRow,
+    Split,
+)
+from unpoison.runs import Run
+from unpoison.types import ImageTextModel
+
+PAIR_LIMITS = (
+    "Poison that left no trace in the embeddings of this CLIP, above all where it was not trained on these pairs.",
+    "Whether the set is poisoned at all: these detectors rank pairs of any set, clean ones too.",
+    "Odd but harmless pairs (drawings, logos, rare languages) lie apart as well and rank high.",
+    "The weights of any model: this looked at data only.",
+)
+WEAK_REFERENCE = 0.6
+"""Share of pairs more similar to their own caption than to another's under which a reference is called weak; chance
+is one half."""
+_TEXTS_AT_ONCE = 4096
+_CAPTION_CHARACTERS = 500
+
+Axes = dict[str, Float[np.ndarray, " k"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDetectorConfig:
+    """Settings of all detectors of pairs; each reads its own and ``assumed_rate``."""
+
+    assumed_rate: float = 0.005
+    """Share of the pairs that is taken for poison: 1.5 times as many are flagged. Ours; attacks' papers take 0.003."""
+    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
+    density: DensityConfig = field(default_factory=DensityConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.assumed_rate < 0.5:
+            raise ConfigError(f"expected assumed_rate in (0, 0.5), got {self.assumed_rate}.", hint="Try 0.005.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedded:
+    """The usable pairs as detectors see them: ``rows`` of ``pairs``, and what the models make of these.
+
+    ``suspect``: unit image embeddings of the CLIP that was trained on the pairs. ``cosines``: of image and caption
+    under the reference, the mean over an image's captions, in [-1, 1]. None where the detector does not ask for it.
+    """
+
+    pairs: ImageTextPairs
+    rows: Int[np.ndarray, " k"]
+    clip: ImageTextModel
+    suspect: Float[np.ndarray, "k d"] | None
+    cosines: Float[np.ndarray, " k"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDetector:
+    """``score`` gives one or more axes, the first of which ranks; the flags say which models have to be asked."""
+
+    score: Callable[[Embedded, PairDetectorConfig, Run], Axes]
+    suspect: bool = True
+    reference: bool = False
+    batches: bool = False
+    """It takes poison for rarer than k in a batch."""
+
+
+def _neighbourhoods(*names: str) -> Callable[[Embedded, PairDetectorConfig, Run], Axes]:
+    def score(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+        formulas = {name.replace("-", "_"): neighbours.FORMULAS[name] for name in names}
+        seed = run.seed_of("neighbours")
+        return score_neighbourhoods(
+            _asked(known.suspect), formulas, config.neighbours, seed=seed, progress=run.progress
+        )
+
+    return score
+
+
+def _similarity(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+    return {"low_similarity": low_similarity(_asked(known.cosines))}
+
+
+def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+    similarity = _similarity(known, config, run)
+    dense = density_of_least_similar(similarity["low_similarity"], _asked(known.suspect), config.density)
+    return {"density": dense} | similarity
+
+
+def _mean(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+    axes = _neighbourhoods("dao")(known, config, run) | _density(known, config, run)
+    return {"mean_of_ranks": mean_of_ranks(axes.values())} | axes
+
+
+PAIR_DETECTORS: dict[str, PairDetector] = {
+    "dao": PairDetector(score=_neighbourhoods("dao"), batches=True),
+    "slof": PairDetector(score=_neighbourhoods("slof"), batches=True),
+    "k-distance": PairDetector(score=_neighbourhoods("k-distance"), batches=True),
+    "similarity": PairDetector(score=_similarity, suspect=False, reference=True),
+    "density": PairDetector(score=_density, reference=True),
+    "mean": PairDetector(score=_mean, reference=True, batches=True),
+}
+
+
+def scan_pairs(
+    pairs: ImageTextPairs,
+    *,
+    clip: ImageTextModel,
+    reference: ImageTextModel | None = None,
+    method: str = "dao",
+    config: PairDetectorConfig | None = None,
+    run: Run | None = None,
+) -> ScanOutcome:
+    """Rank image-caption pairs by suspicion with one of PAIR_DETECTORS.
+
+    ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for similarity, density
+    and mean. None of the detectors decides whether a set is poisoned: the scan is inconclusive. Scores, split and
+    samples have no labels (-1) and no class names.
+    Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
+    UnknownMethodError, UsageError (a reference is missing), ModelError.
+    """
+    run, config = run or Run(), config or PairDetectorConfig()
+    begun = time.monotonic()
+    detector = find_pair_detector(method)
+    if detector.reference and reference is None:
+        raise UsageError(
+            f"{method} compares images and captions under a reference CLIP, and none is given.",
+            hint="Give one that was not trained on these pairs, load_clip('tiny') for example.",
+        )
+    if len(pairs) < MIN_SAMPLES:
+        raise NotEnoughDataError(
+            f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
+        )
+    asked = {"suspect": clip} if detector.suspect else {}
+    if detector.reference and reference is not None:
+        asked["reference"] = reference
+    embedded = _embed(asked, pairs, run)
+    first = next(iter(embedded.values()))
+    rows = np.flatnonzero(first.usable)
+    cosines = None
+    warnings: tuple[str, ...] = ()
+    if detector.reference and reference is not None:
+        cosines, others = caption_cosines(reference, pairs, rows, embedded["reference"].array[rows], run=run)
+        warnings = _warnings(clip if detector.suspect else None, reference, pairs, cosines, others)
+    if detector.batches:
+        warnings += _crowded(config, len(rows))
+    suspect = embedded["suspect"].array[rows] if detector.suspect else None
+    known = Embedded(pairs=pairs, rows=rows, clip=clip, suspect=suspect, cosines=cosines)
+    axes = detector.score(known, config, run)
+    primary = next(iter(axes))
+    _check_separation(axes[primary], method)
+    flagged = highest(axes[primary], config.assumed_rate)
+    skipped = tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values())
+    region: Region = np.full(len(pairs), SKIPPED, dtype=np.int8)
+    region[rows] = np.where(flagged, SUSPECT, CLEAN)
+    labels = np.full(len(pairs), -1, dtype=np.int64)
+    estimate = PoisonEstimate(
+        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), evidence={}, reason=_ranked(config)
+    )  # fmt: skip
+    scores = SampleScores(
+        method=method, ids=list(pairs.ids), labels=labels, class_names=(),
+        axes={name: _spread(values, rows, len(pairs)) for name, values in axes.items()}, primary=primary,
+        skipped=skipped,
+    )  # fmt: skip
+    split = Split(
+        method=method, ids=scores.ids, labels=labels, region=region, class_names=(), estimate=estimate
+    )  # fmt: skip
+    scan = DatasetScan(
+        source=pairs.name,
+        method=method,
+        samples=len(pairs),
+        class_names=(),
+        estimate=estimate,
+        flagged=len(split.suspect),
+        flagged_per_class={},
+        skipped=skipped,
+        ranks_only=True,
+        captioned=True,
+        warnings=warnings,
+        not_covered=PAIR_LIMITS,
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+        config=asdict(config),
+        inputs={name: model.fingerprint for name, model in asked.items()} | {"pairs_content": pairs.fingerprint},
+        clip=clip.fingerprint if detector.suspect else None,
+    )
+    return ScanOutcome(scan=scan, scores=scores, split=split, samples=describe_pairs(pairs, scores, split))
+
+
+def find_pair_detector(method: str) -> PairDetector:
+    """The detector of this name. Raises UnknownMethodError with the closest."""
+    if method not in PAIR_DETECTORS:
+        raise UnknownMethodError(method, PAIR_DETECTORS, kind="detector of pairs")
+    return PAIR_DETECTORS[method]
+
+
+def caption_cosines(
+    reference: ImageTextModel,
+    pairs: ImageTextPairs,
+    rows: Int[np.ndarray, " k"],
+    images: Float[np.ndarray, "k d"],
+    *,
+    run: Run,
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """The mean cosine of each image with its own captions, and with those of another image, both in [-1, 1].
+
+    The other image is the next one in an order that the run's seed draws within a block of rows.
+    """
+    own, other = np.empty(len(rows)), np.empty(len(rows))
+    random = np.random.default_rng(run.seed_of("other captions"))
+    starts = range(0, len(rows), _TEXTS_AT_ONCE)
+    for start in run.progress.track(starts, total=len(rows), what="captions", weight=_TEXTS_AT_ONCE, unit="pairs"):
+        part = slice(start, start + _TEXTS_AT_ONCE)
+        captions = pairs.captions(rows[part])
+        texts = embed_texts(reference, [text for group in captions for text in group], run=run).astype(np.float64)
+        ends = np.cumsum([len(group) for group in captions])
+        means = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
+        order = random.permutation(len(means))
+        another = np.empty_like(order)
+        another[order] = np.roll(order, 1)
+        own[part] = np.einsum("nd,nd->n", images[part], means)
+        other[part] = np.einsum("nd,nd->n", images[part], means[another])
+    return own, other
+
+
+def describe_pairs(pairs: ImageTextPairs, scores: SampleScores, split: Split) -> list[dict[str, Any]]:
+    """What the report shows: the most suspicious pairs and a few clean ones, with captions and thumbnails."""
+    chosen = choose_examples(scores, split)
+    pictures = pairs.decode(np.array(chosen, dtype=np.int64))
+    entries = []
+    for row, image, captions in zip(chosen, pictures, pairs.captions(chosen), strict=True):
+        if not isinstance(image, SkippedRow):
+            entries.append(
+                {
+                    "id": scores.ids[row],
+                    "label": "",
+                    "caption": _safe_text(" | ".join(captions))[:_CAPTION_CHARACTERS],
+                    "region": REGION_NAMES[int(split.region[row])],
+                    "thumbnail": thumbnail(image),
+                    "score": float(scores.suspicion[row]),
+                }
+            )
+    return entries
+
+
+def _embed(models: Mapping[str, ImageTextModel], pairs: ImageTextPairs, run: Run) -> dict[str, ImageEmbeddings]:
+    """Image embeddings by role; a model with two roles is asked once, each image decoded once."""
+    different = {model.fingerprint: model for model in models.values()}
+    found = dict(zip(different, embed_images(list(different.values()), pairs, run=run), strict=True))
+    return {role: found[model.fingerprint] for role, model in models.items()}
+
+
+def _warnings(
+    clip: ImageTextModel | None,
+    reference: ImageTextModel,
+    pairs: ImageTextPairs,
+    own: Float[np.ndarray, " k"],
+    other: Float[np.ndarray, " k"],
+) -> tuple[str, ...]:
+    warnings = []
+    if clip is not None and clip.fingerprint == reference.fingerprint:
+        warnings.append(
+            "The reference is the suspect itself: a model that learnt the poison finds poisoned pairs similar."
+        )
+    knows = float((own > other).mean())
+    if knows < WEAK_REFERENCE:
+        warnings.append(
+            f"The reference finds {100 * knows:.0f} percent of the images more similar to their own captions than to "
+            "another's, chance is 50: it hardly knows such pairs. Give a larger one."
+        )
+    cut = count_cut_captions(reference, pairs)
+    if cut.images_without_whole:
+        warnings.append(
+            f"The reference's tokenizer cuts off every caption of {cut.images_without_whole:,} of {len(pairs):,} "
+            "images: these are judged by their beginning."
+        )
+    return tuple(warnings)
+
+
+def _crowded(config: PairDetectorConfig, total: int) -> tuple[str, ...]:
+    """A warning where at the assumed rate poison has neighbours enough among its own."""
+    batch = min(config.neighbours.batch_size or total, total)
+    together = config.assumed_rate * batch
+    if together < config.neighbours.k:
+        return ()
+    return (
+        f"At the assumed rate {together:.0f} poisoned pairs are in a batch of {batch:,} and are each other's "
+        f"{config.neighbours.k} neighbours: they rank low. Lower neighbours.batch_size.",
+    )
+
+
+def _asked(values: np.ndarray | None) -> np.ndarray:
+    if values is None:
+        raise RuntimeError("the detector's entry does not say that it asks this model")
+    return values
+
+
+def _check_separation(scores: Float[np.ndarray, " k"], method: str) -> None:
+    if np.ptp(scores) == 0:
+        raise NoSeparationError(
+            f"{method}: all {len(scores):,} pairs have the same score.", hint="Try another method or another model."
+        )
+
+
+def _spread(values: Float[np.ndarray, " k"], rows: Int[np.ndarray, " k"], total: int) -> Float[np.ndarray, " n"]:
+    """The values at their rows, NaN elsewhere."""
+    spread = np.full(total, np.nan)
+    spread[rows] = values
+    return spread
+
+
+def _safe_text(text: str) -> str:
+    """Without lone surrogates, which no file in UTF-8 can hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _ranked(config: PairDetectorConfig) -> str:
+    return (
+        f"This detector ranks pairs and decides nothing: the {150 * config.assumed_rate:g} percent of highest scores "
+        f"are flagged, which is 1.5 times the assumed poisoning rate of {100 * config.assumed_rate:g} percent."
+    )
+
+
+__all__ = ["PAIR_DETECTORS", "PairDetector", "PairDetectorConfig", "scan_pairs"]
