@@ -8,20 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from unpoison.api_clip import judge, purify_with_clean_clip, purify_with_fine_tuning, purify_with_par
+from unpoison import api_clip
+from unpoison.api_clip import (
+    judge,
+    look_for_trigger,
+    purify_with_clean_clip,
+    purify_with_fine_tuning,
+    purify_with_par,
+)
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.clip_results import ClipPurification
 from unpoison.clip_training import ClipRepair
+from unpoison.data.pairs import open_pairs
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
 from unpoison.defenses.par import PARConfig
+from unpoison.detection.inversion import InvertedTrigger
+from unpoison.detection.trigger_search import TriggerSearch
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import load_clip
-from unpoison.runs import Run
+from unpoison.runs import Run, RunFolder
 
-QUICK = {"batch_size": 12, "steps": 2, "check_every": 1, "learning_rate": 1e-4, "bound": 100.0}
+QUICK: dict[str, Any] = {"batch_size": 12, "steps": 2, "check_every": 1, "learning_rate": 1e-4, "bound": 100.0}
 VERBS: dict[str, tuple[Any, Any]] = {
     "par": (purify_with_par, PARConfig(**QUICK)),
     "clean-clip": (purify_with_clean_clip, CleanClipConfig(**QUICK)),
@@ -42,8 +53,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def pairs() -> Any:
-    from unpoison.data.pairs import open_pairs
-
     return open_pairs("shapes:40:3")
 
 
@@ -75,6 +84,52 @@ def test_a_purification_is_on_record(method: str, clip: Any, pairs: Any, tmp_pat
     assert ClipPurification.load(tmp_path / "purification.json") == replace(
         result, config=ClipPurification.load(tmp_path / "purification.json").config
     )
+
+
+def found_triggers(*suspects: int) -> Any:
+    triggers = tuple(
+        InvertedTrigger(
+            form="additive",
+            target=target,
+            mask=torch.ones(1, 8, 8),
+            pattern=torch.full((3, 8, 8), 0.01 * (target + 1)),
+            size=0.01 * (target + 1),
+            success=90.0,
+        )
+        for target in range(3)
+    )
+    search = TriggerSearch(triggers=triggers, index=(3.0, 0.0, -1.0), suspects=suspects, reason="As planted.")
+    return lambda *_, **__: (search, ("a red star", "a <b>blue</b> dot", "no text"))
+
+
+@pytest.mark.parametrize("suspects", [(), (0,)])
+def test_a_model_is_repaired_where_a_trigger_was_found(
+    suspects: tuple[int, ...], clip: Any, pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_clip, "search_concepts", found_triggers(*suspects))
+    run = Run(accelerator=Accelerator(cpu=True), folder=RunFolder.open(tmp_path / "run", {}))
+    outcome = purify_with_par(clip, pairs, config=PARConfig(**QUICK, search_concepts=3), run=run)
+    result = outcome.purification
+    same = hash_weights(dict(outcome.clip.module.state_dict())) == hash_weights(dict(clip.module.state_dict()))
+    assert result.left_alone == same == (not suspects)
+    assert result.search is not None
+    assert [entry.caption for entry in result.search.suspected] == (["a red star"] if suspects else [])
+    assert result.steps == (2 if suspects else 0)
+    assert result.accepted
+    assert ("As planted." in result.reason) == (not suspects)
+    assert outcome.clip is not clip
+    result.save(tmp_path / "purification.json")
+    assert ClipPurification.load(tmp_path / "purification.json").search == result.search
+    monkeypatch.setattr(api_clip, "search_concepts", None)  # a run that is continued does not search again
+    assert look_for_trigger(clip, pairs, run=run) == result.search
+
+
+def test_pairs_that_are_too_few_to_search_are_said_to_be(clip: Any) -> None:
+    few = open_pairs("shapes:20:3")
+    result = purify_with_par(clip, few, config=PARConfig(**QUICK, search_concepts=25), run=Run()).purification
+    assert result.search is None
+    assert not result.left_alone
+    assert any("No trigger was looked for before the repair: " in warning for warning in result.warnings)
 
 
 def repair(clip: Any, *, after: float, stopped: str = "") -> ClipRepair:

@@ -9,16 +9,25 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
+import msgspec
+import torch
+from torch import Tensor
+
 from unpoison import __version__
-from unpoison.clip_results import ClipPurification
-from unpoison.clip_training import ClipRepair, PairTrainingConfig
+from unpoison.clip_loop import no_steps
+from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
+from unpoison.clip_training import ClipRepair, PairTrainingConfig, open_training
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
 from unpoison.defenses.par import PARConfig, repair_with_par
+from unpoison.detection.clip_triggers import ConceptSearchConfig, search_concepts
+from unpoison.detection.inversion import picture_of
+from unpoison.errors import NotEnoughDataError
+from unpoison.evaluation.embeddings import ready
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
@@ -30,6 +39,11 @@ CLIP_LIMITS = (
     "Whether a backdoor was there, and whether it is gone: no trigger is known to the method. The rates before and "
     "after are measured only where test images and a manifest are given.",
     "The pairs are taken to be clean; a backdoor in them is learnt.",
+)
+LEFT_ALONE = (
+    "Whether the model is clean: no trigger was found by a search that knows the concepts of these captions alone. "
+    "Repair it all the same where there is reason to doubt it.",
+    "A target that no caption comes near, and models trained to hide their trigger from such a search.",
 )
 
 
@@ -47,11 +61,64 @@ def purify_with_par(
     """Perturb and recover a CLIP on clean or synthetic pairs (arXiv 2412.00727). The caller's model is never changed.
 
     ``config`` None: :meth:`PARConfig.recommended`, which goes beyond the paper. :meth:`PARConfig.scaled` is the paper's
-    for this model and these pairs, ``PARConfig()`` the paper's as it stands. The result is refused (``accepted`` is
-    false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
+    for this model and these pairs, ``PARConfig()`` the paper's as it stands. With ``config.search_concepts`` a trigger
+    is looked for first; where none is found the copy is as the model came, and the result says so. It is refused
+    (``accepted`` is false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
     Raises NotEnoughDataError, SourceFormatError, ModelError.
     """
-    return _purify("par", repair_with_par, clip, pairs, config or _recommended(PARConfig, clip, pairs), run or Run())
+    config, run = config or _recommended(PARConfig, clip, pairs), run or Run()
+    if not config.search_concepts:
+        return _purify("par", repair_with_par, clip, pairs, config, run)
+    try:
+        finding = look_for_trigger(clip, pairs, ConceptSearchConfig(concepts=config.search_concepts), run=run)
+    except NotEnoughDataError as error:
+        outcome = _purify("par", repair_with_par, clip, pairs, config, run)
+        warning = f"No trigger was looked for before the repair: {error.message}"
+        noted = replace(outcome.purification, warnings=(*outcome.purification.warnings, warning))
+        return replace(outcome, purification=noted)
+    repair = repair_with_par if finding.suspected else _leave_alone
+    outcome = _purify("par", repair, clip, pairs, config, run)
+    found = replace(outcome.purification, search=finding, left_alone=not finding.suspected)
+    if found.left_alone and found.accepted:
+        found = replace(found, reason=f"{finding.reason} The model is handed back as it came.", not_covered=LEFT_ALONE)
+    return replace(outcome, purification=found)
+
+
+def look_for_trigger(
+    clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None = None, *, run: Run | None = None
+) -> TriggerFinding:
+    """Is any concept of the captions reached from all images by far too little? (`unpoison.detection.clip_triggers`)
+
+    Raises NotEnoughDataError for few images or captions, SourceFormatError, ModelError.
+    """
+
+    run = run or Run()
+
+    def search() -> dict[str, Tensor]:
+        found, captions = search_concepts(clip, pairs, config, run=run)
+        entries = [
+            FoundTrigger(
+                caption=captions[trigger.target],
+                size=trigger.size,
+                success=trigger.success,
+                index=index,
+                suspected=trigger.target in found.suspects,
+                picture=picture_of(trigger),
+            )
+            for trigger, index in zip(found.triggers, found.index, strict=True)
+        ]
+        finding = TriggerFinding(reason=found.reason, found=tuple(sorted(entries, key=lambda entry: entry.size)))
+        return {"finding": torch.frombuffer(bytearray(msgspec.json.encode(finding)), dtype=torch.uint8)}
+
+    stored = run.step("trigger-search", search)
+    return msgspec.json.decode(bytes(stored["finding"].tolist()), type=TriggerFinding)
+
+
+def _leave_alone(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run) -> ClipRepair:
+    data = open_training(clip, pairs, config, run=run)
+    copy = clip.copy()
+    with ready(copy, run):
+        return no_steps(copy, data)
 
 
 def purify_with_clean_clip(

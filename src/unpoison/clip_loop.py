@@ -153,6 +153,22 @@ def train_steps(
     )
 
 
+def no_steps(clip: ImageTextModel, data: TrainingPairs) -> ClipRepair:
+    """``clip`` as the result of no training at all, with one look at the held-out pairs; it is on the run's device."""
+    before = held_out_embeddings(clip, data)
+    return ClipRepair(
+        model=clip,
+        history=[_look(0, before, before, data)],
+        steps=0,
+        planned=0,
+        batch_size=data.batch_size,
+        trained_pairs=0,
+        held_out_pairs=len(data.held_out),
+        skipped=data.pixels.skipped,
+        warnings=data.warnings,
+    )
+
+
 def _restore(
     net: nn.Module, optimiser: torch.optim.Optimizer, extra: dict[str, Tensor], state: dict[str, Tensor]
 ) -> None:

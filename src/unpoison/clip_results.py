@@ -13,6 +13,34 @@ ATTACK_LEFT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoundTrigger:
+    """The least change of an image found that makes the model say a concept, which ``caption`` is typical of.
+
+    ``size`` in [0, 1]: root mean square of what is added to the image. ``success``: percent of unseen images.
+    ``index``: deviations under the median of all concepts' sizes. ``picture``: what is added, as a PNG in base64.
+    """
+
+    caption: str
+    size: float
+    success: float
+    index: float
+    suspected: bool
+    picture: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriggerFinding:
+    """The search for a trigger before a repair, smallest trigger first; ``reason`` says what came of it."""
+
+    reason: str
+    found: tuple[FoundTrigger, ...]
+
+    @property
+    def suspected(self) -> tuple[FoundTrigger, ...]:
+        return tuple(entry for entry in self.found if entry.suspected)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipPurification(JsonResult):
     """What a method did to a CLIP. ``accepted`` is about held-out pairs alone: no trigger is known to the method.
 
@@ -51,6 +79,10 @@ class ClipPurification(JsonResult):
     skipped: tuple[SkippedRow, ...] = ()
     history: list[dict[str, float]] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
+    search: TriggerFinding | None = None
+    """None where no trigger was looked for."""
+    left_alone: bool = False
+    """Nothing suspicious was found: the model is the given one, to the bit."""
     before: ClipEvaluation | None = None
     after: ClipEvaluation | None = None
     not_covered: tuple[str, ...] = ()

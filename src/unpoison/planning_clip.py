@@ -12,6 +12,8 @@ from unpoison.clip_training import PairTrainingConfig, trainable
 from unpoison.contrastive import info_nce
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import held_out_count
+from unpoison.defenses.par import PARConfig
+from unpoison.detection.clip_triggers import ConceptSearchConfig, concept_steps
 from unpoison.errors import NotEnoughDataError
 from unpoison.planning import Plan, PlannedStep, resident
 from unpoison.results import SkippedRow
@@ -70,6 +72,9 @@ def plan_clip_training(
         PlannedStep(what=f"look {looks:,} times at held-out pairs", amount=looks * held_out, unit="pairs",
                     seconds=looks * held_out * forward),
     ]  # fmt: skip
+    if isinstance(config, PARConfig) and config.search_concepts:
+        probed = concept_steps(ConceptSearchConfig(concepts=config.search_concepts))
+        planned.insert(1, PlannedStep(what="look for a trigger", amount=probed, unit="images", seconds=probed * train))
     if tested:
         planned.append(PlannedStep(what="measure before and after", amount=2 * tested, unit="images",
                                    seconds=2 * tested * (forward + decode)))  # fmt: skip

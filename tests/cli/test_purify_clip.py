@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import unpoison
 from unpoison.clip_results import ClipPurification
 
 QUICK = ("--pairs", "shapes:40:3", "--steps", "2", "--batch-size", "8", "--bound", "100", "--quiet")
@@ -41,7 +42,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
-    words = ("purify", "par", model, *QUICK, "-o", "out", "--dry-run")
+    words = ("purify", "par", model, "--always", *QUICK, "-o", "out", "--dry-run")
     result = here(*words, "--json")
     assert result.code == 0, result.err
     plan = json.loads(result.out)
@@ -54,6 +55,8 @@ def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path
     shown = here(*words, "--test", "shapes:24:5").out
     assert "train 2 steps of 8 pairs" in shown
     assert "measure before and after" in shown
+    assert "look for a trigger" not in shown
+    assert "look for a trigger" in here(*[word for word in words if word != "--always"]).out
     assert names(tmp_path) <= {"cache"}
 
 
@@ -62,7 +65,8 @@ def test_a_model_comes_back_in_its_format(verb: str, here: Callable[..., Any], m
     from transformers import CLIPModel
 
     untouched = content(Path(model))
-    result = here("purify", verb, model, *QUICK, "-o", "out", "--json")
+    words = ("purify", verb, model, *(["--always"] if verb == "par" else []), *QUICK, "-o", "out", "--json")
+    result = here(*words)
     assert result.code == 0, result.err
     assert result.err == ""
     answer = json.loads(result.out)
@@ -83,17 +87,17 @@ def test_a_model_comes_back_in_its_format(verb: str, here: Callable[..., Any], m
     assert model in card
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "CLIP purification" in page
-    assert f"unpoison purify {verb} {model} --pairs shapes:40:3 --steps 2" in page
+    own = " --always" if verb == "par" else ""
+    assert f"unpoison purify {verb} {model} --pairs shapes:40:3{own} --steps 2" in page
     assert not list((tmp_path / "out" / "steps").iterdir())
     before = content(tmp_path / "out")
-    again = here("purify", verb, model, *QUICK, "-o", "out", "--json")
-    assert json.loads(again.out) == answer
+    assert json.loads(here(*words).out) == answer
     assert content(tmp_path / "out") == before
 
 
 def test_figures_before_and_after(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
     here("attack", "badnet", "shapes:24:5", "--rate", "0.5", "--target", "star", "--manifest-only", "-o", "attack")
-    words = ("purify", "par", model, *QUICK, "-o", "out", "--test", "shapes:24:5", "--manifest",
+    words = ("purify", "par", model, "--always", *QUICK, "-o", "out", "--test", "shapes:24:5", "--manifest",
              "attack/manifest.json", "--retrieval", "shapes:20:6")  # fmt: skip
     result = here(*words, "--json")
     assert result.code == 0, result.err
@@ -123,16 +127,18 @@ def test_figures_before_and_after(here: Callable[..., Any], model: str, tmp_path
 def test_settings_from_a_file_below_those_of_the_command(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
     (tmp_path / "own.toml").write_text("tau = 1.5\nepochs = 1\nerase_area = [0.1, 0.2]\nlearning_rate = 1e-4\n")
     words = ("--pairs", "shapes:40:3", "--batch-size", "8", "--bound", "100", "--config", "own.toml", "-q", "--json")
-    answer = json.loads(here("purify", "par", model, *words, "--tau", "2", "-o", "out").out)
+    answer = json.loads(here("purify", "par", model, "--always", *words, "--tau", "2", "-o", "out").out)
     config = answer["config"]
     assert (config["tau"], config["epochs"], config["steps"], config["erase_area"]) == (2.0, 1, None, [0.1, 0.2])
     assert (config["learning_rate"], config["batch_size"], answer["steps"]) == (1e-4, 8, 4)
-    dry = json.loads(here("purify", "par", model, "--pairs", "shapes:40:3", "--published", "--dry-run", "--json").out)
+    dry = json.loads(
+        here("purify", "par", model, "--always", "--pairs", "shapes:40:3", "--published", "--dry-run", "--json").out
+    )
     assert "train 10 steps of 32 pairs" in [step["what"] for step in dry["steps"]]  # 2,048 where there are so many
 
 
 def test_a_diverged_model_is_not_accepted(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
-    result = here("purify", "par", model, *QUICK, "--learning-rate", "1e30", "-o", "out")
+    result = here("purify", "par", model, "--always", *QUICK, "--learning-rate", "1e30", "-o", "out")
     assert result.code == 3, result.err
     assert "Not accepted." in result.out
     assert "diverged at step 1" in result.out
@@ -154,26 +160,26 @@ def test_what_is_refused(here: Callable[..., Any], model: str, tmp_path: Path) -
     assert "have 9, need at least 16" in few["message"]
     wrong = tmp_path / "wrong.toml"
     wrong.write_text("tua = 2.0\n", encoding="utf-8")
-    assert "'tau'" in error("par", model, *QUICK, "--config", str(wrong), "-o", "out")["hint"]
+    assert "'tau'" in error("par", model, "--always", *QUICK, "--config", str(wrong), "-o", "out")["hint"]
     for option, value in (("--manifest", "manifest.json"), ("--retrieval", "shapes:20")):
-        alone = error("par", model, *QUICK, option, value, "-o", "out")
+        alone = error("par", model, "--always", *QUICK, option, value, "-o", "out")
         assert f"{option} needs test images" in alone["message"]
         assert "--test" in alone["hint"]
-    assert "tau must lie in (0, 4]" in error("par", model, *QUICK, "--tau", "5", "-o", "out")["message"]
+    assert "tau must lie in (0, 4]" in error("par", model, "--always", *QUICK, "--tau", "5", "-o", "out")["message"]
     tests = ("--test", "shapes:24:5", "--manifest", "missing.json", "-o", "out")
-    assert "missing.json: not a readable manifest" in error("par", model, *QUICK, *tests)["message"]
+    assert "missing.json: not a readable manifest" in error("par", model, "--always", *QUICK, *tests)["message"]
     assert error("par", "./nowhere/model", *QUICK, "-o", "out")["type"] == "ModelError"
-    assert error("par", model, *QUICK[2:], "-o", "out")["type"] == "UsageError"  # no pairs
+    assert error("par", model, "--always", *QUICK[2:], "-o", "out")["type"] == "UsageError"  # no pairs
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    assert "was not begun by unpoison" in error("par", model, *QUICK, "-o", "mine")["message"]
+    assert "was not begun by unpoison" in error("par", model, "--always", *QUICK, "-o", "mine")["message"]
     assert names(tmp_path / "mine") == {"thesis.tex"}
     assert not (tmp_path / "out").exists()
 
 
 def test_the_papers_method_and_the_recommended_one(here: Callable[..., Any], model: str) -> None:
     def config(*words: str) -> dict[str, Any]:
-        answer = json.loads(here("purify", "par", model, *QUICK, *words, "--json").out)
+        answer = json.loads(here("purify", "par", model, "--always", *QUICK, *words, "--json").out)
         return answer["config"]
 
     ours, paper = config("-o", "ours"), config("--paper", "-o", "paper")
@@ -184,30 +190,55 @@ def test_the_papers_method_and_the_recommended_one(here: Callable[..., Any], mod
     assert (mixed["tau"], mixed["text_tower"], mixed["adversary_share"]) == (1.0, "train", 0.1)
 
 
+def test_a_model_without_a_trigger_is_left_alone(here: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "few.toml").write_text("search_concepts = 5\n")
+    words = ("purify", "par", "tiny", "--pairs", "shapes:300:3", "--config", "few.toml", "-o", "out", "-q")
+    result = here(*words)
+    assert result.code == 0, result.err
+    assert "Nothing suspicious was found." in result.out
+    assert "handed back as it came" in result.out
+    stored = ClipPurification.load(tmp_path / "out" / "purification.json")
+    assert stored.left_alone
+    assert stored.steps == stored.trained_pairs == 0
+    assert stored.search is not None
+    assert len(stored.search.found) == 5
+    assert not stored.search.suspected
+    assert stored.held_out_before == stored.held_out_after
+    kept = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    given = load_file(Path(unpoison.__file__).parent / "assets" / "tiny_clip" / "model.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in given.items())
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Left alone" in page
+    assert "--always" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "no trigger was found" in (tmp_path / "out" / "card.md").read_text(encoding="utf-8").lower()
+    assert here(*words).out == result.out  # done already
+
+
 def test_made_up_pairs_alone_and_beside_others(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
     short = QUICK[2:]
-    alone = here("purify", "par", model, "--synthetic", "shapes:40:3", *short, "-o", "alone", "--json")
+    alone = here("purify", "par", model, "--always", "--synthetic", "shapes:40:3", *short, "-o", "alone", "--json")
     assert alone.code == 0
     assert json.loads(alone.out)["synthetic_pairs"] == 40
     words = ("--pairs", "shapes:30:4", "--synthetic", "shapes:20:3")
-    both = here("purify", "par", model, *words, *short, "-o", "both")
+    both = here("purify", "par", model, "--always", *words, *short, "-o", "both")
     assert both.code == 0
     result = ClipPurification.load(tmp_path / "both" / "purification.json")
     assert (result.synthetic_pairs, result.trained_pairs + result.held_out_pairs) == (20, 50)
     assert result.command.startswith(f"unpoison purify par {model} --pairs shapes:30:4 --synthetic shapes:20:3 ")
     assert "20 made up" in (tmp_path / "both" / "model" / "README.md").read_text()
     assert "20 made up" in (tmp_path / "both" / "report.html").read_text()
-    neither = here("purify", "par", model, *short, "-o", "neither")
+    neither = here("purify", "par", model, "--always", *short, "-o", "neither")
     assert neither.code == 2
     assert "--synthetic SOURCE" in neither.err
 
 
 def test_another_command_does_not_continue_the_run(here: Callable[..., Any], model: str) -> None:
-    assert here("purify", "par", model, *QUICK, "-o", "out").code == 0
+    assert here("purify", "par", model, "--always", *QUICK, "-o", "out").code == 0
     for words, said in (
-        (("par", model, *QUICK, "--seed", "1"), "seed: 0 there, 1 now"),
+        (("par", model, "--always", *QUICK, "--seed", "1"), "seed: 0 there, 1 now"),
         (("fine-tuning", model, *QUICK), "verb: 'purify par' there, 'purify fine-tuning' now"),
-        (("par", model, *QUICK[2:], "--pairs", "shapes:40:4"), "content"),
+        (("par", model, "--always", *QUICK[2:], "--pairs", "shapes:40:4"), "content"),
     ):
         result = here("purify", *words, "-o", "out", "--json")
         assert result.code == 2
@@ -219,8 +250,8 @@ def test_a_killed_command_ends_with_the_same_weights(
     here: Callable[..., Any], begin: Callable[..., subprocess.Popen[str]], model: str, tmp_path: Path
 ) -> None:
     (tmp_path / "looks.toml").write_text("check_every = 2\n")
-    words = ("purify", "par", model, "--pairs", "shapes:40:3", "--steps", "8", "--batch-size", "8", "--bound", "100",
-             "--config", "looks.toml", "--cache", "cache")  # fmt: skip
+    words = ("purify", "par", model, "--always", "--pairs", "shapes:40:3", "--steps", "8", "--batch-size", "8",
+             "--bound", "100", "--config", "looks.toml", "--cache", "cache")  # fmt: skip
     assert here(*words, "-o", "whole", "-q").code == 0
     whole = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
     wanted = ClipPurification.load(tmp_path / "whole" / "purification.json")

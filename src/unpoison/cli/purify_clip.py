@@ -61,12 +61,23 @@ def par(
             help="As in the paper: both towers, a long push, no adversary; the rate is scaled to the model.",
         ),
     ] = False,
+    always: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            group=METHOD,
+            help="Repair a model in which no trigger is found as well, instead of handing it back as it came.",
+        ),
+    ] = False,
     training: Training = Training(),  # noqa: B008
     testing: Testing = Testing(),  # noqa: B008
     reading: PairReading = PairReading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008
 ) -> int:
     """Repair a backdoored CLIP: perturb and recover. The given model stays untouched; the copy has the same format.
+
+    A trigger is looked for first. Where none is found the copy is the model as it came, and the result says so.
 
     Exit codes: 0 accepted, 2 error, 3 not accepted.
 
@@ -75,7 +86,7 @@ def par(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    own = {"paper": paper, "tau": tau, "text_tower": text_tower, "distill": distill}
+    own = {"paper": paper, "always": always, "tau": tau, "text_tower": text_tower, "distill": distill}
     return _purify("par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options)
 
 
@@ -200,7 +211,9 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     given = read_config(training.config) if training.config is not None else {}
     options = {name: getattr(training, name) for name in ("steps", "batch_size", "learning_rate", "bound")}
     paper = own.get("paper", False)
-    table = merge(given, {key: value for key, value in own.items() if key != "paper"} | options)
+    if own.get("always", False):
+        options["search_concepts"] = 0
+    table = merge(given, {key: value for key, value in own.items() if key not in ("paper", "always")} | options)
     where = str(training.config or "options")
     checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
     if training.published:
@@ -260,15 +273,29 @@ def _run(
 
 def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
     from unpoison.cli.console import printable
-    from unpoison.cli.tables import evaluation_table
-    from unpoison.outputs_clip import model_folder
 
-    out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
+    verdict = "Accepted." if result.accepted else "Not accepted."
+    out.print("Nothing suspicious was found." if result.left_alone else verdict, style="bold")
     out.print(printable(result.reason))
+    if result.search is not None and result.search.suspected:
+        out.print(printable(f"Before the repair: {result.search.reason}"))
+    if not result.left_alone:
+        _show_training(out, result)
+    _show_rest(out, result, path)
+
+
+def _show_training(out: rich.console.Console, result: ClipPurification) -> None:
     out.print(
         f"{result.steps:,} of {result.planned_steps:,} training steps on {result.trained_pairs:,} pairs; mean cosine "
         f"with the given model's embeddings: images {result.image_cosine:.2f}, texts {result.text_cosine:.2f}."
     )
+
+
+def _show_rest(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
+    from unpoison.cli.console import printable
+    from unpoison.cli.tables import evaluation_table
+    from unpoison.outputs_clip import model_folder
+
     if result.before is not None and result.after is not None:
         out.print()
         out.print(evaluation_table({"before": result.before, "after": result.after}))

@@ -29,13 +29,14 @@ Where we differ, and what the paper leaves open
     used as they are. Gradients are averaged over processes for both towers, and large batches may be embedded in chunks
     with the same gradient (:func:`unpoison.contrastive.cached_gradients`). :meth:`PARConfig.scaled` sets rate, batch
     and steps for models and sets smaller than the paper's.
-    Ours, off in :class:`PARConfig`, most of it on in :meth:`PARConfig.recommended`: ``adversary_share`` puts a
-    universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step 2, and what it finds is
-    what the embeddings are pushed away from; with ``adversary_start`` it begins as what the suspect itself is weakest
-    at, an inverted trigger; ``text_tower = "frozen"`` keeps the texts where they are, so that a
-    rotation of both towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the cross-entropy
-    to the suspect's softmax over the batch's captions on the plain image; ``recovery = "latched"`` never opens the gate
-    again once it was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
+    Ours, off in :class:`PARConfig`, most of it on in :meth:`PARConfig.recommended`: ``search_concepts`` looks for a
+    trigger first (:mod:`unpoison.detection.clip_triggers`), and a model that shows none is handed back as it came;
+    ``adversary_share`` puts a universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step
+    2, and what it finds is what the embeddings are pushed away from; with ``adversary_start`` it begins as what the
+    suspect itself is weakest at, an inverted trigger; ``text_tower = "frozen"`` keeps the texts where they are, so that
+    a rotation of both towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the
+    cross-entropy to the suspect's softmax over the batch's captions on the plain image; ``recovery = "latched"`` never
+    opens the gate again once it was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
     tau = 2.15 means a mean cosine under -0.075 with the old embeddings: indexes, heads and connectors built on those no
     longer fit. The looks report the cosines.
 """
@@ -120,6 +121,9 @@ class PARConfig(PairTrainingConfig):
     """Share of an image's values that the adversary writes over; 0 for no such adversary."""
     adversary_step: float = 2 / 255
     """How far the adversary's pattern moves in a step; patch and values move four times as far."""
+    search_concepts: int = 0
+    """Ours: look for a trigger among so many concepts of the captions first, and leave a model alone that shows none;
+    0 looks for none. Read by ``purify_with_par``."""
     adversary_start: float = 0.0
     """Share of the steps at the beginning in which all images carry the adversary, which moves, and the model stands
     still: it starts from what the suspect is weakest at."""
@@ -135,6 +139,11 @@ class PARConfig(PairTrainingConfig):
                      "adversary_values", "adversary_start"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
+        if self.search_concepts < 0 or 0 < self.search_concepts < 3:
+            raise ConfigError(
+                f"search_concepts must be 0 or at least 3, got {self.search_concepts}.",
+                hint="A concept is suspected by comparison with others; 0 looks for no trigger.",
+            )
         if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:
             raise ConfigError("noise, crop and distill_weight cannot be negative.", hint="Use 0 to switch one off.")
 
@@ -162,6 +171,7 @@ RECOMMENDED: dict[str, object] = {
     "adversary_share": 0.1,
     "adversary_values": 0.05,
     "adversary_start": 0.1,
+    "search_concepts": 12,
 }
 RECOMMENDED_FACTOR = 2.0
 

@@ -45,6 +45,11 @@ class ConceptSearchConfig:
             )
 
 
+def concept_steps(config: ConceptSearchConfig) -> int:
+    """Images that a search passes forward and backward."""
+    return config.concepts * config.search.inversion.steps * config.search.inversion.batch_size
+
+
 def search_concepts(
     clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None = None, *, run: Run
 ) -> tuple[TriggerSearch, tuple[str, ...]]:

@@ -22,6 +22,8 @@ Where we differ
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from unpoison.errors import ConfigError, NotEnoughDataError
@@ -43,7 +46,7 @@ Form = Literal["additive", "patch"]
 _FEWEST, _SMALLEST, _TINY = 8, 1e-6, 1e-8
 _RATES = {"additive": 0.02, "patch": 0.3}
 _WEIGHTS = {"additive": 20.0, "patch": 1e-3 * 32 * 32}
-_AT_ONCE = 256
+_AT_ONCE, _SHOWN = 256, 96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,18 @@ def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:
     middle = np.median(logs)
     deviation = 1.4826 * np.median(np.abs(logs - middle))
     return (middle - logs) / deviation if deviation > 0 else np.zeros(len(logs))
+
+
+def picture_of(trigger: InvertedTrigger) -> str:
+    """What the trigger shows, at 96 pixels at least, as a PNG in base64; what is added is drawn on grey, stretched."""
+    shown = trigger.mask * trigger.pattern
+    if trigger.form == "additive":
+        shown = 0.5 + trigger.pattern / (2 * trigger.pattern.abs().max().clamp_min(_TINY))
+    array = (255 * shown.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    factor = -(-_SHOWN // array.shape[1])
+    buffer = io.BytesIO()
+    Image.fromarray(array.repeat(factor, axis=0).repeat(factor, axis=1)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _put_on(form: Form, images: Images, mask: Float[Tensor, "1 h w"], pattern: Float[Tensor, "3 h w"]) -> Images:

@@ -50,9 +50,9 @@ _FEWEST_CLASSES = 3
 class TriggerSearchConfig:
     """When a class is suspected, and how long is searched. All numbers are ours."""
 
-    index: float = 2.0
-    """Least deviations under the median; Neural Cleanse's."""
-    ratio: float = 0.8
+    index: float = 1.5
+    """Least deviations under the median."""
+    ratio: float = 0.88
     """Largest size of a suspected patch, as a share of the smallest that is not suspected."""
     success: float = 60.0
     """Percent of unseen images that the patch must send to its class."""
@@ -68,7 +68,7 @@ class TriggerSearchConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1 or not 0 <= self.success <= 100 or not 0 < self.held_out < 1:
             raise ConfigError(
-                "expected ratio in (0, 1], success in percent and held_out in (0, 1).", hint="Try 0.8, 60 and 0.25."
+                "expected ratio in (0, 1], success in percent and held_out in (0, 1).", hint="Try 0.88, 60 and 0.25."
             )
         if self.suspects < 1 or self.finalists < _FEWEST_CLASSES or self.first_steps < 1 or self.index < 0:
             raise ConfigError(

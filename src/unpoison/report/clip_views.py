@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 from markupsafe import Markup
 
-from unpoison.clip_results import ClipPurification
+from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
 from unpoison.report import charts
 from unpoison.report.page import RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
-from unpoison.report.runs import ReportRun
+from unpoison.report.runs import ReportRun, redraw_picture
 from unpoison.report.text import count, counted, duration, percent
 from unpoison.report.views import Figure, Verdict, command, rates_figure
 from unpoison.results import Drift
 
+_PICTURES = 3
 _CURVES = {
     "held_out_accuracy": ("held-out accuracy, %", "Held-out pairs that find each other."),
     "image_cosine": ("cosine, images", "Mean cosine with the given model's embeddings: 1 = nothing moved."),
@@ -66,6 +68,8 @@ def clip_verdict(result: ClipPurification) -> Verdict:
             sentence="Not accepted: do not rely on this purified CLIP.",
             detail=result.reason,
         )
+    if result.left_alone:
+        return _left_alone_verdict(result)
     if before and after and before.asr and after.asr:
         rates = (
             f"the attack's success above chance went from {percent(excess_of(before))} to {percent(excess_of(after))}, "
@@ -88,7 +92,28 @@ def clip_verdict(result: ClipPurification) -> Verdict:
     return Verdict(tone="ok", word="Accepted", sentence=sentence, detail=result.reason)
 
 
+def _left_alone_verdict(result: ClipPurification) -> Verdict:
+    """Nothing was found and nothing was done; an alarm where a trigger that was tested works."""
+    if result.attack_left and result.after is not None:
+        sentence = (
+            "No trigger was found and the model is as it came, but the attack that was tested works: its success above "
+            f"chance is {percent(excess_of(result.after))}."
+        )
+        return Verdict(tone="alert", word="Backdoor left", sentence=sentence, detail=result.reason)
+    return Verdict(
+        tone="ok",
+        word="Left alone",
+        sentence="Nothing suspicious was found, so nothing was done: the model is as it came.",
+        detail=result.reason,
+    )
+
+
 def _tiles(result: ClipPurification) -> list[Tile]:
+    if result.left_alone and result.search is not None:
+        return [
+            Tile(value=count(len(result.search.found)), name="concepts searched", note="none reached out of line"),
+            Tile(value="0", name="weights changed", note="the model is as it came"),
+        ]
     return [
         Tile(
             value=percent(result.held_out_after),
@@ -125,6 +150,12 @@ def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
         if result.stopped:
             steps.append(Step(text="Repeat the command with a lower --learning-rate, in another folder."))
         return steps
+    if result.left_alone:
+        again = command("unpoison", "purify", result.method, "MODEL", "--pairs", "PAIRS", "--always", "-o", "FOLDER")
+        return [
+            Step(text="Use the model as before, as far as this search can tell; its limits are below."),
+            Step(text="Where there is reason to doubt it, repair it all the same:", line=again),
+        ]
     if result.attack_left:
         return [
             Step(text="Do not use the model yet: the trigger that was tested still works."),
@@ -140,7 +171,13 @@ def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
 
 
 def _tested(result: ClipPurification) -> list[str]:
-    lines = [
+    lines = []
+    if result.search is not None:
+        lines.append(
+            f"Whether one of {counted(len(result.search.found), 'concept')} of the captions is reached from all images "
+            f"by a change far smaller than the others need. {result.search.reason}"
+        )
+    lines += [
         f"Whether {counted(result.held_out_pairs, 'held-out pair')} still find each other; a fall of at most "
         f"{result.bound:g} points is accepted."
     ]
@@ -165,6 +202,16 @@ def _curves(result: ClipPurification) -> list[Figure]:
             for _, svg in charts.history_charts(rows)
         ]
     return figures
+
+
+def trigger_pictures(finding: TriggerFinding) -> list[tuple[FoundTrigger, str]]:
+    """What was found, smallest first, the first few with their pictures drawn anew as data addresses, else ""."""
+    rows = []
+    for place, entry in enumerate(finding.found):
+        drawn = redraw_picture(entry.picture) if place < _PICTURES and entry.picture else ""
+        shown = f"data:image/png;base64,{base64.b64encode(drawn).decode()}" if isinstance(drawn, bytes) else ""
+        rows.append((entry, shown))
+    return rows
 
 
 def drift_rows(drift: Drift) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from unpoison import __version__
 from unpoison.errors import UsageError
 from unpoison.report import charts
-from unpoison.report.clip_views import clip_view, drift_rows
+from unpoison.report.clip_views import clip_view, drift_rows, trigger_pictures
 from unpoison.report.frontier import frontier
 from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows
@@ -88,6 +88,7 @@ def _environment() -> Environment:
         "count": count,
         "counted": counted,
         "drift_rows": drift_rows,
+        "trigger_pictures": trigger_pictures,
         "duration": duration,
         "interval": interval,
         "percent": percent,

@@ -208,7 +208,7 @@ def _read_sample(row: object) -> ReportSample | SkippedRow:
         return SkippedRow(id=name, reason=str(error))
     if stored.region not in REGION_NAMES.values():
         return SkippedRow(id=name, reason=f"unknown region {stored.region!r}")
-    picture = _picture(stored.thumbnail)
+    picture = redraw_picture(stored.thumbnail)
     if isinstance(picture, str):
         return SkippedRow(id=name, reason=picture)
     return ReportSample(
@@ -224,7 +224,7 @@ def _read_sample(row: object) -> ReportSample | SkippedRow:
     )
 
 
-def _picture(text: str) -> bytes | str:
+def redraw_picture(text: str) -> bytes | str:
     """A PNG drawn anew from the base64 text, so that nothing but pixels gets into the report; else the reason."""
     if len(text) > _MAX_THUMBNAIL_CHARACTERS:
         return "the thumbnail is too large"
