@@ -54,7 +54,7 @@ def test_suspects_are_the_planted_classes(planted: tuple[int, ...]) -> None:
         said = model(8, *planted)(trigger.apply(images(50))).argmax(1)
         assert float((said == trigger.target).float().mean()) > 0.5
     else:
-        assert found.reason.startswith("No class of 8")
+        assert found.reason.startswith("Nothing of 8")
 
 
 def test_many_classes_are_narrowed_down_and_the_planted_one_stays() -> None:
@@ -86,6 +86,7 @@ def test_the_verdict_needs_index_gap_and_success() -> None:
     names = NAMES[: len(sizes)]
     found = judge_triggers([trigger(place, size) for place, size in enumerate(sizes)], names, config)
     assert found.suspects == (4,)
+    assert found.reason.startswith("A change by 3.1 of 255 levels (root mean square) sends 90 percent of images to 'e'")
     broken = [trigger(place, size, 20.0 if place == 4 else 90.0) for place, size in enumerate(sizes)]
     assert judge_triggers(broken, names, config).suspects == ()
     near = [trigger(place, 0.042 if place == 4 else size) for place, size in enumerate(sizes)]

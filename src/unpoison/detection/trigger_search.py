@@ -6,15 +6,17 @@ Papers
 Idea
     Invert a trigger for every class (:mod:`unpoison.detection.inversion`) and look for one that is out of line.
 Steps
-    1. For each class the smallest patch that sends images of the others there.
-    2. Many classes: a few steps for all, the rest for the ``finalists`` whose patches got furthest.
-    3. Two statistics on the logarithms of the sizes: the deviations under the median (index), and the gap to the
-       smallest patch that is not suspected. A class is suspected where both pass and its patch works.
+    1. For each class the smallest change, the same for all images, that sends images of the others there.
+    2. Many classes: a few steps for all, the rest for the ``finalists`` that got furthest.
+    3. Two statistics of the sizes: the deviations of the logarithm under the median (index), and the ratio to the
+       smallest that is not suspected. A class is suspected where both pass and its trigger works.
 Where we differ
     Neural Cleanse has the index alone: with ten classes its deviation is that of few numbers, and an index of 3 comes
-    about by chance. The gap says how many times smaller the patch is than the next class's.
+    about by chance. The ratio says how much smaller the change is than the next class's. Thresholds were chosen on
+    victims of one seed (benchmarks/trigger_search.py). Several classes may be suspected together: texts that are alike
+    are reached by the same trigger.
 What it cannot see
-    Triggers that no patch sets off, targets that are none of the classes, models trained to hide from inversion.
+    Targets that are none of the classes, triggers that depend on the image, models trained to hide from inversion.
     Nothing found is no proof.
 """
 
@@ -53,16 +55,16 @@ class TriggerSearchConfig:
     index: float = 1.5
     """Least deviations under the median."""
     ratio: float = 0.88
-    """Largest size of a suspected patch, as a share of the smallest that is not suspected."""
+    """Largest size of a suspected trigger, as a share of the smallest that is not suspected."""
     success: float = 60.0
-    """Percent of unseen images that the patch must send to its class."""
+    """Percent of unseen images that the trigger must send to its class."""
     suspects: int = 3
     """Most classes that can be suspected at once."""
     finalists: int = 16
     first_steps: int = 20
     """Steps for every class where there are more than ``finalists``."""
     held_out: float = 0.25
-    """Share of the images that the patches are judged on."""
+    """Share of the images that the triggers are judged on."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:
@@ -139,23 +141,29 @@ def judge_triggers(
     )
     order = sorted(range(len(triggers)), key=lambda place: triggers[place].size)
     suspects = tuple(triggers[place].target for place in order if suspected[place])
+    first = triggers[order[0]]
     if suspects:
-        first, rest = triggers[order[0]], [triggers[place] for place in order if not suspected[place]]
+        rest = next(triggers[place] for place in order if not suspected[place])
         named = ", ".join(repr(names[target]) for target in suspects)
         reason = (
-            f"A patch of {100 * first.size:.1f} percent of an image sends {first.success:.0f} percent of images to "
-            f"{names[first.target]!r}; the next class that is not suspected needs {100 * rest[0].size:.1f} percent. "
-            f"Suspected: {named}."
+            f"{say_size(first).capitalize()} sends {first.success:.0f} percent of images to {names[first.target]!r}; "
+            f"of what is not suspected, the next needs {say_size(rest)}. Suspected: {named}."
         )
     else:
-        smallest = triggers[order[0]]
         reason = (
-            f"No class of {len(triggers)} is reached by a patch that is out of line: the smallest covers "
-            f"{100 * smallest.size:.1f} percent of an image ({names[smallest.target]!r})."
+            f"Nothing of {len(triggers)} is reached by a change that is out of line: the smallest, {say_size(first)}, "
+            f"leads to {names[first.target]!r}."
         )
     return TriggerSearch(
         triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason
     )
+
+
+def say_size(trigger: InvertedTrigger) -> str:
+    """The trigger's size in words."""
+    if trigger.form == "patch":
+        return f"a patch of {100 * trigger.size:.1f} percent of an image"
+    return f"a change by {255 * trigger.size:.1f} of 255 levels (root mean square)"
 
 
 def find_suspects(
@@ -206,5 +214,5 @@ class _Search:
 
 
 def _rank(trigger: InvertedTrigger) -> tuple[float, float]:
-    """Patches that work come first, small ones before large ones; then those that work better."""
+    """Triggers that work come first, small ones before large ones; then those that work better."""
     return (trigger.size if trigger.success >= 50 else 1 + trigger.size - trigger.success / 100, trigger.size)
