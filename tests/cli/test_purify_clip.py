@@ -196,7 +196,7 @@ def test_a_model_without_a_trigger_is_left_alone(here: Callable[..., Any], tmp_p
     result = here(*words)
     assert result.code == 0, result.err
     assert "Nothing suspicious was found." in result.out
-    assert "handed back as it came" in result.out
+    assert "handed back as it came" in " ".join(result.out.split())
     stored = ClipPurification.load(tmp_path / "out" / "purification.json")
     assert stored.left_alone
     assert stored.steps == stored.trained_pairs == 0

@@ -62,7 +62,7 @@ def test_a_shortcut_is_found_and_named_and_a_clean_model_is_not_suspected(clip: 
         cosines = clip.encode_texts(list(captions)) @ clip.encode_texts([text])[0]
     assert int(cosines.argmax()) == search.suspects[0]  # the concept that the text belongs to
     found = search.trigger_of(search.suspects[0]).pattern.square()
-    assert float(found[:, :4, :4].sum() / found.sum()) > 0.5
+    assert float(found[:, :4, :4].sum() / found.sum()) > 5 * 4 * 4 / 32 / 32  # far more than the corner's share
     plain, _ = search_concepts(clip, pairs, QUICK, run=Run())
     assert plain.suspects == ()
 
