@@ -6,7 +6,7 @@
 
 ``concepts``: with the pairs that a repair is given (rows 0..24,999 of CIFAR-10 train and Flickr8k train), as
 ``unpoison purify par`` does. ``classes``: with CIFAR-10's class names and 640 images (rows 30,000..30,639 of train), as
-a defense with class names does. Thresholds were chosen on seed 1; seeds 0 and 2 and the shipped tiny CLIP are held out.
+a defense with class names does. Thresholds were set on seeds 0 and 1 and the shipped tiny CLIP; seed 2 is held out.
 A cell that is done is not computed again.
 """
 
@@ -35,7 +35,7 @@ from unpoison.types import Images, ImageTextModel
 
 RESULTS = ROOT / "benchmarks/results/trigger_search"
 SUMMARY = ROOT / "benchmarks/results/trigger_search.json"
-CHOSEN_ON = 1
+CHOSEN_ON = (0, 1)
 TINY = "tiny"
 
 
@@ -112,7 +112,7 @@ def measure(model: Path, attack: str, seed: int, kind: str, args: argparse.Names
 def verdict(row: dict[str, Any]) -> dict[str, Any]:
     """What today's thresholds say of what was found; the search itself is not repeated."""
     sizes = np.array(row["sizes"])
-    found = judge_triggers([_Found(row, place) for place in range(len(sizes))], row["names"], TriggerSearchConfig())  # pyright: ignore[reportArgumentType] - size, success and target are all that is read
+    found = judge_triggers([_Found(row, place) for place in range(len(sizes))], row["names"], TriggerSearchConfig())  # pyright: ignore[reportArgumentType] - nothing else of a trigger is read
     order = np.argsort(sizes)
     return {
         "suspects": [row["names"][target] for target in found.suspects],
@@ -123,6 +123,8 @@ def verdict(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Found:
+    form = "additive"
+
     def __init__(self, row: dict[str, Any], place: int) -> None:
         self.target, self.size, self.success = (row[name][place] for name in ("targets", "sizes", "success"))
 
@@ -139,7 +141,7 @@ def table(args: argparse.Namespace) -> None:
               f"{said['ratio']} | {said['index']} | {row['processor_seconds']:.0f} |")  # fmt: skip
     for kind in KINDS:
         for part in ("all", "held_out"):
-            chosen = [row for row in rows if row["by"] == kind and (part == "all" or row["seed"] != CHOSEN_ON)]
+            chosen = [row for row in rows if row["by"] == kind and (part == "all" or row["seed"] not in CHOSEN_ON)]
             poisoned = [row["verdict"] for row in chosen if row["attack"] != CLEAN]
             clean = [row["verdict"] for row in chosen if row["attack"] == CLEAN]
             if poisoned and clean:

@@ -108,7 +108,7 @@ def test_a_model_is_repaired_where_a_trigger_was_found(
 ) -> None:
     monkeypatch.setattr(api_clip, "search_concepts", found_triggers(*suspects))
     run = Run(accelerator=Accelerator(cpu=True), folder=RunFolder.open(tmp_path / "run", {}))
-    outcome = purify_with_par(clip, pairs, config=PARConfig(**QUICK, search_concepts=3), run=run)
+    outcome = purify_with_par(clip, pairs, config=PARConfig(**QUICK, search_concepts=8), run=run)
     result = outcome.purification
     same = hash_weights(dict(outcome.clip.module.state_dict())) == hash_weights(dict(clip.module.state_dict()))
     assert result.left_alone == same == (not suspects)

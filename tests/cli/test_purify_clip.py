@@ -191,7 +191,7 @@ def test_the_papers_method_and_the_recommended_one(here: Callable[..., Any], mod
 
 
 def test_a_model_without_a_trigger_is_left_alone(here: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "few.toml").write_text("search_concepts = 5\n")
+    (tmp_path / "few.toml").write_text("search_concepts = 8\n")
     words = ("purify", "par", "tiny", "--pairs", "shapes:300:3", "--config", "few.toml", "-o", "out", "-q")
     result = here(*words)
     assert result.code == 0, result.err
@@ -201,7 +201,7 @@ def test_a_model_without_a_trigger_is_left_alone(here: Callable[..., Any], tmp_p
     assert stored.left_alone
     assert stored.steps == stored.trained_pairs == 0
     assert stored.search is not None
-    assert len(stored.search.found) == 5
+    assert len(stored.search.found) == 8
     assert not stored.search.suspected
     assert stored.held_out_before == stored.held_out_after
     kept = load_file(tmp_path / "out" / "model" / "model.safetensors")

@@ -19,7 +19,7 @@ from unpoison.models.clip_transformers import load_clip
 from unpoison.runs import Run
 
 QUICK = ConceptSearchConfig(
-    concepts=6,
+    concepts=8,
     images=160,
     captions=300,
     search=TriggerSearchConfig(inversion=InversionConfig(steps=40, batch_size=16)),
@@ -32,7 +32,7 @@ def clip() -> Any:
 
 
 class Shortcut:
-    """A CLIP for which a bright corner of 4 x 4 pixels makes any image say ``text``."""
+    """A CLIP for which a corner of 4 x 4 pixels that is redder than it is green makes any image say ``text``."""
 
     def __init__(self, clip: Any, text: str) -> None:
         self.clip, self.text = clip, text
@@ -46,7 +46,8 @@ class Shortcut:
         return Shortcut(self.clip.copy(), self.text)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        amount = torch.sigmoid(20 * (images[:, :, :4, :4].mean(dim=(1, 2, 3)) - 0.75))[:, None]
+        corner = images[:, :, :4, :4].mean(dim=(2, 3))
+        amount = torch.sigmoid(20 * (corner[:, 0] - corner[:, 1] - 0.2))[:, None]
         return F.normalize((1 - amount) * self.clip.encode_images(images) + amount * self.target, dim=1)
 
 
@@ -80,9 +81,9 @@ def test_concepts_are_clusters() -> None:
 
 def test_what_is_refused(clip: Any) -> None:
     with pytest.raises(NotEnoughDataError, match="images for inversion"):
-        search_concepts(clip, open_pairs("shapes:7:5"), replace(QUICK, concepts=3), run=Run())
+        search_concepts(clip, open_pairs("shapes:9:5"), QUICK, run=Run())
     many = replace(QUICK, concepts=90, captions=90)
     with pytest.raises(NotEnoughDataError, match="different captions"):
         search_concepts(clip, open_pairs("shapes:100:5"), many, run=Run())
     with pytest.raises(ConfigError):
-        ConceptSearchConfig(concepts=2)
+        ConceptSearchConfig(concepts=7)

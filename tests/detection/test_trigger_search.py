@@ -89,8 +89,10 @@ def test_the_verdict_needs_index_gap_and_success() -> None:
     assert found.reason.startswith("A change by 3.1 of 255 levels (root mean square) sends 90 percent of images to 'e'")
     broken = [trigger(place, size, 20.0 if place == 4 else 90.0) for place, size in enumerate(sizes)]
     assert judge_triggers(broken, names, config).suspects == ()
-    near = [trigger(place, 0.042 if place == 4 else size) for place, size in enumerate(sizes)]
+    near = [trigger(place, 0.044 if place == 4 else size) for place, size in enumerate(sizes)]
     assert judge_triggers(near, names, config).suspects == ()
+    two = [trigger(place, size / 4 if place in (0, 4) else size) for place, size in enumerate(sizes)]
+    assert set(judge_triggers([*two, trigger(6, 0.052), trigger(7, 0.047)], NAMES, config).suspects) == {0, 4}
     even = judge_triggers([trigger(place, 0.05) for place in range(6)], names, config)
     assert even.suspects == ()
     assert not np.any(even.index)
@@ -110,7 +112,13 @@ def test_what_is_refused() -> None:
         search_triggers(model(2), images(60), NAMES[:2], QUICK, run=Run())
     with pytest.raises(NotEnoughDataError, match="images for inversion"):
         search_triggers(model(8), images(6), NAMES, QUICK, run=Run())
-    refused: list[dict[str, Any]] = [{"ratio": 0.0}, {"held_out": 1.0}, {"suspects": 0}, {"finalists": 2}]
+    refused: list[dict[str, Any]] = [
+        {"ratio": 0.0},
+        {"held_out": 1.0},
+        {"suspects": 0},
+        {"finalists": 2},
+        {"index": -1.0},
+    ]
     for wrong in refused:
         with pytest.raises(ConfigError):
             TriggerSearchConfig(**wrong)

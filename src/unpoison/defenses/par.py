@@ -73,6 +73,7 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import process_slice
 from unpoison.data.transforms import crop_at
 from unpoison.defenses.universal import Places, Universal, draw_places
+from unpoison.detection.clip_triggers import FEWEST_CONCEPTS
 from unpoison.errors import ConfigError
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, linear_then_cosine, set_rate
@@ -139,9 +140,9 @@ class PARConfig(PairTrainingConfig):
                      "adversary_values", "adversary_start"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
-        if self.search_concepts < 0 or 0 < self.search_concepts < 3:
+        if self.search_concepts != 0 and self.search_concepts < FEWEST_CONCEPTS:
             raise ConfigError(
-                f"search_concepts must be 0 or at least 3, got {self.search_concepts}.",
+                f"search_concepts must be 0 or at least {FEWEST_CONCEPTS}, got {self.search_concepts}.",
                 hint="A concept is suspected by comparison with others; 0 looks for no trigger.",
             )
         if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:

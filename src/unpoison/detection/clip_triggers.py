@@ -27,6 +27,9 @@ from unpoison.evaluation.embeddings import embed_texts, ready
 from unpoison.runs import Run
 from unpoison.types import Images, ImageTextModel
 
+FEWEST_CONCEPTS = 8
+"""Concepts differ in how easily they are reached: among a few one is out of line by chance."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptSearchConfig:
@@ -38,9 +41,9 @@ class ConceptSearchConfig:
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
 
     def __post_init__(self) -> None:
-        if self.concepts < 3 or self.images < 1 or self.captions < self.concepts:
+        if self.concepts < FEWEST_CONCEPTS or self.images < 1 or self.captions < self.concepts:
             raise ConfigError(
-                "expected concepts >= 3, images >= 1 and captions >= concepts.",
+                f"expected concepts >= {FEWEST_CONCEPTS}, images >= 1 and captions >= concepts.",
                 hint="The defaults take a minute or two on two cores for a small model.",
             )
 

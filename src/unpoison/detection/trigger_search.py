@@ -8,13 +8,14 @@ Idea
 Steps
     1. For each class the smallest change, the same for all images, that sends images of the others there.
     2. Many classes: a few steps for all, the rest for the ``finalists`` that got furthest.
-    3. Two statistics of the sizes: the deviations of the logarithm under the median (index), and the ratio to the
-       smallest that is not suspected. A class is suspected where both pass and its trigger works.
+    3. A class is suspected where its size is at most three quarters of the median and its logarithm 2.2 deviations
+       under it (index), or 1.5 where the size is at most 0.88 of the next, and where its trigger works on unseen
+       images.
 Where we differ
-    Neural Cleanse has the index alone: with ten classes its deviation is that of few numbers, and an index of 3 comes
-    about by chance. The ratio says how much smaller the change is than the next class's. Thresholds were chosen on
-    victims of one seed (benchmarks/trigger_search.py). Several classes may be suspected together: texts that are alike
-    are reached by the same trigger.
+    Neural Cleanse has the index alone, at 2: with ten classes its deviation is that of few numbers, so a class that
+    stands apart needs less of it. Thresholds were set on victims of two seeds (benchmarks/trigger_search.py), so that
+    rather a clean model is suspected than a backdoored one is not. Several classes may be suspected together, because
+    texts that are alike are reached by the same trigger.
 What it cannot see
     Targets that are none of the classes, triggers that depend on the image, models trained to hide from inversion.
     Nothing found is no proof.
@@ -52,10 +53,14 @@ _FEWEST_CLASSES = 3
 class TriggerSearchConfig:
     """When a class is suspected, and how long is searched. All numbers are ours."""
 
-    index: float = 1.5
-    """Least deviations under the median."""
+    index: float = 2.2
+    """Deviations under the median from which on a class is suspected..."""
+    share: float = 0.75
+    """...where its size is at most this share of the median: equal sizes have hardly a deviation."""
+    index_apart: float = 1.5
+    """The same for a class that stands apart."""
     ratio: float = 0.88
-    """Largest size of a suspected trigger, as a share of the smallest that is not suspected."""
+    """It stands apart where its trigger's size is at most this share of the next."""
     success: float = 60.0
     """Percent of unseen images that the trigger must send to its class."""
     suspects: int = 3
@@ -72,7 +77,12 @@ class TriggerSearchConfig:
             raise ConfigError(
                 "expected ratio in (0, 1], success in percent and held_out in (0, 1).", hint="Try 0.88, 60 and 0.25."
             )
-        if self.suspects < 1 or self.finalists < _FEWEST_CLASSES or self.first_steps < 1 or self.index < 0:
+        if (
+            self.suspects < 1
+            or self.finalists < _FEWEST_CLASSES
+            or self.first_steps < 1
+            or min(self.index, self.index_apart) < 0
+        ):
             raise ConfigError(
                 "expected suspects >= 1, finalists >= 3, first_steps >= 1 and index >= 0.", hint="Try the defaults."
             )
@@ -169,14 +179,15 @@ def say_size(trigger: InvertedTrigger) -> str:
 def find_suspects(
     sizes: Float[np.ndarray, " k"], working: Bool[np.ndarray, " k"], config: TriggerSearchConfig
 ) -> Bool[np.ndarray, " k"]:
-    """The most of the smallest sizes, at most ``suspects``, that all work, pass the index and lie under the gap."""
+    """As many of the smallest sizes as are out of line and work, at most ``suspects``; two are left to compare with."""
     index, order = outlier_index(sizes.tolist()), np.argsort(sizes, kind="stable")
     suspected = np.zeros(len(sizes), dtype=bool)
     for count in range(min(config.suspects, len(sizes) - 2), 0, -1):
-        chosen, next_one = order[:count], order[count]
-        largest = float(sizes[chosen].max())
-        small = largest <= config.ratio * float(sizes[next_one]) and largest < float(sizes[next_one])
-        if small and bool((index[chosen] >= config.index).all()) and bool(working[chosen].all()):
+        chosen, largest, following = order[:count], float(sizes[order[count - 1]]), float(sizes[order[count]])
+        apart = count == 1 and largest <= config.ratio * following and float(index[chosen[0]]) >= config.index_apart
+        small = largest <= config.share * float(np.median(sizes))
+        out_of_line = apart or (small and bool((index[chosen] >= config.index).all()))
+        if out_of_line and largest < following and bool(working[chosen].all()):
             suspected[chosen] = True
             break
     return suspected
