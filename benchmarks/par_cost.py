@@ -72,7 +72,7 @@ def step_ratio(pairs: ImageTextPairs, args: argparse.Namespace) -> dict[str, Any
         plain = step_seconds(repair_with_fine_tuning, pairs, FineTuningConfig(**few))
         rounds.append((plain, step_seconds(repair_with_par, pairs, PARConfig(**few))))
     return {
-        "pairs": pairs.name,
+        "pairs": pairs.name.rpartition("/data/")[2],
         "batch": args.batch,
         "plain_seconds": [plain for plain, _ in rounds],
         "par_seconds": [par for _, par in rounds],

@@ -25,6 +25,7 @@ from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.data.pixels import load_pixels, to_images
 from unpoison.data.sources import open_images
 from unpoison.detection.clip_triggers import search_concepts
+from unpoison.detection.inversion import InvertedTrigger
 from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, judge_triggers, search_triggers
 from unpoison.evaluation.embeddings import embed_texts, ready
 from unpoison.models.clip_files import load_any_clip
@@ -87,7 +88,7 @@ def compute(model: Path, attack: str, seed: int, kind: str, args: argparse.Names
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
         for attack in args.attack:
             model = find_victim(args.victims, attack, seed)
@@ -112,7 +113,8 @@ def measure(model: Path, attack: str, seed: int, kind: str, args: argparse.Names
 def verdict(row: dict[str, Any]) -> dict[str, Any]:
     """What today's thresholds say of what was found; the search itself is not repeated."""
     sizes = np.array(row["sizes"])
-    found = judge_triggers([_Found(row, place) for place in range(len(sizes))], row["names"], TriggerSearchConfig())  # pyright: ignore[reportArgumentType] - nothing else of a trigger is read
+    triggers = [stored_trigger(row, place) for place in range(len(sizes))]
+    found = judge_triggers(triggers, row["names"], TriggerSearchConfig())
     order = np.argsort(sizes)
     return {
         "suspects": [row["names"][target] for target in found.suspects],
@@ -122,11 +124,13 @@ def verdict(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Found:
-    form = "additive"
-
-    def __init__(self, row: dict[str, Any], place: int) -> None:
-        self.target, self.size, self.success = (row[name][place] for name in ("targets", "sizes", "success"))
+def stored_trigger(row: dict[str, Any], place: int) -> InvertedTrigger:
+    """What a verdict reads of a trigger; its picture was not kept."""
+    nothing = torch.zeros(3, 1, 1)
+    target, size, success = (row[name][place] for name in ("targets", "sizes", "success"))
+    return InvertedTrigger(
+        form="additive", target=target, mask=nothing[:1], pattern=nothing, size=size, success=success
+    )
 
 
 def table(args: argparse.Namespace) -> None:

@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
+from unpoison.data.transforms import brighten, erase_square
 from unpoison.defenses.par import (
     PARConfig,
     augment,
-    brighten,
     draw_noise,
     draw_views,
-    erase_square,
     gate,
     par_loss,
     par_rate,

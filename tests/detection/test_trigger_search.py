@@ -68,11 +68,6 @@ def test_many_classes_are_narrowed_down_and_the_planted_one_stays() -> None:
     assert found.suspects == (17,)
 
 
-def test_only_the_targets_asked_for_are_searched() -> None:
-    found = search_triggers(model(8, 3), images(120), NAMES, QUICK, targets=[3, 4, 6], run=Run())
-    assert [trigger.target for trigger in found.triggers] == [3, 4, 6]
-
-
 def trigger(target: int, size: float, success: float = 90.0) -> InvertedTrigger:
     blank = torch.zeros(3, 4, 4)
     return InvertedTrigger(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,3 +57,26 @@ def random_flip(images: Images, generator: torch.Generator) -> Images:
     """Each image mirrored left to right with probability one half."""
     flipped = torch.rand(images.shape[0], generator=generator, device=generator.device) < 0.5
     return torch.where(flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
+
+
+def brighten(images: Images, noise: Float[Tensor, "b 3 h w"], noisy: Bool[Tensor, " b"]) -> Images:
+    """min(x + max(n, 0), 1) where ``noisy``: the sample is cut before it is added, so that it only brightens."""
+    added = (images + noise.clamp(0, 1)).clamp(0, 1)
+    return torch.where(noisy.to(images.device)[:, None, None, None], added, images)
+
+
+def erase_square(
+    images: Images,
+    top: Int[Tensor, " b"],
+    left: Int[Tensor, " b"],
+    side: Int[Tensor, " b"],
+    fill: tuple[float, float, float],
+) -> Images:
+    """``side`` x ``side`` pixels from (``top``, ``left``) in the colour ``fill``; side 0 leaves the image as it is."""
+    top, left, side = (value.to(images.device)[:, None] for value in (top, left, side))
+    rows, columns = (torch.arange(extent, device=images.device)[None, :] for extent in images.shape[-2:])
+    inside_rows = (rows >= top) & (rows < top + side)
+    inside_columns = (columns >= left) & (columns < left + side)
+    inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)[None, :, None, None]
+    return torch.where(inside, colour, images)

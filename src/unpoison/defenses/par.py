@@ -71,7 +71,7 @@ from unpoison.contrastive import (
 )
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import process_slice
-from unpoison.data.transforms import crop_at
+from unpoison.data.transforms import brighten, crop_at, erase_square
 from unpoison.defenses.universal import Places, Universal, draw_places
 from unpoison.detection.clip_triggers import FEWEST_CONCEPTS
 from unpoison.errors import ConfigError
@@ -379,29 +379,6 @@ def augment(
     if noise is not None:
         images = brighten(images, config.noise * noise, views.noisy)
     return erase_square(images, views.top, views.left, views.side, fill)
-
-
-def brighten(images: Images, noise: Float[Tensor, "b 3 h w"], noisy: Bool[Tensor, " b"]) -> Images:
-    """min(x + max(n, 0), 1) where ``noisy``: the sample is cut before it is added, so that it only brightens."""
-    added = (images + noise.clamp(0, 1)).clamp(0, 1)
-    return torch.where(noisy.to(images.device)[:, None, None, None], added, images)
-
-
-def erase_square(
-    images: Images,
-    top: Int[Tensor, " b"],
-    left: Int[Tensor, " b"],
-    side: Int[Tensor, " b"],
-    fill: tuple[float, float, float],
-) -> Images:
-    """``side`` x ``side`` pixels from (``top``, ``left``) in the colour ``fill``; side 0 leaves the image as it is."""
-    top, left, side = (value.to(images.device)[:, None] for value in (top, left, side))
-    rows, columns = (torch.arange(extent, device=images.device)[None, :] for extent in images.shape[-2:])
-    inside_rows = (rows >= top) & (rows < top + side)
-    inside_columns = (columns >= left) & (columns < left + side)
-    inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-    colour = torch.tensor(fill, dtype=images.dtype, device=images.device)[None, :, None, None]
-    return torch.where(inside, colour, images)
 
 
 def par_rate(step: int, total: int, config: PARConfig) -> float:

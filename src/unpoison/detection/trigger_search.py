@@ -110,17 +110,16 @@ def search_triggers(
     names: Sequence[str],
     config: TriggerSearchConfig | None = None,
     *,
-    targets: Sequence[int] | None = None,
     run: Run,
 ) -> TriggerSearch:
-    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k]; ``targets`` restricts the search to some of them.
+    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k].
 
     ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
     that class's search. Raises NotEnoughDataError for too few of either.
     """
     config = config or TriggerSearchConfig()
-    wanted = list(range(len(names)) if targets is None else targets)
-    if targets is None and len(wanted) < _FEWEST_CLASSES:
+    wanted = list(range(len(names)))
+    if len(wanted) < _FEWEST_CLASSES:
         raise NotEnoughDataError("classes to compare", have=len(wanted), need=_FEWEST_CLASSES, hint="Name more.")
     check_enough(len(images))
     with torch.no_grad():
