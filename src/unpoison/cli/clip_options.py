@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from unpoison.cli.options import READING, Planned
+from unpoison.cli.options import METHOD, READING, TEST, Planned
 
 if TYPE_CHECKING:
     from unpoison.attacks.parts import PoisoningParts
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from unpoison.evaluation.clip import TargetedAttack
     from unpoison.results import ClipEvaluation
     from unpoison.runs import Run
-
-METHOD = Group("Method", sort_key=10)
-TEST = Group("Test", sort_key=20)
 
 
 @Parameter(name="*")

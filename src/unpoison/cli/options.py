@@ -12,6 +12,8 @@ from cyclopts import Group, Parameter
 
 OPENING = Group("Opening the model", sort_key=60)
 READING = Group("Reading", sort_key=70)
+METHOD = Group("Method", sort_key=10)
+TEST = Group("Test", sort_key=20)
 OUTPUT = Group("Output", sort_key=90)
 RUNNING = Group("Running", sort_key=80)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
-from unpoison.cli.options import Opening, Planned, Reading, run_path
+from unpoison.cli.classifier_options import Bound, Config, Data, Manifest, Test
+from unpoison.cli.options import METHOD, Opening, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -18,41 +19,22 @@ if TYPE_CHECKING:
     from unpoison.results import Evaluation, Purification
     from unpoison.runs import Run
 
-METHOD = Group("Method", sort_key=10)
-TEST = Group("Test", sort_key=20)
-
 
 def cgd(
     model: str,
     /,
     *,
-    data: Annotated[str, Parameter(metavar="SOURCE", help="The training set of the model, as for `scan dataset`.")],
+    data: Data,
     clip: Annotated[
         str, Parameter(group=METHOD, help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')
     ] = "tiny",
     steps: Annotated[
         int | None, Parameter(group=METHOD, show_default=False, help="Optimizer steps of the repair. [default: 400]")
     ] = None,
-    bound: Annotated[
-        float | None,
-        Parameter(
-            group=METHOD,
-            show_default=False,
-            help="Largest fall of held-out accuracy, in points, that is accepted. [default: 5]",
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
-    ] = None,
-    test: Annotated[
-        str | None,
-        Parameter(
-            metavar="SOURCE", group=TEST, show_default=False, help="Clean test images: measure before and after."
-        ),
-    ] = None,
-    manifest: Annotated[
-        Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
-    ] = None,
+    bound: Bound = None,
+    config: Config = None,
+    test: Test = None,
+    manifest: Manifest = None,
     opening: Opening = Opening(),  # noqa: B008
     reading: Reading = Reading(),  # noqa: B008
     options: Planned = Planned(),  # noqa: B008

@@ -7,35 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from unpoison.cli.options import Opening, Planned, Reading, run_path
-from unpoison.cli.purify import METHOD, TEST
+from unpoison.cli.classifier_options import Bound, Clip, Config, Data, Manifest, Test
+from unpoison.cli.options import METHOD, Opening, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     from unpoison.results import Purification
 
-Data = Annotated[str, Parameter(metavar="SOURCE", help="The training set of the model, as for `scan dataset`.")]
-Clip = Annotated[
-    str,
-    Parameter(group=METHOD, help='A CLIP of transformers that judges the labels: "tiny" (bundled), a folder, an id.'),
-]
-Bound = Annotated[
-    float | None,
-    Parameter(
-        group=METHOD,
-        show_default=False,
-        help="Largest fall of held-out accuracy, in points, that is accepted. [default: 5]",
-    ),
-]
-Config = Annotated[
-    Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
-]
-Test = Annotated[
-    str | None,
-    Parameter(metavar="SOURCE", group=TEST, show_default=False, help="Clean test images: measure before and after."),
-]
-Manifest = Annotated[
-    Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
-]
 Steps = Annotated[
     int | None, Parameter(group=METHOD, show_default=False, help="Optimizer steps. [default: the method's]")
 ]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from unpoison.cli.clip_options import (
-    METHOD,
     PairReading,
     Pairs,
     Sources,
@@ -18,7 +17,7 @@ from unpoison.cli.clip_options import (
     Training,
     open_tests,
 )
-from unpoison.cli.options import Planned, run_path
+from unpoison.cli.options import METHOD, Planned, run_path
 
 if TYPE_CHECKING:
     import rich.console

@@ -1,0 +1,34 @@
+"""What the repairs of classifiers are told on the command line, whichever the method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from unpoison.cli.options import METHOD, TEST
+
+Data = Annotated[str, Parameter(metavar="SOURCE", help="The training set of the model, as for `scan dataset`.")]
+Clip = Annotated[
+    str,
+    Parameter(group=METHOD, help='A CLIP of transformers that judges the labels: "tiny" (bundled), a folder, an id.'),
+]
+Bound = Annotated[
+    float | None,
+    Parameter(
+        group=METHOD,
+        show_default=False,
+        help="Largest fall of held-out accuracy, in points, that is accepted. [default: 5]",
+    ),
+]
+Config = Annotated[
+    Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
+]
+Test = Annotated[
+    str | None,
+    Parameter(metavar="SOURCE", group=TEST, show_default=False, help="Clean test images: measure before and after."),
+]
+Manifest = Annotated[
+    Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
+]
