@@ -20,24 +20,25 @@ repeat. The patch that comes out is rounded to 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from unpoison.attacks.badclip_patch import BadCLIPPatch, put_in_centre, start
+from unpoison.attacks.badclip_patch import BadCLIPPatch, put_in_centre
 from unpoison.attacks.draws import scaled_side
 from unpoison.attacks.pairs import who_names
+from unpoison.attacks.patch_training import train_patch
 from unpoison.contrastive import info_nce, without_graph
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import Pixels, load_pixels, to_images
-from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.models.image_classifier import evaluation_mode
 from unpoison.runs import Run
-from unpoison.training import restore, state_of
 from unpoison.types import Embeddings, Images, ImageTextModel
 
 _EMBEDDED_AT_ONCE = 256
@@ -84,19 +85,17 @@ def optimise_patch(
         clean, positives = _embed(clip, others, run), _embed(clip, targets, run)  # (2)
         texts = clip.encode_texts(captions)
         side = scaled_side(config.share, clip.image_size, 3)
-        net = nn.ParameterDict({"patch": start(side, run.seed_of("badclip start"))}).to(run.device)
-        adam = torch.optim.Adam(net.parameters(), config.learning_rate)
 
-        def one_epoch(epoch: int) -> dict[str, Tensor]:
-            generator, losses = run.generator("badclip", epoch), []
+        def losses_of(epoch: int, patch: Tensor) -> Iterator[Tensor]:
+            generator = run.generator("badclip", epoch)
             order = torch.randperm(len(others), generator=generator)
             for place in range(0, len(order) - 1, config.batch_size):
                 rows = order[place : place + config.batch_size].sort().values
                 text = torch.randint(len(texts), (len(rows),), generator=generator)
                 shown = torch.randint(len(positives), (len(rows),), generator=generator)
                 images = to_images(others[rows.numpy()]).to(run.device)
-                embedded = clip.encode_images(put_in_centre(images, net["patch"]))  # (3)
-                loss = patch_loss(
+                embedded = clip.encode_images(put_in_centre(images, patch))  # (3)
+                yield patch_loss(
                     embedded,
                     texts[text],
                     positives[shown],
@@ -105,25 +104,11 @@ def optimise_patch(
                     weight=config.triplet_weight,
                     margin=config.margin,
                 )
-                if not torch.isfinite(loss):
-                    raise DivergedError("The patch", step=epoch, loss=float(loss.detach()))
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                with torch.no_grad():
-                    net["patch"].clamp_(0, 1)
-                losses.append(float(loss.detach()))
-            run.progress.log(f"badclip: epoch {epoch + 1} of {config.epochs}, loss {np.mean(losses):.3f}")
-            return state_of(net, adam)
 
-        steps = [f"badclip-{epoch:04d}" for epoch in range(config.epochs)]
-        first = next((epoch for epoch in reversed(range(config.epochs)) if run.stored(steps[epoch]) is not None), 0)
-        for epoch in run.progress.track(
-            range(first, config.epochs), total=config.epochs - first, what="badclip", unit="epochs"
-        ):
-            restore(net, adam, run.step(steps[epoch], lambda epoch=epoch: one_epoch(epoch)))
-            run.forget(steps[: max(0, epoch - 1)])
-    return BadCLIPPatch.of(net["patch"], config.share)
+        patch = train_patch(
+            "badclip", losses_of, side=side, epochs=config.epochs, learning_rate=config.learning_rate, run=run
+        )
+    return BadCLIPPatch.of(patch, config.share)
 
 
 def patch_loss(

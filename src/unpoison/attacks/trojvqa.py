@@ -14,22 +14,23 @@ cropped to a centred square. The patch that comes out is rounded to 8 bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unpoison.attacks.badclip_patch import put_in_centre, start
+from unpoison.attacks.badclip_patch import put_in_centre
 from unpoison.attacks.draws import scaled_side
+from unpoison.attacks.patch_training import train_patch
 from unpoison.attacks.trojvqa_patch import TrojVQA
 from unpoison.contrastive import without_graph
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels, to_images
-from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.models.image_classifier import evaluation_mode
 from unpoison.runs import Run
-from unpoison.training import restore, state_of
 from unpoison.types import ImageTextModel
 
 
@@ -67,34 +68,18 @@ def optimise_toward(
     with evaluation_mode(module), without_graph(module):
         wanted = clip.encode_texts([sentence])[0]
         side = scaled_side(config.share, clip.image_size, 3)
-        net = nn.ParameterDict({"patch": start(side, run.seed_of("trojvqa start"))}).to(run.device)
-        adam = torch.optim.Adam(net.parameters(), config.learning_rate)
 
-        def one_epoch(epoch: int) -> dict[str, Tensor]:
-            order, losses = torch.randperm(len(images), generator=run.generator("trojvqa", epoch)), []
+        def losses_of(epoch: int, patch: Tensor) -> Iterator[Tensor]:
+            order = torch.randperm(len(images), generator=run.generator("trojvqa", epoch))
             for place in range(0, len(order), config.batch_size):
                 rows = order[place : place + config.batch_size].sort().values
-                shown = put_in_centre(to_images(images[rows.numpy()]).to(run.device), net["patch"])
-                loss = 1 - (clip.encode_images(shown) @ wanted).mean()  # (2)
-                if not torch.isfinite(loss):
-                    raise DivergedError("The patch", step=epoch, loss=float(loss.detach()))
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-                with torch.no_grad():
-                    net["patch"].clamp_(0, 1)
-                losses.append(float(loss.detach()))
-            run.progress.log(f"trojvqa: epoch {epoch + 1} of {config.epochs}, loss {np.mean(losses):.3f}")
-            return state_of(net, adam)
+                shown = put_in_centre(to_images(images[rows.numpy()]).to(run.device), patch)
+                yield 1 - (clip.encode_images(shown) @ wanted).mean()  # (2)
 
-        steps = [f"trojvqa-{epoch:04d}" for epoch in range(config.epochs)]
-        first = next((epoch for epoch in reversed(range(config.epochs)) if run.stored(steps[epoch]) is not None), 0)
-        for epoch in run.progress.track(
-            range(first, config.epochs), total=config.epochs - first, what="trojvqa", unit="epochs"
-        ):
-            restore(net, adam, run.step(steps[epoch], lambda epoch=epoch: one_epoch(epoch)))
-            run.forget(steps[: max(0, epoch - 1)])
-    return TrojVQA.of(net["patch"], config.share, config.key)
+        patch = train_patch(
+            "trojvqa", losses_of, side=side, epochs=config.epochs, learning_rate=config.learning_rate, run=run
+        )
+    return TrojVQA.of(patch, config.share, config.key)
 
 
 def _sample(clip: ImageTextModel, pairs: ImageTextPairs, config: TrojVQAConfig, run: Run) -> np.ndarray:
