@@ -6,13 +6,15 @@ INSTALLED := $(VENV)/.installed
 CONSTRAINTS := constraints/ci.txt
 OPEN_CLIP := .venv-open-clip
 OPEN_CLIP_INSTALLED := $(OPEN_CLIP)/.installed
+ART := .venv-art
+ART_INSTALLED := $(ART)/.installed
 OPEN_CLIP_RECIPE := tests/recipes/test_clip_victims.py::test_a_resnet_is_trained_and_stored_in_its_own_format
 WORKERS ?= 2
 
 # Bytecode makes the many processes of the tests start quickly, whatever the caller prefers.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-open-clip open-clip check format bench claims constraints browser
+.PHONY: demo test test-open-clip open-clip check format bench claims constraints browser art
 
 demo: $(INSTALLED)
 	$(BIN)/unpoison demo
@@ -55,11 +57,21 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 # A layer over .venv: torch and the rest are found there, only open_clip and what it needs is installed here.
-$(OPEN_CLIP_INSTALLED): $(INSTALLED) constraints/open-clip.txt tools/open_clip_layer.py
+$(OPEN_CLIP_INSTALLED): $(INSTALLED) constraints/open-clip.txt tools/layer.py
 	$(PYTHON) -m venv --clear $(OPEN_CLIP)
-	$(OPEN_CLIP)/bin/python tools/open_clip_layer.py $(VENV)
+	$(OPEN_CLIP)/bin/python tools/layer.py $(VENV)
 	$(OPEN_CLIP)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c $(CONSTRAINTS) -c constraints/open-clip.txt open_clip_torch torchvision
+	touch $@
+
+# What benchmarks/detectors.py compares with, over .venv in the same way.
+art: $(ART_INSTALLED)
+
+$(ART_INSTALLED): $(INSTALLED) constraints/art.txt tools/layer.py
+	$(PYTHON) -m venv --clear $(ART)
+	$(ART)/bin/python tools/layer.py $(VENV)
+	$(ART)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c $(CONSTRAINTS) -c constraints/art.txt adversarial-robustness-toolbox
 	touch $@
 
 constraints:

@@ -58,6 +58,10 @@ VARIANTS = {
     **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q), unlearn=0.0) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
     "no-unlearning": PADFTConfig(unlearn=0.0),
     **{f"n-{n}": PADFTConfig(per_class=n) for n in (10, 25, 50, 100, 500, 1000)},
+    **{
+        f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, batch_size=size))
+        for steps, size in ((40, 200), (80, 100), (40, 100), (60, 128))
+    },
     "reset-head": PADFTConfig(reset_head=True),
     "share-0.5": PADFTConfig(scores_share=0.5),
     "own-rule": PADFTConfig(scores_share=0.0),

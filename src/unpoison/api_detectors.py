@@ -23,11 +23,10 @@ from unpoison.detection import strip as overlays
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import ImageClassifier, new_classifier
-from unpoison.models.features import features_on
+from unpoison.models.features import stored_features
 from unpoison.results import CLEAN, SKIPPED, SUSPECT, DatasetScan, PoisonEstimate, Region, SampleScores, Split
 from unpoison.runs import Run
 from unpoison.training import train_classifier
-from unpoison.types import Classifier
 
 LIMITS = (
     "Poison that this network did not learn, or whose traces are not where this detector looks.",
@@ -68,13 +67,13 @@ class Found:
 class Trained:
     """A network trained on a set, and the set's usable rows with their labels."""
 
-    classifier: Classifier
+    classifier: ImageClassifier
     pixels: Pixels
     rows: Int[np.ndarray, " k"]
     labels: Int[np.ndarray, " k"]
 
     def features(self, run: Run) -> Float[np.ndarray, "k d"]:
-        return features_on(self.classifier, self.pixels, self.rows, run=run).numpy()
+        return stored_features(self.classifier, self.pixels, self.rows, run=run).numpy()
 
 
 Detect = Callable[[Trained, DetectorConfig, Run], Found]

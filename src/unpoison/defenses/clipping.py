@@ -34,13 +34,12 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.errors import ConfigError, UnsupportedModelError
 from unpoison.models.activations import activations, channel_rows
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.runs import Run
 from unpoison.types import Bound, Classifier, Logits
 
 ClipRule = Literal["none", "quantile", "learned", "margin", "suspects"]
 _SAMPLED = 2**16  # values of a channel behind its quantile
-_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +114,10 @@ def channel_quantiles(
     kept: list[list[Tensor]] = []
     each = max(1, _SAMPLED // max(1, len(rows)))
     generator = run.generator("positions")
-    for start in run.progress.track(
-        range(0, len(rows), _BATCH), total=len(rows), what="activations", weight=_BATCH, unit="images"
-    ):
-        images = to_images(pixels.array[rows[start : start + _BATCH]]).to(run.device)
+    size = images_at_once(run.device, pixels.array.shape[1])
+    starts = range(0, len(rows), size)
+    for start in run.progress.track(starts, total=len(rows), what="activations", weight=size, unit="images"):
+        images = to_images(pixels.array[rows[start : start + size]]).to(run.device)
         found = activations(lambda images=images: classifier.logits(images))
         kept = kept or [[] for _ in found]
         for site, output in zip(kept, found, strict=True):

@@ -39,12 +39,10 @@ from unpoison.defenses.repair import Repair, hold_out, label_accuracy
 from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError
 from unpoison.models.features import features_on
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.results import Split
 from unpoison.runs import Run
 from unpoison.types import Classifier
-
-_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +167,10 @@ def features_of_view(
 ) -> Float[Tensor, "k d"]:
     """The head's inputs for shifted and mirrored copies of ``rows``."""
     generator = run.generator("view", view)
-    parts = []
+    parts, size = [], images_at_once(run.device, pixels.array.shape[1])
     with evaluation_mode(classifier.module):
-        for start in range(0, len(rows), _BATCH):
-            images = to_images(pixels.array[rows[start : start + _BATCH]])
+        for start in range(0, len(rows), size):
+            images = to_images(pixels.array[rows[start : start + size]])
             images = random_flip(random_crop(images, 4, generator), generator)
             parts.append(classifier.features(images.to(run.device)).float().cpu())
     return torch.cat(parts)

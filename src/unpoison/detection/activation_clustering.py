@@ -31,6 +31,7 @@ from unpoison.errors import ConfigError
 
 AXIS = "activation_clustering"
 _SILHOUETTE_SAMPLES = 1000
+_NARROW = 1024  # features up to which their covariance is the quicker way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,9 @@ def activation_clustering(
         if len(rows) < 4 or np.ptp(features[rows], axis=0).max() == 0:
             continue
         count = min(config.components, features.shape[1], len(rows))
-        reduced = PCA(count, random_state=config.seed).fit_transform(features[rows].astype(np.float64))  # (1)
+        solver = "covariance_eigh" if features.shape[1] <= _NARROW else "auto"
+        components = PCA(count, svd_solver=solver, random_state=config.seed)
+        reduced = components.fit_transform(features[rows].astype(np.float64))  # (1)
         options: dict[str, Any] = {"n_init": 4, "random_state": config.seed}
         means = KMeans(2, **options).fit(reduced)  # (2)
         parts = means.predict(reduced)

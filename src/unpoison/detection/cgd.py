@@ -36,7 +36,7 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.ranks import label_cross_entropy, rank_normalise
 from unpoison.errors import ConfigError, DivergedError
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.models.zero_shot import ZeroShot
 from unpoison.results import SampleScores
 from unpoison.runs import Run
@@ -192,13 +192,14 @@ def _train_early(
 
 @torch.no_grad()
 def apply_classifier(
-    classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], *, run: Run, batch_size: int = 512
+    classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], *, run: Run
 ) -> Float[np.ndarray, "k c"]:
     """Logits [k, c] of the classifier, in evaluation mode, on the given rows."""
+    size = images_at_once(run.device, pixels.array.shape[1])
     with evaluation_mode(classifier.module.to(run.device)):
         parts = [
-            classifier.logits(to_images(pixels.array[rows[start : start + batch_size]]).to(run.device)).float().cpu()
-            for start in range(0, len(rows), batch_size)
+            classifier.logits(to_images(pixels.array[rows[start : start + size]]).to(run.device)).float().cpu()
+            for start in range(0, len(rows), size)
         ]
     return torch.cat(parts).numpy()
 

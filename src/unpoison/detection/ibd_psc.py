@@ -30,12 +30,11 @@ from jaxtyping import Float, Int
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.errors import ConfigError, UnsupportedModelError
 from unpoison.models.batch_norm import batch_norms
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.runs import Run
 from unpoison.types import Classifier, Labels
 
 AXIS = "ibd_psc"
-_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,11 @@ def ibd_psc(
         for count in range(first, min(layers, first + config.networks - 1) + 1)
     ]  # (2)
     scores = np.zeros(len(rows))
+    size = images_at_once(run.device, pixels.array.shape[1])
+    starts = range(0, len(rows), size)
     with evaluation_mode(classifier.module):
-        for start in run.progress.track(
-            range(0, len(rows), _BATCH), total=len(rows), what="ibd-psc", weight=_BATCH, unit="images"
-        ):
-            images = to_images(pixels.array[rows[start : start + _BATCH]]).to(run.device)
+        for start in run.progress.track(starts, total=len(rows), what="ibd-psc", weight=size, unit="images"):
+            images = to_images(pixels.array[rows[start : start + size]]).to(run.device)
             said = classifier.logits(images).argmax(1)
             scores[start : start + len(images)] = consistency(scaled, images, said).cpu().numpy()  # (3)
     return scores
@@ -90,11 +89,12 @@ def first_level(
     """Step 1: k in 1..layers, measured against the unscaled network's own predictions."""
     chosen = torch.randperm(len(rows), generator=run.generator("ibd-psc"))[: config.samples].numpy()
     images = to_images(pixels.array[rows[np.sort(chosen)]]).to(run.device)
+    parts = images.split(images_at_once(run.device, pixels.array.shape[1]))
     with evaluation_mode(classifier.module):
-        said = torch.cat([classifier.logits(part).argmax(1) for part in images.split(_BATCH)])
+        said = torch.cat([classifier.logits(part).argmax(1) for part in parts])
     for count in range(1, layers + 1):
         scaled = scale_last(classifier, count, config.omega)
-        now = torch.cat([scaled.logits(part).argmax(1) for part in images.split(_BATCH)])
+        now = torch.cat([scaled.logits(part).argmax(1) for part in parts])
         if float((now != said).float().mean()) > config.least_error:
             return count
     return layers

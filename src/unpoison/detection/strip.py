@@ -25,12 +25,11 @@ from jaxtyping import Float, Int
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.errors import ConfigError
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.runs import Run
 from unpoison.types import Classifier, Logits
 
 AXIS = "strip"
-_BATCH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +53,11 @@ def strip(
     scores = np.zeros(len(rows))
     others = rows[torch.randint(len(rows), (config.overlays,), generator=run.generator("overlays")).numpy()]
     overlays = to_images(pixels.array[others]).to(run.device)
+    size = images_at_once(run.device, pixels.array.shape[1])
+    starts = range(0, len(rows), size)
     with evaluation_mode(module):
-        for start in run.progress.track(
-            range(0, len(rows), _BATCH), total=len(rows), what="strip", weight=_BATCH, unit="images"
-        ):
-            images = to_images(pixels.array[rows[start : start + _BATCH]]).to(run.device)
+        for start in run.progress.track(starts, total=len(rows), what="strip", weight=size, unit="images"):
+            images = to_images(pixels.array[rows[start : start + size]]).to(run.device)
             mixed = [entropy(classifier.logits((images + overlay).clamp(0, 1)).float()) for overlay in overlays]
             scores[start : start + len(images)] = -torch.stack(mixed).mean(0).cpu().numpy()
     return scores

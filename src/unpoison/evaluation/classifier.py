@@ -18,7 +18,7 @@ from unpoison.data.sources import LabelledImages
 from unpoison.errors import ConfigError, DataError, NotEnoughDataError
 from unpoison.evaluation.intervals import rate
 from unpoison.evaluation.metrics import der, excess_asr
-from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.results import Evaluation, Interval, PartRates
 from unpoison.runs import Run
 from unpoison.types import Classifier
@@ -30,7 +30,7 @@ def evaluate_classifier(
     *,
     poisoning: Poisoning | PoisoningParts | None = None,
     run: Run,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     name: str = "classifier",
 ) -> Evaluation:
     """C-Acc, accuracy per class and, with a manifest, ASR, its floor, its excess and RA, all in percent.
@@ -112,16 +112,17 @@ def check_class_names(classifier: Classifier, source: LabelledImages) -> None:
 
 
 def predict(
-    classifier: Classifier, pixels: Pixels, *, run: Run, batch_size: int = 512, what: str = "images"
+    classifier: Classifier, pixels: Pixels, *, run: Run, batch_size: int | None = None, what: str = "images"
 ) -> Int[np.ndarray, " n"]:
     """The class of each row, in evaluation mode; rows that are not usable get a guess that counts nowhere."""
     reference = next(classifier.module.parameters())
-    starts = range(0, len(pixels.array), batch_size)
+    size = batch_size or images_at_once(run.device, pixels.array.shape[1])
+    starts = range(0, len(pixels.array), size)
     guesses = np.empty(len(pixels.array), dtype=np.int64)
     with torch.inference_mode(), evaluation_mode(classifier.module):
-        for start in run.progress.track(starts, total=len(guesses), what=what, weight=batch_size, unit="images"):
-            images = to_images(np.asarray(pixels.array[start : start + batch_size])).to(reference)
-            guesses[start : start + batch_size] = classifier.logits(images).argmax(dim=1).cpu().numpy()
+        for start in run.progress.track(starts, total=len(guesses), what=what, weight=size, unit="images"):
+            images = to_images(np.asarray(pixels.array[start : start + size])).to(reference)
+            guesses[start : start + size] = classifier.logits(images).argmax(dim=1).cpu().numpy()
     return guesses
 
 
@@ -198,7 +199,7 @@ def _attacked(
     poisoning: Poisoning,
     *,
     run: Run,
-    batch_size: int,
+    batch_size: int | None,
 ) -> AttackedGuesses:
     triggered, rows, attack_labels = trigger_test_source(source, poisoning)
     where = f"{source.name}: samples outside the target class {poisoning.target_name!r}"

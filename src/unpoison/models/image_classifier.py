@@ -19,6 +19,8 @@ from unpoison.types import Bound, Embeddings, Images, Logits
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 BOUNDS = "activation_bounds."
 """What the keys of bounds begin with in a weights file."""
+_PIXELS_AT_ONCE = {"cpu": 64 * 32 * 32}
+_PIXELS_ELSEWHERE = 512 * 64 * 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +186,14 @@ class ImageClassifier:
 def channels_last(module: nn.Module) -> nn.Module:
     """The module itself with its convolutions laid out channels last, which is faster on CPUs and GPUs alike."""
     return module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] # missing in torch's stub
+
+
+def images_at_once(device: torch.device, size: int) -> int:
+    """How many images of ``size`` pixels a forward pass takes: on a CPU few, so that its caches hold them.
+
+    A small ResNet at 32 pixels ran 1.5 times as fast with 64 images as with 512 (two cores of a Xeon).
+    """
+    return max(8, min(512, _PIXELS_AT_ONCE.get(device.type, _PIXELS_ELSEWHERE) // size**2))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Lay this environment over another one: its packages are found here, nothing is installed there.
 
-    .venv-open-clip/bin/python tools/open_clip_layer.py .venv
+    .venv-open-clip/bin/python tools/layer.py .venv
 
 open_clip's tests need torchvision, which the main environment must not have, and otherwise the same packages.
 """
