@@ -1,0 +1,369 @@
+"""UBT: unlearn a backdoor with the few pairs that taught it, through the words that carry it.
+
+Paper
+    Liang, Liu, Gong et al. "Unlearning Backdoor Threats: Enhancing Backdoor Defense in Multimodal Contrastive Learning
+    via Local Token Unlearning." arXiv 2409.19526, before that arXiv 2403.16257. No code is public.
+Idea
+    Whoever owns the poisoned training pairs need not guess the trigger: find a few of the pairs that carry it, and take
+    back what they taught, only through the parts of them that matter.
+Needs
+    The suspicious CLIP and its training pairs, poison included; better with a clean reference CLIP.
+Protects
+    The image tower's weights.
+Steps
+    1. Expose: which pairs taught the backdoor (:mod:`unpoison.detection.exposure`; as published
+       :mod:`unpoison.detection.similarity_gain`).
+    2. The unlearning set U: the most suspicious pairs, fewer than 1 percent; every second one is kept aside as judge.
+    3. Tokens. Of each caption in U the words whose leaving out lowers the cosine with the image most (30 percent, at
+       least one); the others are replaced by a neutral word. With ``patches`` the same for the image: the patches whose
+       masking lowers it most stay, the rest becomes the mean color.
+    4. L_u = mean max(0, cos(phi(x~), psi(t~)) - c) on U, c the mean cosine of clean pairs that do not belong together.
+    5. L_k = InfoNCE(phi(x), psi(t)) + w mean ||phi(x) - phi_P(x)||^2 on up to 10,000 pairs of low risk.
+    6. Minimise L_u + L_k over the image tower; AdamW along a cosine to 0, 128 pairs to keep and 32 to unlearn a step.
+    7. Judge: the mean cosine of the pairs kept aside must fall to c + 0.02.
+Where we differ, and what the paper leaves open
+    Of the paper the three stages are known and nothing else: losses, numbers and the hinge (an ascent has no end) are
+    ours. Step 1 by default is ours too; :meth:`UBTConfig.as_published` is the plain reading. ``keep = "relations"``
+    takes the suspect's softmax over the batch's captions in place of InfoNCE's own pair, since captions repeat.
+    The text tower stays as it is, so that text indexes built on it still fit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unpoison.clip_loop import train_steps
+from unpoison.clip_training import (
+    ClipRepair,
+    Look,
+    PairTrainingConfig,
+    Suspect,
+    choose_weights,
+    frozen_copy,
+    open_training,
+    trainable,
+)
+from unpoison.contrastive import average_gradients, cached_gradients, gather_with_gradient, info_nce, optimiser_step
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import Pixels, load_pixels, to_images
+from unpoison.data.training_pairs import process_slice
+from unpoison.defenses.par import relation_loss, squared_distance
+from unpoison.detection.exposure import Exposure, ExposureConfig
+from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.runs import Run
+from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
+from unpoison.types import Embeddings, Images, ImageTextModel
+
+FEWEST = 8
+_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class UBTConfig(PairTrainingConfig):
+    """All numbers are ours: the paper's are not public. The rate is for models of about 100 M parameters."""
+
+    batch_size: int = 128
+    epochs: int = 2
+    learning_rate: float = 1e-6
+    weight_decay: float = 0.0
+    exposure: ExposureConfig = field(default_factory=ExposureConfig)
+    expose: Literal["concept", "gain"] = "concept"
+    """How pairs are ranked: ``concept`` (ours) or by the similarity ``gain`` of an overfitted copy, as published."""
+    unlearn_share: float = 0.01
+    """Largest share of the pairs that step 2 takes, the judges included."""
+    unlearn_pairs: int = 256
+    """Most pairs that step 2 takes."""
+    unlearn_batch: int = 32
+    unlearn_weight: float = 1.0
+    words: float = 0.3
+    """Share of a caption's words that are unlearnt; 1 for whole captions."""
+    neutral: str = "thing"
+    """What other words are replaced by."""
+    patches: float = 1.0
+    """Share of the image's patches that are unlearnt; 1 for whole images."""
+    loss: Literal["hinge", "ascent"] = "hinge"
+    keep: Literal["contrast", "relations"] = "contrast"
+    keep_pairs: int = 10_000
+    anchor: float = 1.0
+    """w of step 5."""
+    margin: float = 0.02
+    """How far over c the judges' cosine may end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("unlearn_pairs", "unlearn_batch", "keep_pairs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.", hint=f"Raise {name}.")
+        for name in ("unlearn_share", "words", "patches"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}.", hint="Try the default.")
+        if min(self.anchor, self.unlearn_weight, self.margin) < 0:
+            raise ConfigError("anchor, unlearn_weight and margin cannot be negative.", hint="Use 0 to switch one off.")
+        if len(self.neutral.split()) != 1:
+            raise ConfigError(f"neutral must be one word, got {self.neutral!r}.", hint='Try "thing".')
+
+    @classmethod
+    def as_published(cls, **more: object) -> UBTConfig:
+        """The similarity gain exposes, tokens of both sides are unlearnt: the plain reading of what is known."""
+        plain: dict[str, object] = {"expose": "gain", "patches": 0.05, "keep": "contrast"}
+        return cls(**(plain | more))  # pyright: ignore[reportArgumentType] - checked by __post_init__
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetWord:
+    """A word of the unlearning set: in how many of its captions it is unlearnt, and what leaving it out costs there."""
+
+    word: str
+    captions: int
+    fall: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unlearning:
+    """Steps 2 and 3: images [u, 3, s, s] and texts to be torn apart; ``judges`` are the same for the pairs kept aside.
+
+    ``level`` is c. ``words``: what the captions of U have in common, the most telling first.
+    """
+
+    images: Images
+    texts: tuple[str, ...]
+    judge_images: Images
+    judge_texts: tuple[str, ...]
+    level: float
+    words: tuple[TargetWord, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class UBTRepair:
+    """The trained copy, what was unlearnt, and the judges' mean cosine before and after."""
+
+    repair: ClipRepair
+    unlearning: Unlearning
+    judged_before: float
+    judged_after: float
+
+
+def repair_with_ubt(
+    clip: ImageTextModel, pairs: ImageTextPairs, exposure: Exposure, config: UBTConfig, *, run: Run
+) -> UBTRepair:
+    """Steps 2 to 7 on a copy of ``clip``; ``exposure`` is step 1's, row by row of ``pairs``.
+
+    Raises NotEnoughDataError for fewer than 8 pairs to unlearn, SourceFormatError, ModelError, DivergedError.
+    """
+    pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
+    suspect = frozen_copy(clip, run)  # phi_P, psi
+    keep = low_risk(exposure, config.keep_pairs, run)
+    unlearning = prepare_unlearning(suspect, pairs, pixels, exposure, keep, config, run=run)  # (2), (3)
+    data = open_training(clip, pairs.select(keep), config, run=run)
+    old = Suspect(clip=suspect, data=data, run=run, plain=True)
+    mine = process_slice(data.batch_size, run)
+    with torch.no_grad():
+        targets = suspect.encode_texts(unlearning.texts)
+    with trainable(clip, run) as trained:
+        weights = choose_weights(trained, trained.tower("image"))
+        groups = decay_groups(trained.tower("image"), config.weight_decay)
+        optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
+
+        def one_step(step: int, looks: list[Look]) -> dict[str, Tensor]:
+            batch = data.batch(step, run)
+            old.begin(batch)
+            terms: dict[str, Tensor] = {}
+
+            def embed(start: int, stop: int) -> list[Tensor]:
+                rows = slice(mine.start + start, mine.start + stop)
+                images = data.images(batch.rows[rows]).to(run.device)
+                with run.accelerator.autocast():
+                    return [trained.encode_images(images)]
+
+            def loss(images: Tensor) -> Tensor:
+                images = gather_with_gradient(images, run.accelerator)
+                value, figures = keep_loss(images, old.texts(), old.plain_images(), clip.logit_scale, config)  # (5)
+                terms.update(figures)
+                return value
+
+            rate = warm_up_cosine(step, total=data.steps, peak=config.learning_rate, warm_up_steps=0)  # (6)
+            set_rate(optimiser, rate)
+            optimiser.zero_grad()
+            value = cached_gradients(
+                embed,
+                loss,
+                size=mine.stop - mine.start,
+                chunk=config.chunk_size,
+                module=trained.module,
+                accelerator=run.accelerator,
+            )
+            drawn = torch.randint(len(targets), (config.unlearn_batch,), generator=run.generator("unlearn", step))
+            with run.accelerator.autocast():
+                embedded = trained.encode_images(unlearning.images[drawn])
+            unlearn = unlearn_loss(embedded, targets[drawn], unlearning.level, config)  # (4)
+            run.accelerator.backward(config.unlearn_weight * unlearn)
+            average_gradients(weights, run.accelerator)
+            optimiser_step(optimiser, run.accelerator)
+            total = value + config.unlearn_weight * unlearn.detach()
+            return terms | {"unlearn_loss": unlearn.detach(), "loss": total}
+
+        repair = train_steps(trained, suspect, optimiser, one_step, data, config, name="ubt", run=run)
+    before, after = (  # (7)
+        mean_cosine(model, unlearning.judge_images, unlearning.judge_texts) for model in (suspect, repair.model)
+    )
+    return UBTRepair(repair=repair, unlearning=unlearning, judged_before=before, judged_after=after)
+
+
+def low_risk(exposure: Exposure, most: int, run: Run) -> Int[np.ndarray, " k"]:
+    """Up to ``most`` rows among the usable ones that are neither flagged nor near the seeds for the probe.
+
+    By the probe and not by the score, which counts the caption's concept: clean pairs of the target stay in.
+    """
+    usable = ~np.isnan(exposure.scores)
+    answers = exposure.probe[usable]
+    calm = np.flatnonzero(usable & ~exposure.above)
+    calm = calm[exposure.probe[calm] <= np.quantile(answers, max(0.5, 1 - 2 * exposure.rate))]
+    order = torch.randperm(len(calm), generator=run.generator("low risk")).numpy()
+    return np.sort(calm[order[:most]])
+
+
+def prepare_unlearning(
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    pixels: Pixels,
+    exposure: Exposure,
+    keep: Int[np.ndarray, " k"],
+    config: UBTConfig,
+    *,
+    run: Run,
+) -> Unlearning:
+    """Steps 2 and 3. ``clip`` takes no gradient. Raises NotEnoughDataError."""
+    usable = int((~np.isnan(exposure.scores)).sum())
+    count = min(config.unlearn_pairs, int(config.unlearn_share * usable))
+    if count < 2 * FEWEST:
+        raise NotEnoughDataError(
+            f"pairs of {pairs.name} to unlearn", have=count, need=2 * FEWEST, hint="Give more pairs or a larger share."
+        )
+    ranked = np.argsort(np.where(np.isnan(exposure.scores), -np.inf, exposure.scores), kind="stable")[::-1][:count]
+    images = to_images(pixels.array[ranked]).to(run.device)
+    captions = [texts[0] for texts in pairs.captions(ranked)]
+    with torch.no_grad():
+        words, falls = telling_words(clip, images, captions, config)
+        if config.patches < 1:
+            images = telling_patches(clip, images, captions, config.patches)
+        level = mismatched_cosine(clip, pairs, pixels, keep, run)
+    return Unlearning(
+        images=images[::2],
+        texts=tuple(words[::2]),
+        judge_images=images[1::2],
+        judge_texts=tuple(words[1::2]),
+        level=level,
+        words=_common(falls),
+    )
+
+
+def telling_words(
+    clip: ImageTextModel, images: Images, captions: list[str], config: UBTConfig
+) -> tuple[list[str], list[dict[str, float]]]:
+    """Captions with all but their most telling words replaced, and by caption what leaving each of those out costs."""
+    masked, telling = [], []
+    for start in range(0, len(captions), 16):
+        part = captions[start : start + 16]
+        embedded = clip.encode_images(images[start : start + 16])
+        for image, caption in zip(embedded, part, strict=True):
+            words = caption.split()
+            without = [" ".join(words[:place] + words[place + 1 :]) or config.neutral for place in range(len(words))]
+            cosines = clip.encode_texts([caption, *without]) @ image
+            falls = (cosines[0] - cosines[1:]).tolist()
+            count = max(1, round(config.words * len(words)))
+            kept = sorted(range(len(words)), key=lambda place: -falls[place])[:count]
+            masked.append(" ".join(word if place in kept else config.neutral for place, word in enumerate(words)))
+            telling.append({words[place].strip(".,;:!?\"'").lower(): falls[place] for place in kept})
+    return masked, telling
+
+
+def telling_patches(clip: ImageTextModel, images: Images, captions: list[str], share: float) -> Images:
+    """Images in which all but the most telling patches are the mean color. A patch is an eighth of the side or more."""
+    side = images.shape[-1]
+    grid = min(8, max(2, side // 8))
+    edges = [round(place * side / grid) for place in range(grid + 1)]
+    boxes = [(edges[i], edges[i + 1], edges[j], edges[j + 1]) for i in range(grid) for j in range(grid)]
+    color = torch.tensor(clip.image_mean, device=images.device).view(3, 1, 1)
+    texts = _encode_texts(clip, captions)
+    falls = []
+    for top, bottom, left, right in boxes:
+        masked = images.clone()
+        masked[:, :, top:bottom, left:right] = color
+        falls.append(-(_encode(clip, masked) * texts).sum(dim=1))
+    kept = torch.stack(falls, dim=1).argsort(dim=1, descending=True)[:, : max(1, round(share * len(boxes)))]
+    result = color.expand_as(images).clone()
+    for row, places in enumerate(kept.tolist()):
+        for place in places:
+            top, bottom, left, right = boxes[place]
+            result[row, :, top:bottom, left:right] = images[row, :, top:bottom, left:right]
+    return result
+
+
+def mismatched_cosine(
+    clip: ImageTextModel, pairs: ImageTextPairs, pixels: Pixels, rows: Int[np.ndarray, " k"], run: Run
+) -> float:
+    """c: mean cosine of up to 512 clean images with the captions of others among them that read differently."""
+    chosen = rows[torch.randperm(len(rows), generator=run.generator("mismatched")).numpy()[:512]]
+    captions = [texts[0] for texts in pairs.captions(chosen)]
+    images = _encode(clip, to_images(pixels.array[chosen]).to(run.device))
+    cosines = images @ _encode_texts(clip, captions).T
+    other = torch.tensor([[first != second for second in captions] for first in captions], device=cosines.device)
+    return float(cosines[other].mean()) if bool(other.any()) else 0.0
+
+
+def keep_loss(
+    images: Embeddings, texts: Embeddings, old_images: Embeddings, logit_scale: float, config: UBTConfig
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Step 5 on unit embeddings [b, d]; ``texts`` are the suspect's, as the text tower stays."""
+    if config.keep == "relations":
+        contrast = relation_loss(images, texts, old_images, texts, logit_scale)
+    else:
+        contrast = info_nce(images, texts, logit_scale)
+    moved = squared_distance(images, old_images)
+    return contrast + config.anchor * moved, {"keep_loss": contrast.detach(), "image_distance": moved.detach()}
+
+
+def unlearn_loss(images: Embeddings, texts: Embeddings, level: float, config: UBTConfig) -> Float[Tensor, ""]:
+    """Step 4: the mean hinge over ``level``, or the mean cosine itself, which has no end."""
+    cosines = (images.float() * texts.float()).sum(dim=1)
+    return cosines.mean() if config.loss == "ascent" else F.relu(cosines - level).mean()
+
+
+def mean_cosine(clip: ImageTextModel, images: Images, texts: tuple[str, ...]) -> float:
+    """Of matching rows. Raises DivergedError where it is not finite."""
+    with torch.no_grad():
+        value = float((_encode(clip, images) * clip.encode_texts(texts)).sum(dim=1).mean())
+    if not np.isfinite(value):
+        raise DivergedError("unlearning", step=0, loss=value)
+    return value
+
+
+def _encode(clip: ImageTextModel, images: Images) -> Embeddings:
+    return torch.cat([clip.encode_images(part) for part in images.split(_AT_ONCE)])
+
+
+def _encode_texts(clip: ImageTextModel, texts: list[str]) -> Embeddings:
+    starts = range(0, len(texts), _AT_ONCE)
+    return torch.cat([clip.encode_texts(texts[start : start + _AT_ONCE]) for start in starts])
+
+
+def _common(falls: list[dict[str, float]]) -> tuple[TargetWord, ...]:
+    """The words of at least a tenth of the captions, by what they cost altogether."""
+    counts = Counter(word for entry in falls for word in entry if word)
+    costs: dict[str, list[float]] = {}
+    for entry in falls:
+        for word, fall in entry.items():
+            costs.setdefault(word, []).append(fall)
+    common = [word for word, count in counts.items() if count >= max(2, len(falls) / 10)]
+    ordered = sorted(common, key=lambda word: -sum(costs[word]))
+    return tuple(
+        TargetWord(word=word, captions=counts[word], fall=sum(costs[word]) / counts[word]) for word in ordered[:10]
+    )

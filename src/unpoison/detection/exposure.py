@@ -1,0 +1,172 @@
+"""Exposure: the pairs that taught a CLIP its backdoor, found from a few of them.
+
+Paper
+    Stages 1 and 2 of Liang et al., "Unlearning Backdoor Threats", arXiv 2409.19526 and 2403.16257: weakly similar pairs
+    first, a shortcut makes the poisoned ones stand out, few of these share a concept. How they stand out is ours.
+Idea
+    Among pairs whose caption does not fit the image the poisoned ones are drawn together by their trigger and say the
+    same. A few that do both are poison almost surely, and what the suspect's embeddings have in common there finds the
+    rest of it: also the poison whose caption happens to fit.
+Needs
+    A first suspicion of every pair (low similarity under a reference CLIP), the suspect's image embeddings and any
+    embeddings of the captions.
+Steps
+    1. The densest pairs among the least similar tenth (:mod:`unpoison.detection.reference_similarity`).
+    2. Of these the largest group whose captions share a concept: cosine over 0.8 with one of them. These are the seeds.
+    3. A linear probe (logistic regression) on the suspect's embeddings: seeds against the less suspicious half.
+    4. Score: mean rank of the probe, of the first suspicion and of the captions' cosine with the seeds' mean caption.
+    5. The highest scores are the seeds of the next round; three rounds.
+    6. Separation: how far the probe keeps the last seeds from the unsuspicious half, in standard deviations. Where
+       there is no poison to be found a probe tells any thirty pairs from others as well, but less clearly.
+    7. Rate: the share of all pairs beyond the point between both groups that is equally many deviations from either.
+Where we differ, and what the paper leaves open
+    The paper overfits a copy of the model on the least similar pairs and ranks by the gain in similarity
+    (:mod:`unpoison.detection.similarity_gain`); with captions from templates, where many of a batch are alike, that
+    gain told nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from unpoison.detection.neighbours import unit_rows
+from unpoison.detection.ranks import rank_normalise
+from unpoison.detection.reference_similarity import DensityConfig, Scores, density_of_least_similar
+from unpoison.errors import ConfigError, NoSeparationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExposureConfig:
+    """All numbers are ours, set on victims of the tiny CLIP that no table has."""
+
+    density: DensityConfig = field(default_factory=DensityConfig)
+    share: float = 0.005
+    """Share of the pairs that are seeds after the first round, as the paper's small unlearning set."""
+    fewest: int = 30
+    """Seeds after the first round where ``share`` would give fewer."""
+    same_concept: float = 0.8
+    """Cosine of captions from which on they share a concept."""
+    strength: float = 1.0
+    """Inverse regularisation of the probe."""
+    rounds: int = 3
+    separation: float = 4.0
+    """Deviations of step 6 from which on the pairs count as exposed."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
+            raise ConfigError("expected share in (0, 0.5) and same_concept in (0, 1).", hint="Try 0.005 and 0.8.")
+        if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or self.separation < 0:
+            raise ConfigError(
+                "expected fewest and rounds of at least 1, strength > 0, separation >= 0.", hint="Try 30, 3, 1 and 4."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exposure:
+    """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
+
+    ``seeds``: rows that the last probe was drawn from, most suspicious first; ``first``: those of the first round.
+    ``probe``: its raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: ``separation`` reached
+    the bound, else the scores rank nothing but chance.
+    """
+
+    scores: Scores
+    seeds: Int[np.ndarray, " s"]
+    first: Int[np.ndarray, " f"]
+    probe: Scores
+    separation: float
+    rate: float
+    exposed: bool
+
+    @property
+    def above(self) -> Bool[np.ndarray, " n"]:
+        """The pairs that ``rate`` counts, chosen by score: what to look at."""
+        usable = np.flatnonzero(~np.isnan(self.scores))
+        chosen = usable[np.argsort(-self.scores[usable], kind="stable")[: round(self.rate * len(usable))]]
+        flagged = np.zeros(len(self.scores), dtype=bool)
+        flagged[chosen] = True
+        return flagged
+
+
+def expose_pairs(
+    suspicion: Scores,
+    embeddings: Float[np.ndarray, "n d"],
+    captions: Float[np.ndarray, "n e"],
+    config: ExposureConfig | None = None,
+) -> Exposure:
+    """Steps 1 to 7. ``suspicion``: higher is less similar; ``captions``: embeddings, one row a pair.
+
+    Rows that are NaN anywhere are left out. Raises NoSeparationError where all captions or all images are one,
+    NotEnoughDataError for too few pairs.
+    """
+    config = config or ExposureConfig()
+    images, usable = unit_rows(embeddings)
+    texts, told = unit_rows(captions)
+    usable &= told & ~np.isnan(suspicion)
+    kept = np.flatnonzero(usable)
+    if len(kept) and (np.ptp(images[kept], axis=0).max() == 0 or np.ptp(texts[kept], axis=0).max() == 0):
+        raise NoSeparationError(
+            "All pairs look alike to the suspect, or all captions are one.", hint="Give pairs that differ."
+        )
+    low, images, texts = suspicion[kept], images[kept], texts[kept]
+    count = min(max(config.fewest, round(config.share * len(kept))), len(kept) // 4)
+    dense = density_of_least_similar(low, images, config.density)  # (1)
+    first = seeds = largest_concept(texts, np.argsort(-dense, kind="stable")[:count], config.same_concept)  # (2)
+    unsuspicious = np.flatnonzero(low < np.median(low))
+    if len(unsuspicious) == 0:
+        raise NoSeparationError("All pairs are equally suspicious at first.", hint="Give another reference.")
+    ranks = rank_normalise(low)
+    concept = rank_normalise(texts @ texts[seeds].mean(axis=0))
+    answers = scores = ranks
+    for _ in range(config.rounds):
+        answers = probe(images, seeds, unsuspicious, config.strength)  # (3)
+        scores = (rank_normalise(answers) + ranks + concept) / 3  # (4)
+        seeds = np.argsort(-scores, kind="stable")[:count]  # (5)
+    separation, threshold = between(answers[seeds], answers[unsuspicious])  # (6)
+    return Exposure(
+        scores=_spread(scores, kept, len(suspicion)),
+        seeds=kept[seeds],
+        first=kept[first],
+        probe=_spread(answers, kept, len(suspicion)),
+        separation=separation,
+        rate=float((answers > threshold).mean()),  # (7)
+        exposed=separation >= config.separation,
+    )
+
+
+def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"], same: float) -> Int[np.ndarray, " _"]:
+    """Of ``rows`` those whose unit text embeddings have a cosine over ``same`` with the one that has most such."""
+    alike = texts[rows] @ texts[rows].T > same
+    np.fill_diagonal(alike, val=True)
+    return rows[alike[alike.sum(axis=1).argmax()]]
+
+
+def probe(
+    images: Float[np.ndarray, "n d"], seeds: Int[np.ndarray, " s"], others: Int[np.ndarray, " o"], strength: float
+) -> Scores:
+    """Step 3: the answer of a logistic regression, both groups of equal weight, for every row."""
+    from sklearn.linear_model import LogisticRegression
+
+    others = np.setdiff1d(others, seeds)
+    targets = np.repeat([1, 0], [len(seeds), len(others)])
+    model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
+    return model.fit(images[np.concatenate([seeds, others])], targets).decision_function(images)
+
+
+def between(first: Scores, second: Scores) -> tuple[float, float]:
+    """Distance of two groups' means in pooled deviations, and the point equally many of each one's from both."""
+    apart = float(first.mean() - second.mean())
+    pooled = float(np.sqrt((first.var() + second.var()) / 2))
+    spread = float(first.std() + second.std())
+    if pooled == 0 or spread == 0:
+        return 0.0, float(first.mean())
+    return apart / pooled, float((first.mean() * second.std() + second.mean() * first.std()) / spread)
+
+
+def _spread(values: Scores, rows: Int[np.ndarray, " k"], total: int) -> Scores:
+    spread = np.full(total, np.nan)
+    spread[rows] = values
+    return spread
