@@ -18,9 +18,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
 
-from unpoison.api_pairs import PAIR_DETECTORS, Embedded, PairDetectorConfig, caption_cosines
+from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
 from unpoison.attacks.pairs import apply_pair_poisoning
 from unpoison.detection.neighbours import NeighboursConfig
+from unpoison.embedded_pairs import Embedded, caption_cosines
 from unpoison.evaluation.embeddings import embed_images
 from unpoison.evaluation.metrics import auroc, recall, tpr_at_fpr
 from unpoison.models.clip_files import load_any_clip
@@ -57,7 +58,7 @@ def main() -> None:
         clip = load_any_clip(victim.model)
         suspect, known = embed_images([clip, reference], pairs, run=run)
         rows = np.flatnonzero(suspect.usable)
-        cosines, _ = caption_cosines(reference, pairs, rows, known.array[rows], run=run)
+        cosines, _, captions = caption_cosines(reference, pairs, rows, known.array[rows], run=run)
         cells: dict = {"rate": 100 * rate, "asr": victim.evaluation.asr and victim.evaluation.asr.value}
         order = {int(row): place for place, row in enumerate(chosen[rows])}
         for name, kept in (
@@ -66,7 +67,12 @@ def main() -> None:
         ):
             part = np.sort([order[int(row)] for row in kept if int(row) in order])
             some = Embedded(
-                pairs=pairs, rows=rows[part], clip=clip, suspect=suspect.array[rows[part]], cosines=cosines[part]
+                pairs=pairs,
+                rows=rows[part],
+                clip=clip,
+                suspect=suspect.array[rows[part]],
+                cosines=cosines[part],
+                captions=captions[part],
             )
             cells[name] = scored(some, truth[chosen[rows[part]]], run)
             print(folder.name, name, {key: round(entry["auroc"], 3) for key, entry in cells[name].items()}, flush=True)

@@ -16,11 +16,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, caption_cosines, describe_pairs, scan_pairs
+from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, describe_pairs, scan_pairs
 from unpoison.catalog import DETECTORS, find
 from unpoison.data.pairs import ImageTextPairs, open_pairs
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.detection.reference_similarity import DensityConfig
+from unpoison.embedded_pairs import caption_cosines
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -154,7 +155,7 @@ def test_cosines_are_means_over_the_captions(clip: Any) -> None:
     several = replace(pairs, replaced={pairs.ids[4]: ("a red star", "a blue ring", "nothing")})
     rows = np.array([0, 4, 7])
     images = embed_images([clip], several, run=run())[0].array[rows]
-    own, other = caption_cosines(clip, several, rows, images, run=run())
+    own, other, means = caption_cosines(clip, several, rows, images, run=run())
     means = [embed_texts(clip, several.captions([row])[0], run=run()).mean(axis=0) for row in rows.tolist()]
     np.testing.assert_allclose(own, [image @ text for image, text in zip(images, means, strict=True)], atol=1e-6)
     table = images @ np.array(means).T

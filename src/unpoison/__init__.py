@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unpoison.api_detectors import DetectorConfig, scan_with_detector
     from unpoison.api_pairs import PairDetectorConfig, scan_pairs
     from unpoison.api_repairs import purify_with_classic, purify_with_pad_ft
+    from unpoison.api_ubt import UBTOutcome, purify_with_ubt
     from unpoison.attacks.poison import apply_poisoning, plan_poisoning
     from unpoison.data.pairs import join_pairs, open_pairs
     from unpoison.data.pixels import load_pixels
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from unpoison.defenses.cgd import CGDConfig
     from unpoison.defenses.pad_ft import PADFTConfig
     from unpoison.defenses.par import PARConfig
+    from unpoison.defenses.ubt import UBTConfig
     from unpoison.detection.cgd import SeparationConfig
     from unpoison.evaluation.classifier import evaluate_classifier
     from unpoison.evaluation.clip import evaluate_clip
@@ -58,6 +60,8 @@ _HOMES = {
     "RunFolder": "unpoison.runs",
     "ScanOutcome": "unpoison.api",
     "SeparationConfig": "unpoison.detection.cgd",
+    "UBTConfig": "unpoison.defenses.ubt",
+    "UBTOutcome": "unpoison.api_ubt",
     "apply_poisoning": "unpoison.attacks.poison",
     "evaluate_classifier": "unpoison.evaluation.classifier",
     "evaluate_clip": "unpoison.evaluation.clip",
@@ -77,6 +81,7 @@ _HOMES = {
     "purify_with_fine_tuning": "unpoison.api_clip",
     "purify_with_pad_ft": "unpoison.api_repairs",
     "purify_with_par": "unpoison.api_clip",
+    "purify_with_ubt": "unpoison.api_ubt",
     "read_run": "unpoison.report.runs",
     "render_pairs": "unpoison.data.synthetic",
     "save_classifier": "unpoison.models.classifier",
@@ -117,6 +122,8 @@ __all__ = [
     "RunFolder",
     "ScanOutcome",
     "SeparationConfig",
+    "UBTConfig",
+    "UBTOutcome",
     "apply_poisoning",
     "evaluate_classifier",
     "evaluate_clip",
@@ -136,6 +143,7 @@ __all__ = [
     "purify_with_fine_tuning",
     "purify_with_pad_ft",
     "purify_with_par",
+    "purify_with_ubt",
     "read_run",
     "render_pairs",
     "save_classifier",

@@ -76,7 +76,7 @@ def purify_with_par(
         warning = f"No trigger was looked for before the repair: {error.message}"
         noted = replace(outcome.purification, warnings=(*outcome.purification.warnings, warning))
         return replace(outcome, purification=noted)
-    repair = repair_with_par if finding.suspected else _leave_alone
+    repair = repair_with_par if finding.suspected else leave_alone
     outcome = _purify("par", repair, clip, pairs, config, run)
     found = replace(outcome.purification, search=finding, left_alone=not finding.suspected)
     if found.left_alone and found.accepted:
@@ -114,7 +114,8 @@ def look_for_trigger(
     return msgspec.json.decode(bytes(stored["finding"].tolist()), type=TriggerFinding)
 
 
-def _leave_alone(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run) -> ClipRepair:
+def leave_alone(clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run) -> ClipRepair:
+    """A copy as the model came, looked at once on held-out pairs."""
     data = open_training(clip, pairs, config, run=run)
     copy = clip.copy()
     with ready(copy, run):
@@ -156,9 +157,23 @@ def _purify(
 ) -> ClipPurifyOutcome:
     begun = time.monotonic()
     repair = repair_with(clip, pairs, config, run=run)
+    purification = describe_repair(method, clip, pairs, config, repair, time.monotonic() - begun, run)
+    return ClipPurifyOutcome(clip=repair.model, purification=purification)
+
+
+def describe_repair(
+    method: str,
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: PairTrainingConfig,
+    repair: ClipRepair,
+    seconds: float,
+    run: Run,
+) -> ClipPurification:
+    """What a training on ``pairs`` did to ``clip``, judged on held-out pairs."""
     accepted, reason = judge(repair, config)
     kept = repair.kept
-    purification = ClipPurification(
+    return ClipPurification(
         method=method,
         config=asdict(config),
         accepted=accepted,
@@ -168,7 +183,7 @@ def _purify(
         steps=repair.steps,
         planned_steps=repair.planned,
         batch_size=repair.batch_size,
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
         seed=run.seed,
         held_out_before=repair.held_out_before,
         held_out_after=repair.held_out_after,
@@ -185,7 +200,6 @@ def _purify(
         inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | _versions(),
         not_covered=CLIP_LIMITS,
     )
-    return ClipPurifyOutcome(clip=repair.model, purification=purification)
 
 
 def _versions() -> dict[str, str]:

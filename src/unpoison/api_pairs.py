@@ -13,17 +13,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 
 from unpoison.api import MIN_SAMPLES, ScanOutcome, choose_examples, thumbnail
 from unpoison.api_detectors import highest
-from unpoison.data.pairs import ImageTextPairs, count_cut_captions
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import load_pixels
 from unpoison.detection import neighbours
+from unpoison.detection.exposure import ExposureConfig, expose_pairs
 from unpoison.detection.neighbours import NeighboursConfig, score_neighbourhoods
 from unpoison.detection.ranks import mean_of_ranks
 from unpoison.detection.reference_similarity import DensityConfig, density_of_least_similar, low_similarity
+from unpoison.detection.similarity_gain import OverfitConfig, similarity_gain
+from unpoison.embedded_pairs import Embedded, see_pairs
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
-from unpoison.evaluation.embeddings import ImageEmbeddings, embed_images, embed_texts
 from unpoison.results import (
     CLEAN,
     REGION_NAMES,
@@ -45,10 +48,6 @@ PAIR_LIMITS = (
     "Odd but harmless pairs (drawings, logos, rare languages) lie apart as well and rank high.",
     "The weights of any model: this looked at data only.",
 )
-WEAK_REFERENCE = 0.6
-"""Share of pairs more similar to their own caption than to another's under which a reference is called weak; chance
-is one half."""
-_TEXTS_AT_ONCE = 4096
 _CAPTION_CHARACTERS = 500
 
 Axes = dict[str, Float[np.ndarray, " k"]]
@@ -62,25 +61,12 @@ class PairDetectorConfig:
     """Share of the pairs that is taken for poison: 1.5 times as many are flagged. Ours; attacks' papers take 0.003."""
     neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
     density: DensityConfig = field(default_factory=DensityConfig)
+    exposure: ExposureConfig = field(default_factory=ExposureConfig)
+    overfit: OverfitConfig = field(default_factory=OverfitConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.assumed_rate < 0.5:
             raise ConfigError(f"expected assumed_rate in (0, 0.5), got {self.assumed_rate}.", hint="Try 0.005.")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Embedded:
-    """The usable pairs as detectors see them: ``rows`` of ``pairs``, and what the models make of these.
-
-    ``suspect``: unit image embeddings of the CLIP that was trained on the pairs. ``cosines``: of image and caption
-    under the reference, the mean over an image's captions, in [-1, 1]. None where the detector does not ask for it.
-    """
-
-    pairs: ImageTextPairs
-    rows: Int[np.ndarray, " k"]
-    clip: ImageTextModel
-    suspect: Float[np.ndarray, "k d"] | None
-    cosines: Float[np.ndarray, " k"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +76,8 @@ class PairDetector:
     score: Callable[[Embedded, PairDetectorConfig, Run], Axes]
     suspect: bool = True
     reference: bool = False
+    captions: bool = False
+    """It looks at what the captions say to the reference."""
     batches: bool = False
     """It takes poison for rarer than k in a batch."""
 
@@ -115,6 +103,18 @@ def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
     return {"density": dense} | similarity
 
 
+def _exposure(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+    similarity = _similarity(known, config, run)
+    found = expose_pairs(similarity["low_similarity"], _asked(known.suspect), _asked(known.captions), config.exposure)
+    return {"exposure": found.scores} | similarity
+
+
+def _gain(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+    pixels = load_pixels(known.pairs, known.clip.image_size, cache=run.cache, progress=run.progress)
+    gain = similarity_gain(known.clip, known.pairs, pixels, known.rows, _asked(known.cosines), config.overfit, run=run)
+    return {"similarity_gain": gain} | _similarity(known, config, run)
+
+
 def _mean(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
     axes = _neighbourhoods("dao")(known, config, run) | _density(known, config, run)
     return {"mean_of_ranks": mean_of_ranks(axes.values())} | axes
@@ -126,6 +126,8 @@ PAIR_DETECTORS: dict[str, PairDetector] = {
     "k-distance": PairDetector(score=_neighbourhoods("k-distance"), batches=True),
     "similarity": PairDetector(score=_similarity, suspect=False, reference=True),
     "density": PairDetector(score=_density, reference=True),
+    "exposure": PairDetector(score=_exposure, reference=True, captions=True),
+    "gain": PairDetector(score=_gain, reference=True),
     "mean": PairDetector(score=_mean, reference=True, batches=True),
 }
 
@@ -159,36 +161,60 @@ def scan_pairs(
         raise NotEnoughDataError(
             f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
         )
-    asked = {"suspect": clip} if detector.suspect else {}
-    if detector.reference and reference is not None:
-        asked["reference"] = reference
-    embedded = _embed(asked, pairs, run)
-    first = next(iter(embedded.values()))
-    rows = np.flatnonzero(first.usable)
-    cosines = None
-    warnings: tuple[str, ...] = ()
-    if detector.reference and reference is not None:
-        cosines, others = caption_cosines(reference, pairs, rows, embedded["reference"].array[rows], run=run)
-        warnings = _warnings(clip if detector.suspect else None, reference, pairs, cosines, others)
-    if detector.batches:
-        warnings += _crowded(config, len(rows))
-    suspect = embedded["suspect"].array[rows] if detector.suspect else None
-    known = Embedded(pairs=pairs, rows=rows, clip=clip, suspect=suspect, cosines=cosines)
+    known = see_pairs(
+        pairs,
+        clip=clip,
+        reference=reference if detector.reference else None,
+        suspect=detector.suspect,
+        captions=detector.captions,
+        run=run,
+    )
     axes = detector.score(known, config, run)
     primary = next(iter(axes))
     _check_separation(axes[primary], method)
-    flagged = highest(axes[primary], config.assumed_rate)
-    skipped = tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values())
+    asked = {"suspect": clip} if detector.suspect else {}
+    if detector.reference and reference is not None:
+        asked["reference"] = reference
+    flagged = np.zeros(len(pairs), dtype=bool)
+    flagged[known.rows] = highest(axes[primary], config.assumed_rate)
+    return ranked_outcome(
+        known,
+        {name: known.spread(values) for name, values in axes.items()},
+        flagged,
+        method=method,
+        reason=_ranked(config),
+        warnings=_crowded(config, len(known.rows)) if detector.batches else (),
+        config=asdict(config),
+        models=asked,
+        seconds=time.monotonic() - begun,
+        run=run,
+    )
+
+
+def ranked_outcome(
+    known: Embedded,
+    axes: Axes,
+    flagged: Bool[np.ndarray, " n"],
+    *,
+    method: str,
+    reason: str,
+    warnings: tuple[str, ...],
+    config: dict[str, Any],
+    models: Mapping[str, ImageTextModel],
+    seconds: float,
+    run: Run,
+) -> ScanOutcome:
+    """Scores of all pairs, NaN for unusable ones, as a scan; the first of ``axes`` ranks. It decides nothing."""
+    pairs = known.pairs
     region: Region = np.full(len(pairs), SKIPPED, dtype=np.int8)
-    region[rows] = np.where(flagged, SUSPECT, CLEAN)
+    region[known.rows] = np.where(flagged[known.rows], SUSPECT, CLEAN)
     labels = np.full(len(pairs), -1, dtype=np.int64)
     estimate = PoisonEstimate(
-        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), evidence={}, reason=_ranked(config)
-    )  # fmt: skip
+        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), evidence={}, reason=reason
+    )
     scores = SampleScores(
-        method=method, ids=list(pairs.ids), labels=labels, class_names=(),
-        axes={name: _spread(values, rows, len(pairs)) for name, values in axes.items()}, primary=primary,
-        skipped=skipped,
+        method=method, ids=list(pairs.ids), labels=labels, class_names=(), axes=axes, primary=next(iter(axes)),
+        skipped=known.skipped,
     )  # fmt: skip
     split = Split(
         method=method, ids=scores.ids, labels=labels, region=region, class_names=(), estimate=estimate
@@ -201,16 +227,16 @@ def scan_pairs(
         estimate=estimate,
         flagged=len(split.suspect),
         flagged_per_class={},
-        skipped=skipped,
+        skipped=known.skipped,
         ranks_only=True,
         captioned=True,
-        warnings=warnings,
+        warnings=known.warnings + warnings,
         not_covered=PAIR_LIMITS,
-        seconds=time.monotonic() - begun,
+        seconds=seconds,
         seed=run.seed,
-        config=asdict(config),
-        inputs={name: model.fingerprint for name, model in asked.items()} | {"pairs_content": pairs.fingerprint},
-        clip=clip.fingerprint if detector.suspect else None,
+        config=config,
+        inputs={name: model.fingerprint for name, model in models.items()} | {"pairs_content": pairs.fingerprint},
+        clip=models["suspect"].fingerprint if "suspect" in models else None,
     )
     return ScanOutcome(scan=scan, scores=scores, split=split, samples=describe_pairs(pairs, scores, split))
 
@@ -220,35 +246,6 @@ def find_pair_detector(method: str) -> PairDetector:
     if method not in PAIR_DETECTORS:
         raise UnknownMethodError(method, PAIR_DETECTORS, kind="detector of pairs")
     return PAIR_DETECTORS[method]
-
-
-def caption_cosines(
-    reference: ImageTextModel,
-    pairs: ImageTextPairs,
-    rows: Int[np.ndarray, " k"],
-    images: Float[np.ndarray, "k d"],
-    *,
-    run: Run,
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """The mean cosine of each image with its own captions, and with those of another image, both in [-1, 1].
-
-    The other image is the next one in an order that the run's seed draws within a block of rows.
-    """
-    own, other = np.empty(len(rows)), np.empty(len(rows))
-    random = np.random.default_rng(run.seed_of("other captions"))
-    starts = range(0, len(rows), _TEXTS_AT_ONCE)
-    for start in run.progress.track(starts, total=len(rows), what="captions", weight=_TEXTS_AT_ONCE, unit="pairs"):
-        part = slice(start, start + _TEXTS_AT_ONCE)
-        captions = pairs.captions(rows[part])
-        texts = embed_texts(reference, [text for group in captions for text in group], run=run).astype(np.float64)
-        ends = np.cumsum([len(group) for group in captions])
-        means = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
-        order = random.permutation(len(means))
-        another = np.empty_like(order)
-        another[order] = np.roll(order, 1)
-        own[part] = np.einsum("nd,nd->n", images[part], means)
-        other[part] = np.einsum("nd,nd->n", images[part], means[another])
-    return own, other
 
 
 def describe_pairs(pairs: ImageTextPairs, scores: SampleScores, split: Split) -> list[dict[str, Any]]:
@@ -269,40 +266,6 @@ def describe_pairs(pairs: ImageTextPairs, scores: SampleScores, split: Split) ->
                 }
             )
     return entries
-
-
-def _embed(models: Mapping[str, ImageTextModel], pairs: ImageTextPairs, run: Run) -> dict[str, ImageEmbeddings]:
-    """Image embeddings by role; a model with two roles is asked once, each image decoded once."""
-    different = {model.fingerprint: model for model in models.values()}
-    found = dict(zip(different, embed_images(list(different.values()), pairs, run=run), strict=True))
-    return {role: found[model.fingerprint] for role, model in models.items()}
-
-
-def _warnings(
-    clip: ImageTextModel | None,
-    reference: ImageTextModel,
-    pairs: ImageTextPairs,
-    own: Float[np.ndarray, " k"],
-    other: Float[np.ndarray, " k"],
-) -> tuple[str, ...]:
-    warnings = []
-    if clip is not None and clip.fingerprint == reference.fingerprint:
-        warnings.append(
-            "The reference is the suspect itself: a model that learnt the poison finds poisoned pairs similar."
-        )
-    knows = float((own > other).mean())
-    if knows < WEAK_REFERENCE:
-        warnings.append(
-            f"The reference finds {100 * knows:.0f} percent of the images more similar to their own captions than to "
-            "another's, chance is 50: it hardly knows such pairs. Give a larger one."
-        )
-    cut = count_cut_captions(reference, pairs)
-    if cut.images_without_whole:
-        warnings.append(
-            f"The reference's tokenizer cuts off every caption of {cut.images_without_whole:,} of {len(pairs):,} "
-            "images: these are judged by their beginning."
-        )
-    return tuple(warnings)
 
 
 def _crowded(config: PairDetectorConfig, total: int) -> tuple[str, ...]:
@@ -328,13 +291,6 @@ def _check_separation(scores: Float[np.ndarray, " k"], method: str) -> None:
         raise NoSeparationError(
             f"{method}: all {len(scores):,} pairs have the same score.", hint="Try another method or another model."
         )
-
-
-def _spread(values: Float[np.ndarray, " k"], rows: Int[np.ndarray, " k"], total: int) -> Float[np.ndarray, " n"]:
-    """The values at their rows, NaN elsewhere."""
-    spread = np.full(total, np.nan)
-    spread[rows] = values
-    return spread
 
 
 def _safe_text(text: str) -> str:

@@ -41,6 +41,37 @@ class TriggerFinding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnlearntWord:
+    """A word that many suspicious captions share, and the mean cosine that leaving it out costs them."""
+
+    word: str
+    captions: int
+    fall: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairExposure:
+    """Which of its own training pairs a CLIP's repair rests on.
+
+    ``confirmation``: mean rank of first suspicion, in [0, 1], of unseen pairs like the ``seeds``, 0.5 by chance;
+    ``rate``: percent of the pairs that are like them, a rough count. ``judged_*``: mean cosine of ``judges`` suspicious
+    pairs, kept aside, with their captions; ``level``: that of pairs that do not belong together. None where nothing was
+    unlearnt.
+    """
+
+    exposed: bool
+    confirmation: float
+    rate: float
+    seeds: int
+    unlearnt: int = 0
+    judges: int = 0
+    level: float | None = None
+    judged_before: float | None = None
+    judged_after: float | None = None
+    words: tuple[UnlearntWord, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipPurification(JsonResult):
     """What a method did to a CLIP. ``accepted`` is about held-out pairs alone: no trigger is known to the method.
 
@@ -81,6 +112,8 @@ class ClipPurification(JsonResult):
     inputs: dict[str, str] = field(default_factory=dict)
     search: TriggerFinding | None = None
     """None where no trigger was looked for."""
+    exposure: PairExposure | None = None
+    """None where the pairs were taken to be clean."""
     left_alone: bool = False
     """Nothing suspicious was found: the model is the given one, to the bit."""
     before: ClipEvaluation | None = None

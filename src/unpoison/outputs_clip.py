@@ -7,11 +7,14 @@ from pathlib import Path
 from unpoison.clip_results import ClipPurification
 from unpoison.errors import UsageError
 from unpoison.models.clip_files import save_clip
-from unpoison.outputs import save_report
 from unpoison.report.clip_card import clip_card
+from unpoison.report.html import write_report
+from unpoison.report.runs import read_run
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel
 
+SUSPICIOUS = "suspicious"
+"""Folder of the ranked training pairs, where a repair rests on them: a scan like any other."""
 _LIBRARIES = {"open_clip_config.json": "open_clip", "config.json": "transformers"}
 
 
@@ -32,7 +35,8 @@ def save_clip_purification(result: ClipPurification, clip: ImageTextModel, folde
             f"{folder}: the result could not be written ({error.strerror}).",
             hint="Make room on the disk, then repeat the same command: it does not train again.",
         ) from error
-    save_report(folder)
+    ranked = [folder / SUSPICIOUS] if (folder / SUSPICIOUS).is_dir() else []
+    write_report(folder / "report.html", [read_run(run) for run in (folder, *ranked)])
 
 
 def model_folder(result: ClipPurification) -> str:

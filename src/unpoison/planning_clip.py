@@ -13,6 +13,7 @@ from unpoison.contrastive import info_nce
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import held_out_count
 from unpoison.defenses.par import PARConfig
+from unpoison.defenses.ubt import UBTConfig
 from unpoison.detection.clip_triggers import ConceptSearchConfig, concept_steps
 from unpoison.errors import NotEnoughDataError
 from unpoison.planning import Plan, PlannedStep, resident
@@ -25,12 +26,18 @@ _STATE = 4  # weights, two momenta and the last good weights are stored together
 
 
 def plan_clip_training(
-    clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run, tested: int = 0
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: PairTrainingConfig,
+    *,
+    run: Run,
+    tested: int = 0,
+    reference: ImageTextModel | None = None,
 ) -> Plan:
     """The steps of ``purify`` on ``pairs``; one forward and backward pass of 16 pairs is timed, decoding of 128 images.
 
-    ``tested`` images are encoded by both models beside that. Raises NotEnoughDataError where no probed image decodes,
-    ModelError.
+    ``tested`` images are encoded by both models beside that; ``reference`` is UBT's. Raises NotEnoughDataError where no
+    probed image decodes, ModelError.
     """
     rows = np.random.default_rng(run.seed).permutation(len(pairs))[:_DECODED]
     decoded: list = []
@@ -58,9 +65,10 @@ def plan_clip_training(
         graph = max(0, _peak(run.device) - low) / max(1, len(usable) - _FIRST)  # bytes a pair
         train = _seconds(lambda: one_pass(len(usable), backward=True)) / len(usable)
         forward = _seconds(lambda: one_pass(len(usable), backward=False)) / len(usable)
-    held_out = held_out_count(len(pairs), share=config.held_out, most=config.held_out_pairs)
-    batch = min(config.batch_size, len(pairs) - held_out)
-    steps = config.steps if config.steps is not None else config.epochs * ((len(pairs) - held_out) // batch)
+    kept = min(len(pairs), config.keep_pairs) if isinstance(config, UBTConfig) else len(pairs)
+    held_out = held_out_count(kept, share=config.held_out, most=config.held_out_pairs)
+    batch = min(config.batch_size, kept - held_out)
+    steps = config.steps if config.steps is not None else config.epochs * ((kept - held_out) // batch)
     weights = 4 * sum(value.numel() for value in clip.module.parameters())
     looks = 1 + -(-steps // config.check_every)
     mine = batch // run.accelerator.num_processes
@@ -75,6 +83,10 @@ def plan_clip_training(
     if isinstance(config, PARConfig) and config.search_concepts:
         probed = concept_steps(ConceptSearchConfig(concepts=config.search_concepts))
         planned.insert(1, PlannedStep(what="look for a trigger", amount=probed, unit="images", seconds=probed * train))
+    if isinstance(config, UBTConfig):
+        seen = len(pairs) * (1 if reference is None else 2)
+        said = "the suspect's embeddings" + ("" if reference is None else " and the reference's")
+        planned.insert(1, PlannedStep(what=said, amount=seen, unit="pairs", seconds=seen * forward))
     if tested:
         planned.append(PlannedStep(what="measure before and after", amount=2 * tested, unit="images",
                                    seconds=2 * tested * (forward + decode)))  # fmt: skip

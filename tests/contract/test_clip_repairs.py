@@ -21,7 +21,7 @@ from unpoison.models.clip_transformers import TransformersCLIP, load_clip
 from unpoison.runs import Run
 
 QUICK: dict[str, Any] = {"batch_size": 12, "steps": 2, "check_every": 1, "learning_rate": 1e-3, "bound": 100.0}
-REPAIRS = tuple(entry for entry in DEFENSES if "suspicious CLIP" in entry.needs)
+REPAIRS = tuple(entry for entry in DEFENSES if {"suspicious CLIP", "clean pairs"} <= set(entry.needs))
 repairs = pytest.mark.parametrize("entry", REPAIRS, ids=lambda entry: entry.name)
 HOSTILE = {
     "html": "<script>alert(1)</script> <b>a cat</b>",

@@ -61,6 +61,9 @@ def build_app() -> App:
     }
     for name, text in of_clips.items():
         purify.command(f"unpoison.cli.purify_clip:{name.replace('-', '_')}", name=name, help=text)
+    purify.command(
+        "unpoison.cli.purify_ubt:ubt", name="ubt", help="Repair a CLIP with its own poisoned pairs: expose and unlearn."
+    )
     app.command("unpoison.cli.demo:demo", name="demo", help="Poison, scan, purify, report: no data needed.", sort_key=0)
     app.command(scan)
     app.command(purify)

@@ -120,6 +120,13 @@ Pairs = Annotated[
         help="Clean image-caption pairs: parquet, CSV, JSONL, shards or a folder.",
     ),
 ]
+TrainedOn = Annotated[
+    str,
+    Parameter(
+        metavar="SOURCE",
+        help="The pairs that it was trained on, poison included: parquet, CSV, JSONL, shards or a folder.",
+    ),
+]
 Synthetic = Annotated[
     str | None,
     Parameter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,7 +87,9 @@ def par(
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
     own = {"paper": paper, "always": always, "tau": tau, "text_tower": text_tower, "distill": distill}
-    return _purify("par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options)
+    return run_purification(
+        "par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options
+    )
 
 
 def clean_clip(
@@ -109,7 +112,7 @@ def clean_clip(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _purify(
+    return run_purification(
         "clean-clip", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
     )
 
@@ -134,12 +137,12 @@ def fine_tuning(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _purify(
+    return run_purification(
         "fine-tuning", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
     )
 
 
-def _purify(
+def run_purification(
     verb: str,
     model: str,
     sources: Sources,
@@ -148,7 +151,9 @@ def _purify(
     testing: Testing,
     reading: PairReading,
     options: Planned,
+    models: Mapping[str, str | None] | None = None,
 ) -> int:
+    """``models``: further CLIPs of the method, by its own name for them."""
     from unpoison.cli import INCONCLUSIVE
     from unpoison.cli.console import Console
 
@@ -160,6 +165,7 @@ def _purify(
 
         tests = open_tests(testing)
         clip = load_any_clip(model)
+        others = {role: None if name is None else load_any_clip(name) for role, name in (models or {}).items()}
         opened = sources.open(options, vars_of(reading))
         config = _config(verb, clip, len(opened), own, training)
         path = run_path(options.output, f"purify-{verb}", model)
@@ -167,7 +173,7 @@ def _purify(
             from unpoison.planning_clip import plan_clip_training
 
             run = run_without_folder(console, options, precision=training.precision)
-            plan = plan_clip_training(clip, opened, config, run=run, tested=tests.encoded)
+            plan = plan_clip_training(clip, opened, config, run=run, tested=tests.encoded, **others)
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
@@ -183,14 +189,16 @@ def _purify(
             "precision": training.precision,
             "limit": options.limit,
             "seed": options.seed,
+            **(models or {}),
+            **{f"{role}_fingerprint": other and other.fingerprint for role, other in others.items()},
             **tests.inputs,
         }
         run = begin(console, options, path, inputs, precision=training.precision)
         repeat = _command(
-            verb, model, vars_of(sources), own, vars_of(training), vars_of(testing), vars_of(reading),
+            verb, model, vars_of(sources), _given(own, models), vars_of(training), vars_of(testing), vars_of(reading),
             {"seed": options.seed, "limit": options.limit, "output": path},
         )  # fmt: skip
-        result = _run(verb, clip, opened, config, tests, run, path, model, repeat, sources)
+        result = _run(verb, clip, opened, config, tests, run, path, model, repeat, sources, others)
         if run.accelerator.is_main_process:
             from unpoison.storage import to_json
 
@@ -223,6 +231,12 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     return make_config(kind, merge(asdict(start), table), where=where)
 
 
+def _given(own: dict[str, Any], models: Mapping[str, str | None] | None) -> dict[str, Any]:
+    """The method's options as they were given, without what another one stands for."""
+    names = {role: name or "none" for role, name in (models or {}).items()}
+    return ({"paper": own["paper"]} if models and own.get("paper") else own) | names
+
+
 def _command(verb: str, model: str, *given: dict[str, Any]) -> str:
     """The shell command that repeats the run, with the options that were given."""
     import shlex
@@ -245,22 +259,29 @@ def _run(
     model: str,
     repeat: str,
     sources: Sources,
+    others: dict[str, Any],
 ) -> ClipPurification:
     from dataclasses import replace
 
     from unpoison.catalog import DEFENSES, find, resolve
     from unpoison.clip_results import ClipPurification
-    from unpoison.outputs_clip import model_folder, save_clip_purification
-    from unpoison.storage import remove_partials
+    from unpoison.outputs import save_scan
+    from unpoison.outputs_clip import SUSPICIOUS, model_folder, save_clip_purification
+    from unpoison.storage import remove_partials, write_atomically
 
     main, folder = run.accelerator.is_main_process, run.folder
     if folder is not None and not folder.finished:
         before = tests.evaluate(clip, run, name=model) if main else None
-        outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run)
+        outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run, **others)
         if main:
             result = replace(outcome.purification, command=repeat, synthetic_pairs=sources.made_up(pairs))
             after = tests.evaluate(outcome.clip, run, name=str(path / model_folder(result)), suspect=clip)
             result = replace(result, before=before, after=after)
+            suspicious = getattr(outcome, "suspicious", None)
+            if suspicious is not None:
+                (path / SUSPICIOUS).mkdir(exist_ok=True)
+                write_atomically(path / SUSPICIOUS / "run.json", _as_scan(path / "run.json"))
+                save_scan(suspicious.scan, suspicious.scores, suspicious.split, suspicious.samples, path / SUSPICIOUS)
             save_clip_purification(result, outcome.clip, path, base_model=model)
             remove_partials(path, path / "steps", path / model_folder(result))
             folder.finish()
@@ -268,6 +289,15 @@ def _run(
     if folder is not None:
         run.forget(file.stem for file in sorted((folder.path / "steps").glob("*.safetensors")))
     return ClipPurification.load(path / "purification.json")
+
+
+def _as_scan(file: Path) -> bytes:
+    """Of this repair's run.json, what `unpoison keep` asks of that of a scan."""
+    import msgspec
+
+    inputs = msgspec.json.decode(file.read_bytes())
+    kept = {key: inputs[key] for key in ("unpoison", "content", "reading", "limit", "seed")}
+    return msgspec.json.encode({"verb": "scan dataset", "pairs": True, "source": inputs["pairs"], **kept})
 
 
 def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
@@ -280,6 +310,9 @@ def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> No
         out.print(printable(f"Before the repair: {result.search.reason}"))
     if not result.left_alone:
         _show_training(out, result)
+    if result.exposure is not None and result.exposure.words:
+        words = ", ".join(f"{entry.word} ({entry.captions})" for entry in result.exposure.words[:5])
+        out.print(printable(f"Words that the unlearnt captions share: {words}."))
     _show_rest(out, result, path)
 
 
@@ -308,4 +341,8 @@ def _show_rest(out: rich.console.Console, result: ClipPurification, path: Path) 
     out.print(f"Protects: {printable(result.protects)}.")
     out.print("Not covered: " + printable(" ".join(result.not_covered)))
     out.print(f"Model: {path / model_folder(result)}")
+    if result.exposure is not None:
+        from unpoison.outputs_clip import SUSPICIOUS
+
+        out.print(f"Ranked pairs: {path / SUSPICIOUS}, for `unpoison keep` as well")
     out.print(f"Report: {path / 'report.html'}")

@@ -20,9 +20,9 @@ METHOD = Group("Method", sort_key=10)
 TOP = 10
 Method = Literal[
     "cgd", "activation-clustering", "spectral-signatures", "strip", "ibd-psc",
-    "dao", "slof", "k-distance", "similarity", "density", "mean",
+    "dao", "slof", "k-distance", "similarity", "density", "exposure", "gain", "mean",
 ]  # fmt: skip
-OF_PAIRS = ("dao", "slof", "k-distance", "similarity", "density", "mean")
+OF_PAIRS = ("dao", "slof", "k-distance", "similarity", "density", "exposure", "gain", "mean")
 
 
 def dataset(
@@ -66,7 +66,7 @@ def dataset(
         Parameter(
             group=METHOD,
             show_default=False,
-            help="For similarity, density and mean: a CLIP that never saw the pairs. [default: tiny]",
+            help="For similarity, density, exposure, gain and mean: a CLIP that never saw the pairs. [default: tiny]",
         ),
     ] = None,
     arch: Annotated[

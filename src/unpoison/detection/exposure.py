@@ -16,18 +16,20 @@ Steps
     3. A linear probe (logistic regression) on the suspect's embeddings: seeds against the less suspicious half.
     4. Score: mean rank of the probe, of the first suspicion and of the captions' cosine with the seeds' mean caption.
     5. The highest scores are the seeds of the next round; three rounds.
-    6. Separation: how far the probe keeps the last seeds from the unsuspicious half, in standard deviations. Where
-       there is no poison to be found a probe tells any thirty pairs from others as well, but less clearly.
-    7. Rate: the share of all pairs beyond the point between both groups that is equally many deviations from either.
+    6. Confirmation: steps 1 to 5 on one half of the pairs; how suspicious at first are those of the other half that
+       the probe points at? Mean rank, both ways round; 0.5 by chance. Seeds are suspicious because they were chosen
+       so, unseen pairs only if suspicion and the place in the embeddings have a cause in common.
+    7. Rate: the share of all pairs for which the probe's answer lies beyond the point that is equally many standard
+       deviations from the seeds and from the unsuspicious half.
 Where we differ, and what the paper leaves open
     The paper overfits a copy of the model on the least similar pairs and ranks by the gain in similarity
-    (:mod:`unpoison.detection.similarity_gain`); with captions from templates, where many of a batch are alike, that
-    gain told nothing.
+    (:mod:`unpoison.detection.similarity_gain`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,6 +38,9 @@ from unpoison.detection.neighbours import unit_rows
 from unpoison.detection.ranks import rank_normalise
 from unpoison.detection.reference_similarity import DensityConfig, Scores, density_of_least_similar
 from unpoison.errors import ConfigError, NoSeparationError
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +57,18 @@ class ExposureConfig:
     strength: float = 1.0
     """Inverse regularisation of the probe."""
     rounds: int = 3
-    separation: float = 4.0
-    """Deviations of step 6 from which on the pairs count as exposed."""
+    seed: int = 0
+    """Of the halves of step 6."""
+    confirmation: float = 0.7
+    """Mean rank of step 6 from which on the pairs count as exposed."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
             raise ConfigError("expected share in (0, 0.5) and same_concept in (0, 1).", hint="Try 0.005 and 0.8.")
-        if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or self.separation < 0:
+        if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or not 0 <= self.confirmation <= 1:
             raise ConfigError(
-                "expected fewest and rounds of at least 1, strength > 0, separation >= 0.", hint="Try 30, 3, 1 and 4."
+                "expected fewest and rounds of at least 1, strength > 0, confirmation in [0, 1].",
+                hint="Try 30, 3, 1 and 0.7.",
             )
 
 
@@ -69,15 +77,15 @@ class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
     ``seeds``: rows that the last probe was drawn from, most suspicious first; ``first``: those of the first round.
-    ``probe``: its raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: ``separation`` reached
-    the bound, else the scores rank nothing but chance.
+    ``probe``: its raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: the mean rank
+    ``confirmation`` reached the bound, else the scores rank nothing but chance.
     """
 
     scores: Scores
     seeds: Int[np.ndarray, " s"]
     first: Int[np.ndarray, " f"]
     probe: Scores
-    separation: float
+    confirmation: float
     rate: float
     exposed: bool
 
@@ -111,30 +119,73 @@ def expose_pairs(
         raise NoSeparationError(
             "All pairs look alike to the suspect, or all captions are one.", hint="Give pairs that differ."
         )
-    low, images, texts = suspicion[kept], images[kept], texts[kept]
-    count = min(max(config.fewest, round(config.share * len(kept))), len(kept) // 4)
-    dense = density_of_least_similar(low, images, config.density)  # (1)
-    first = seeds = largest_concept(texts, np.argsort(-dense, kind="stable")[:count], config.same_concept)  # (2)
-    unsuspicious = np.flatnonzero(low < np.median(low))
-    if len(unsuspicious) == 0:
-        raise NoSeparationError("All pairs are equally suspicious at first.", hint="Give another reference.")
-    ranks = rank_normalise(low)
-    concept = rank_normalise(texts @ texts[seeds].mean(axis=0))
-    answers = scores = ranks
-    for _ in range(config.rounds):
-        answers = probe(images, seeds, unsuspicious, config.strength)  # (3)
-        scores = (rank_normalise(answers) + ranks + concept) / 3  # (4)
-        seeds = np.argsort(-scores, kind="stable")[:count]  # (5)
-    separation, threshold = between(answers[seeds], answers[unsuspicious])  # (6)
+    seen = _Seen(low=suspicion[kept], images=images[kept], texts=texts[kept])
+    found = seen.search(config)
+    order = np.random.default_rng(config.seed).permutation(len(kept))
+    halves = [np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])]
+    confirmation = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]  # (6)
+    threshold = between(found.answers[found.seeds], found.answers[found.calm])
     return Exposure(
-        scores=_spread(scores, kept, len(suspicion)),
-        seeds=kept[seeds],
-        first=kept[first],
-        probe=_spread(answers, kept, len(suspicion)),
-        separation=separation,
-        rate=float((answers > threshold).mean()),  # (7)
-        exposed=separation >= config.separation,
+        scores=_spread(found.scores, kept, len(suspicion)),
+        seeds=kept[found.seeds],
+        first=kept[found.first],
+        probe=_spread(found.answers, kept, len(suspicion)),
+        confirmation=float(np.mean(confirmation)),
+        rate=float((found.answers > threshold).mean()),  # (7)
+        exposed=float(np.mean(confirmation)) >= config.confirmation,
     )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Found:
+    scores: Float[np.ndarray, " k"]
+    answers: Float[np.ndarray, " k"]
+    seeds: Int[np.ndarray, " s"]
+    first: Int[np.ndarray, " f"]
+    calm: Int[np.ndarray, " c"]
+    model: LogisticRegression
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Seen:
+    """The usable pairs: first suspicion, unit embeddings of images and captions."""
+
+    low: Float[np.ndarray, " k"]
+    images: Float[np.ndarray, "k d"]
+    texts: Float[np.ndarray, "k e"]
+
+    def of(self, rows: Int[np.ndarray, " _"]) -> _Seen:
+        return _Seen(low=self.low[rows], images=self.images[rows], texts=self.texts[rows])
+
+    def search(self, config: ExposureConfig) -> _Found:
+        """Steps 1 to 5."""
+        count = min(max(config.fewest, round(config.share * len(self.low))), len(self.low) // 4)
+        dense = density_of_least_similar(self.low, self.images, config.density)  # (1)
+        first = largest_concept(self.texts, np.argsort(-dense, kind="stable")[:count], config.same_concept)  # (2)
+        calm = np.flatnonzero(self.low < np.median(self.low))
+        if len(calm) == 0:
+            raise NoSeparationError("All pairs are equally suspicious at first.", hint="Give another reference.")
+        ranks = rank_normalise(self.low)
+        concept = rank_normalise(self.texts @ self.texts[first].mean(axis=0))
+
+        def look(seeds: np.ndarray) -> _Found:
+            model = fit_probe(self.images, seeds, calm, config.strength)  # (3)
+            answers = model.decision_function(self.images)
+            scores = (rank_normalise(answers) + ranks + concept) / 3  # (4)
+            seeds = np.argsort(-scores, kind="stable")[:count]  # (5)
+            return _Found(scores=scores, answers=answers, seeds=seeds, first=first, calm=calm, model=model)
+
+        found = look(first)
+        for _ in range(config.rounds - 1):
+            found = look(found.seeds)
+        return found
+
+    def confirm(self, one: Int[np.ndarray, " _"], other: Int[np.ndarray, " o"], config: ExposureConfig) -> float:
+        """Step 6 one way round: what was found in ``one`` points at rows of ``other``."""
+        found = self.of(one).search(config)
+        answers = found.model.decision_function(self.images[other])
+        pointed = np.argsort(-answers, kind="stable")[: len(found.seeds)]
+        return float(rank_normalise(self.low[other])[pointed].mean())
 
 
 def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"], same: float) -> Int[np.ndarray, " _"]:
@@ -144,29 +195,27 @@ def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"]
     return rows[alike[alike.sum(axis=1).argmax()]]
 
 
-def probe(
+def fit_probe(
     images: Float[np.ndarray, "n d"], seeds: Int[np.ndarray, " s"], others: Int[np.ndarray, " o"], strength: float
-) -> Scores:
-    """Step 3: the answer of a logistic regression, both groups of equal weight, for every row."""
+) -> LogisticRegression:
+    """Step 3: logistic regression, both groups of equal weight."""
     from sklearn.linear_model import LogisticRegression
 
     others = np.setdiff1d(others, seeds)
     targets = np.repeat([1, 0], [len(seeds), len(others)])
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
-    return model.fit(images[np.concatenate([seeds, others])], targets).decision_function(images)
+    return model.fit(images[np.concatenate([seeds, others])], targets)
 
 
-def between(first: Scores, second: Scores) -> tuple[float, float]:
-    """Distance of two groups' means in pooled deviations, and the point equally many of each one's from both."""
-    apart = float(first.mean() - second.mean())
-    pooled = float(np.sqrt((first.var() + second.var()) / 2))
+def between(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " o"]) -> float:
+    """The point that is equally many standard deviations of each group from its mean."""
     spread = float(first.std() + second.std())
-    if pooled == 0 or spread == 0:
-        return 0.0, float(first.mean())
-    return apart / pooled, float((first.mean() * second.std() + second.mean() * first.std()) / spread)
+    if spread == 0:
+        return float(first.mean() + second.mean()) / 2
+    return float(first.mean() * second.std() + second.mean() * first.std()) / spread
 
 
-def _spread(values: Scores, rows: Int[np.ndarray, " k"], total: int) -> Scores:
+def _spread(values: Float[np.ndarray, " k"], rows: Int[np.ndarray, " k"], total: int) -> Scores:
     spread = np.full(total, np.nan)
     spread[rows] = values
     return spread

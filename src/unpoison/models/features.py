@@ -61,5 +61,5 @@ def _key(classifier: ImageClassifier, pixels: Pixels, rows: Int[np.ndarray, " k"
     digest.update(repr(network).encode())
     digest.update(repr((pixels.array.shape, len(rows))).encode())
     for start in range(0, len(rows), 1024):
-        digest.update(np.ascontiguousarray(pixels.array[rows[start : start + 1024]]))
+        digest.update(pixels.array[rows[start : start + 1024]].tobytes())
     return digest.hexdigest()

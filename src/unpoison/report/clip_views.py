@@ -7,7 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
+from unpoison.clip_results import ClipPurification, FoundTrigger, PairExposure, TriggerFinding
 from unpoison.report import charts
 from unpoison.report.page import RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
@@ -17,6 +17,7 @@ from unpoison.report.views import Figure, Verdict, command, rates_figure
 from unpoison.results import Drift
 
 _PICTURES = 3
+_WORDS = 4
 _CURVES = {
     "held_out_accuracy": ("held-out accuracy, %", "Held-out pairs that find each other."),
     "image_cosine": ("cosine, images", "Mean cosine with the given model's embeddings: 1 = nothing moved."),
@@ -114,7 +115,11 @@ def _tiles(result: ClipPurification) -> list[Tile]:
             Tile(value=count(len(result.search.found)), name="concepts searched", note="none reached out of line"),
             Tile(value="0", name="weights changed", note="the model is as it came"),
         ]
+    exposed = _exposure_tiles(result.exposure) if result.exposure is not None else []
+    if result.left_alone:
+        return [*exposed, Tile(value="0", name="weights changed", note="the model is as it came")]
     return [
+        *exposed,
         Tile(
             value=percent(result.held_out_after),
             name="held-out pairs that find each other",
@@ -130,6 +135,25 @@ def _tiles(result: ClipPurification) -> list[Tile]:
             value=count(result.steps),
             name="training steps",
             note=f"of {count(result.planned_steps)}, {count(result.batch_size)} pairs each; {duration(result.seconds)}",
+        ),
+    ]
+
+
+def _exposure_tiles(exposure: PairExposure) -> list[Tile]:
+    found = Tile(
+        value=percent(100 * exposure.confirmation),
+        name="suspicion of pairs like the most suspicious",
+        note="mean rank, 50 % by chance",
+    )
+    if not exposure.unlearnt:
+        return [found]
+    words = ", ".join(entry.word for entry in exposure.words[:_WORDS])
+    return [
+        found,
+        Tile(
+            value=count(exposure.unlearnt),
+            name="pairs unlearnt",
+            note=f"about {percent(exposure.rate)} are like them" + (f"; their words: {words}" if words else ""),
         ),
     ]
 
@@ -150,6 +174,11 @@ def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
         if result.stopped:
             steps.append(Step(text="Repeat the command with a lower --learning-rate, in another folder."))
         return steps
+    if result.left_alone and result.exposure is not None:
+        return [
+            Step(text="Use the model as before, as far as its training pairs can tell; the limits are below."),
+            Step(text="The pairs are ranked in the folder suspicious/ all the same: look at the first of them."),
+        ]
     if result.left_alone:
         again = command("unpoison", "purify", result.method, "MODEL", "--pairs", "PAIRS", "--always", "-o", "FOLDER")
         return [
@@ -162,6 +191,11 @@ def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
             Step(text="Repeat the repair with more pairs, --steps or a higher --learning-rate, in another folder."),
         ]
     steps = [Step(text=f"Use the purified model in {model}; it loads wherever the original did.")]
+    if result.exposure is not None:
+        listed = command("unpoison", "keep", str(Path(run.path) / "suspicious"), "-o", "clean.parquet")
+        steps.append(
+            Step(text="Look at the suspicious pairs below, then write a copy of the set without them:", line=listed)
+        )
     if min(result.image_cosine, result.text_cosine) < 0.9:
         steps.append(Step(text="Make indexes, heads and connectors again that were built on the old embeddings."))
     if result.before is None:
@@ -177,6 +211,14 @@ def _tested(result: ClipPurification) -> list[str]:
             f"Whether one of {counted(len(result.search.found), 'concept')} of the captions is reached from all images "
             f"by a change far smaller than the others need. {result.search.reason}"
         )
+    if result.exposure is not None:
+        lines.append(
+            f"Whether {counted(result.exposure.seeds, 'most suspicious pair')} of the training set have something in "
+            "common that points at other suspicious pairs."
+        )
+    if result.exposure is not None and result.exposure.judges:
+        judges = counted(result.exposure.judges, "suspicious pair")
+        lines.append(f"Whether {judges} that were kept aside still match their captions.")
     lines += [
         f"Whether {counted(result.held_out_pairs, 'held-out pair')} still find each other; a fall of at most "
         f"{result.bound:g} points is accepted."

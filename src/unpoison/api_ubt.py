@@ -1,0 +1,204 @@
+"""The public verb for the owner of poisoned pairs: a backdoored CLIP and its training pairs in, a repaired copy out.
+
+from unpoison import load_any_clip, open_pairs, purify_with_ubt
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unpoison.api import MIN_SAMPLES, ScanOutcome
+from unpoison.api_clip import ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
+from unpoison.api_pairs import ranked_outcome
+from unpoison.clip_results import PairExposure, UnlearntWord
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import load_pixels
+from unpoison.defenses.ubt import UBTConfig, UBTRepair, repair_with_ubt
+from unpoison.detection.exposure import Exposure, expose_pairs
+from unpoison.detection.neighbours import score_neighbourhoods
+from unpoison.detection.reference_similarity import low_similarity
+from unpoison.detection.similarity_gain import similarity_gain
+from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.errors import NotEnoughDataError
+from unpoison.evaluation.embeddings import embed_texts
+from unpoison.runs import Run
+from unpoison.types import ImageTextModel
+
+UBT_LIMITS = (
+    "Whether a backdoor was there, and whether it is gone: the rates before and after are measured only where test "
+    "images and a manifest are given.",
+    "Poison that does not stand out among these pairs: too few of it, or captions that fit their images.",
+    "A second backdoor with another target: one group of pairs is unlearnt.",
+)
+NOTHING_EXPOSED = (
+    "Whether the pairs are clean: poison of less than about 1 percent of a few thousand pairs does not stand out.",
+    "Whether the model is clean: only what these pairs taught it was looked for.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UBTOutcome(ClipPurifyOutcome):
+    """The repaired copy, and the ranked list of pairs that the repair rests on: of use without the weights too."""
+
+    suspicious: ScanOutcome
+
+
+def purify_with_ubt(
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    *,
+    reference: ImageTextModel | None = None,
+    config: UBTConfig | None = None,
+    run: Run | None = None,
+) -> UBTOutcome:
+    """Unlearn what the poisoned among its own training ``pairs`` taught a CLIP (arXiv 2409.19526).
+
+    ``reference``: a CLIP that never saw them, best the one that ``clip`` was tuned from; without one, pairs are first
+    suspected by DAO alone. ``config`` None: :meth:`UBTConfig.recommended`. The caller's model is never changed. Where
+    no group of pairs stands out the copy is as the model came, and the result says so. Refused (``accepted`` is false)
+    when held-out clean pairs fall by more than ``config.bound``, or pairs kept aside still match their captions.
+    Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
+    """
+    run = run or Run()
+    config = config or UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
+    begun = time.monotonic()
+    if len(pairs) < MIN_SAMPLES:
+        raise NotEnoughDataError(
+            f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
+        )
+    known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
+    exposure = _unpack(run.step("exposure", lambda: _pack(_expose(known, config, run))))
+    models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
+    suspicious = ranked_outcome(
+        known,
+        {"exposure": exposure.scores, "probe": exposure.probe},
+        exposure.above if exposure.exposed else np.zeros(len(pairs), dtype=bool),
+        method="exposure" if config.expose == "concept" else "gain",
+        reason=_reason(exposure, config),
+        warnings=(),
+        config=asdict(config.exposure),
+        models=models,
+        seconds=time.monotonic() - begun,
+        run=run,
+    )
+    if not exposure.exposed:
+        repair = leave_alone(clip, pairs, config, run=run)
+        purification = replace(
+            describe_repair("ubt", clip, pairs, config, repair, time.monotonic() - begun, run),
+            exposure=_finding(exposure, None), left_alone=True, warnings=known.warnings,
+            reason=f"{_reason(exposure, config)} The model is handed back as it came.", not_covered=NOTHING_EXPOSED,
+        )  # fmt: skip
+        return UBTOutcome(clip=repair.model, purification=purification, suspicious=suspicious)
+    found = repair_with_ubt(clip, pairs, exposure, config, run=run)
+    purification = describe_repair("ubt", clip, pairs, config, found.repair, time.monotonic() - begun, run)
+    accepted, reason = _judge(found, config, purification.accepted, purification.reason)
+    purification = replace(
+        purification,
+        accepted=accepted,
+        reason=reason,
+        protects="the image tower's weights",
+        exposure=_finding(exposure, found),
+        warnings=(*known.warnings, *purification.warnings),
+        inputs=purification.inputs | {name: model.fingerprint for name, model in models.items() if name != "suspect"},
+        not_covered=UBT_LIMITS,
+    )
+    return UBTOutcome(clip=found.repair.model, purification=purification, suspicious=suspicious)
+
+
+def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
+    """Step 1, row by row of the whole set."""
+    pairs, rows, suspect = known.pairs, known.rows, known.suspect
+    if suspect is None:
+        raise RuntimeError("the suspect's embeddings were not asked for")
+    captions = known.captions
+    if known.cosines is None:
+        near = score_neighbourhoods(suspect, seed=run.seed_of("neighbours"), progress=run.progress)
+        low = next(iter(near.values()))
+    else:
+        low = low_similarity(known.cosines)
+    if captions is None:
+        captions = embed_texts(known.clip, [texts[0] for texts in pairs.captions(rows)], run=run)
+    if config.expose == "gain":
+        pixels = load_pixels(pairs, known.clip.image_size, cache=run.cache, progress=run.progress)
+        scores = known.spread(similarity_gain(known.clip, pairs, pixels, rows, -low, run=run))
+        ranked = np.argsort(-scores[rows], kind="stable")
+        count = min(max(config.exposure.fewest, round(config.exposure.share * len(rows))), len(rows) // 4)
+        return Exposure(
+            scores=scores, seeds=rows[ranked[:count]], first=rows[ranked[:count]], probe=scores, confirmation=0.5,
+            rate=count / len(rows), exposed=True,
+        )  # fmt: skip
+    found = expose_pairs(low, suspect, captions, config.exposure)
+    return replace(
+        found, scores=known.spread(found.scores), probe=known.spread(found.probe), seeds=rows[found.seeds],
+        first=rows[found.first],
+    )  # fmt: skip
+
+
+def _pack(exposure: Exposure) -> dict[str, Tensor]:
+    numbers = torch.tensor([exposure.confirmation, exposure.rate, float(exposure.exposed)], dtype=torch.float64)
+    arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first")}
+    return {"numbers": numbers} | {
+        name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+    }
+
+
+def _unpack(state: dict[str, Tensor]) -> Exposure:
+    confirmation, rate, exposed = state["numbers"].tolist()
+    return Exposure(
+        scores=state["scores"].numpy(), probe=state["probe"].numpy(), seeds=state["seeds"].numpy(),
+        first=state["first"].numpy(), confirmation=confirmation, rate=rate, exposed=bool(exposed),
+    )  # fmt: skip
+
+
+def _finding(exposure: Exposure, found: UBTRepair | None) -> PairExposure:
+    unlearning = found.unlearning if found is not None else None
+    return PairExposure(
+        exposed=exposure.exposed,
+        confirmation=exposure.confirmation,
+        rate=100 * exposure.rate,
+        seeds=len(exposure.seeds),
+        unlearnt=0 if unlearning is None else len(unlearning.texts),
+        judges=0 if unlearning is None else len(unlearning.judge_texts),
+        level=None if unlearning is None else unlearning.level,
+        judged_before=None if found is None else found.judged_before,
+        judged_after=None if found is None else found.judged_after,
+        words=()
+        if unlearning is None
+        else tuple(
+            UnlearntWord(word=entry.word, captions=entry.captions, fall=entry.fall) for entry in unlearning.words
+        ),
+    )
+
+
+def _reason(exposure: Exposure, config: UBTConfig) -> str:
+    if config.expose == "gain":
+        return "Pairs are ranked by what an overfitted copy gained on them; that does not say whether any is poisoned."
+    rank = f"{100 * exposure.confirmation:.0f} percent of the pairs, 50 by chance"
+    if not exposure.exposed:
+        return (
+            "No group of pairs stands out: what the most suspicious have in common points at others that are more "
+            f"suspicious than {rank}; {100 * config.exposure.confirmation:.0f} are asked for."
+        )
+    return (
+        f"A group of pairs stands out: what they have in common points at others more suspicious than {rank}. About "
+        f"{100 * exposure.rate:.1f} percent of the set belong to it."
+    )
+
+
+def _judge(found: UBTRepair, config: UBTConfig, accepted: bool, reason: str) -> tuple[bool, str]:
+    """Step 7 beside what every repair is judged by."""
+    bound = found.unlearning.level + config.margin
+    unlearnt = found.judged_after <= bound
+    said = (
+        f"Suspicious pairs that were kept aside match their captions with a cosine of {found.judged_after:.2f}, "
+        f"{found.judged_before:.2f} before; {bound:.2f} is what pairs that do not belong together reach."
+    )
+    return accepted and unlearnt, f"{said} {reason}"
+
+
+__all__ = ["UBTOutcome", "purify_with_ubt"]

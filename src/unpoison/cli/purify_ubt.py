@@ -1,0 +1,69 @@
+"""``unpoison purify ubt``: repair a CLIP with the poisoned pairs that it was trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from unpoison.cli.clip_options import PairReading, Sources, Testing, TrainedOn, Training
+from unpoison.cli.options import METHOD, Planned
+from unpoison.cli.purify_clip import run_purification
+
+
+def ubt(
+    model: str,
+    /,
+    *,
+    pairs: TrainedOn,
+    reference: Annotated[
+        str,
+        Parameter(
+            metavar="MODEL",
+            group=METHOD,
+            help='A CLIP that never saw the pairs, best the one that this was tuned from; "none" to do without.',
+        ),
+    ] = "tiny",
+    paper: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            group=METHOD,
+            help="The plain reading of the paper: an overfitted copy ranks the pairs, words and patches are unlearnt.",
+        ),
+    ] = False,
+    training: Training = Training(),  # noqa: B008
+    testing: Testing = Testing(),  # noqa: B008
+    reading: PairReading = PairReading(),  # noqa: B008
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Repair a backdoored CLIP with its own poisoned training pairs: unlearn what the suspicious ones taught it.
+
+    The suspicious pairs are listed and drawn under suspicious/ in the output folder, for `unpoison keep` as well. Where
+    no group of pairs stands out the copy is the model as it came, and the result says so.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
+    """
+    own: dict[str, Any] = {"paper": paper}
+    if paper:
+        from unpoison.defenses.ubt import PUBLISHED
+
+        own |= PUBLISHED
+    known = None if reference == "none" else reference
+    return run_purification(
+        "ubt",
+        model,
+        Sources(pairs=pairs, synthetic=None),
+        own,
+        training,
+        testing,
+        reading,
+        options,
+        {"reference": known},
+    )

@@ -1,0 +1,147 @@
+"""Image-caption pairs as detectors see them: what the suspicious CLIP and a reference make of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from unpoison.data.pairs import ImageTextPairs, count_cut_captions
+from unpoison.evaluation.embeddings import ImageEmbeddings, embed_images, embed_texts
+from unpoison.results import SkippedRow
+from unpoison.runs import Run
+from unpoison.types import ImageTextModel
+
+WEAK_REFERENCE = 0.6
+"""Share of pairs more similar to their own caption than to another's under which a reference is called weak; chance
+is one half."""
+_TEXTS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedded:
+    """The usable pairs: ``rows`` of ``pairs``, and what the models make of these.
+
+    ``clip``: the suspicious CLIP. ``suspect``: its unit image embeddings. ``cosines``: of image and caption under the
+    reference, the mean over an image's captions, in [-1, 1]; ``captions``: these means, not of length 1. None where
+    nobody asked.
+    """
+
+    pairs: ImageTextPairs
+    rows: Int[np.ndarray, " k"]
+    clip: ImageTextModel
+    suspect: Float[np.ndarray, "k d"] | None
+    cosines: Float[np.ndarray, " k"] | None
+    captions: Float[np.ndarray, "k e"] | None = None
+    skipped: tuple[SkippedRow, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def spread(self, values: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
+        """``values`` at their rows of the whole set, NaN elsewhere."""
+        whole = np.full(len(self.pairs), np.nan)
+        whole[self.rows] = values
+        return whole
+
+
+def see_pairs(
+    pairs: ImageTextPairs,
+    *,
+    clip: ImageTextModel,
+    reference: ImageTextModel | None,
+    suspect: bool = True,
+    captions: bool = False,
+    run: Run,
+) -> Embedded:
+    """Embed the pairs. ``suspect``: whether ``clip``'s embeddings are wanted; ``captions``: the reference's of these.
+
+    Raises SourceFormatError (too many unusable rows), NotEnoughDataError, ModelError.
+    """
+    asked = {"suspect": clip} if suspect else {}
+    if reference is not None:
+        asked["reference"] = reference
+    images = _embed(asked, pairs, run)
+    first = next(iter(images.values()))
+    rows = np.flatnonzero(first.usable)
+    cosines = means = None
+    warnings: tuple[str, ...] = ()
+    if reference is not None:
+        cosines, others, means = caption_cosines(reference, pairs, rows, images["reference"].array[rows], run=run)
+        warnings = _warnings(clip if suspect else None, reference, pairs, cosines, others)
+    return Embedded(
+        pairs=pairs,
+        rows=rows,
+        clip=clip,
+        suspect=images["suspect"].array[rows] if suspect else None,
+        cosines=cosines,
+        captions=means if captions else None,
+        skipped=tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values()),
+        warnings=warnings,
+    )
+
+
+def caption_cosines(
+    reference: ImageTextModel,
+    pairs: ImageTextPairs,
+    rows: Int[np.ndarray, " k"],
+    images: Float[np.ndarray, "k d"],
+    *,
+    run: Run,
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k d"]]:
+    """The mean cosine of each image with its own captions, and with those of another image, both in [-1, 1].
+
+    The other image is the next one in an order that the run's seed draws within a block of rows. Third, the means of
+    each image's caption embeddings, not of length 1.
+    """
+    own, other = np.empty(len(rows)), np.empty(len(rows))
+    kept = np.empty((len(rows), images.shape[1]), dtype=np.float32)
+    random = np.random.default_rng(run.seed_of("other captions"))
+    starts = range(0, len(rows), _TEXTS_AT_ONCE)
+    for start in run.progress.track(starts, total=len(rows), what="captions", weight=_TEXTS_AT_ONCE, unit="pairs"):
+        part = slice(start, start + _TEXTS_AT_ONCE)
+        captions = pairs.captions(rows[part])
+        texts = embed_texts(reference, [text for group in captions for text in group], run=run).astype(np.float64)
+        ends = np.cumsum([len(group) for group in captions])
+        means = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
+        order = random.permutation(len(means))
+        another = np.empty_like(order)
+        another[order] = np.roll(order, 1)
+        kept[part] = means
+        own[part] = np.einsum("nd,nd->n", images[part], means)
+        other[part] = np.einsum("nd,nd->n", images[part], means[another])
+    return own, other, kept
+
+
+def _embed(models: Mapping[str, ImageTextModel], pairs: ImageTextPairs, run: Run) -> dict[str, ImageEmbeddings]:
+    """Image embeddings by role; a model with two roles is asked once, each image decoded once."""
+    different = {model.fingerprint: model for model in models.values()}
+    found = dict(zip(different, embed_images(list(different.values()), pairs, run=run), strict=True))
+    return {role: found[model.fingerprint] for role, model in models.items()}
+
+
+def _warnings(
+    clip: ImageTextModel | None,
+    reference: ImageTextModel,
+    pairs: ImageTextPairs,
+    own: Float[np.ndarray, " k"],
+    other: Float[np.ndarray, " k"],
+) -> tuple[str, ...]:
+    warnings = []
+    if clip is not None and clip.fingerprint == reference.fingerprint:
+        warnings.append(
+            "The reference is the suspect itself: a model that learnt the poison finds poisoned pairs similar."
+        )
+    knows = float((own > other).mean())
+    if knows < WEAK_REFERENCE:
+        warnings.append(
+            f"The reference finds {100 * knows:.0f} percent of the images more similar to their own captions than to "
+            "another's, chance is 50: it hardly knows such pairs. Give a larger one."
+        )
+    cut = count_cut_captions(reference, pairs)
+    if cut.images_without_whole:
+        warnings.append(
+            f"The reference's tokenizer cuts off every caption of {cut.images_without_whole:,} of {len(pairs):,} "
+            "images: these are judged by their beginning."
+        )
+    return tuple(warnings)

@@ -1,0 +1,93 @@
+"""``purify ubt`` as a user meets it: the plan, a repair with its list of pairs, a set in which nothing stands out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unpoison.clip_results import ClipPurification
+from unpoison.results import SampleScores
+
+QUICK = ("--pairs", "shapes:300:3", "--steps", "2", "--batch-size", "16", "--bound", "100", "--quiet")
+SETTINGS = """
+unlearn_share = 0.08
+margin = 2.0
+[exposure]
+confirmation = {confirmation}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = Path(__file__).parents[1] / "defenses" / "small_clip.py"
+    spec = importlib.util.spec_from_file_location("small_clip", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+
+
+def test_a_repair_and_its_list_of_pairs(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(SETTINGS.format(confirmation=0.0))
+    words = ("purify", "ubt", model, *QUICK, "--config", "settings.toml", "-o", "out")
+    result = here(*words)
+    assert result.code == 0, result.err
+    assert "Accepted." in result.out
+    assert "A group of pairs stands out" in result.err + result.out + (tmp_path / "out/report.html").read_text()
+    assert "Ranked pairs: out/suspicious" in result.out
+    found = ClipPurification.load(tmp_path / "out/purification.json")
+    assert found.exposure is not None
+    assert found.exposure.unlearnt == 12
+    assert "--reference tiny" in found.command
+    old, new = load_file(Path(model) / "model.safetensors"), load_file(tmp_path / "out/model/model.safetensors")
+    assert old.keys() == new.keys()
+    assert any(not torch.equal(old[name], new[name]) for name in old if name.startswith("vision"))
+    assert all(torch.equal(old[name], new[name]) for name in old if name.startswith("text"))
+    assert len(SampleScores.load(tmp_path / "out/suspicious/scores.parquet").ids) == 300
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "The most suspicious pairs" in page
+    assert "pairs unlearnt" in page
+    kept = here("keep", "out/suspicious", "-o", "clean.parquet", "--quiet")
+    assert kept.code == 0, kept.err
+    again = here(*words, "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["exposure"]["unlearnt"] == 12
+
+
+def test_a_set_in_which_nothing_stands_out(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(SETTINGS.format(confirmation=1.0))
+    result = here("purify", "ubt", model, *QUICK, "--config", "settings.toml", "-o", "out")
+    assert result.code == 0, result.err
+    assert "Nothing suspicious was found." in result.out
+    assert "No group of pairs stands out" in result.out
+    old, new = load_file(Path(model) / "model.safetensors"), load_file(tmp_path / "out/model/model.safetensors")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Left alone" in page
+    assert "suspicion of pairs like the most suspicious" in page
+
+
+def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    result = here("purify", "ubt", model, *QUICK, "-o", "out", "--dry-run", "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert all(step["seconds"] > 0 for step in plan["steps"])
+    assert any("reference" in step["what"] for step in plan["steps"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_named(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    missing = here("purify", "ubt", model, "--pairs", "nowhere.parquet", "-o", "out")
+    assert missing.code == 2
+    (tmp_path / "settings.toml").write_text("[exposure]\nconfirmaton = 0.5\n")
+    wrong = here("purify", "ubt", model, *QUICK, "--config", "settings.toml", "-o", "out")
+    assert wrong.code == 2
+    assert "confirmation" in wrong.err
