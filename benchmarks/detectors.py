@@ -59,8 +59,8 @@ class Last(nn.Module):
 
 
 def detect_with_art(classifier: Any, images: np.ndarray, labels: np.ndarray, method: str) -> np.ndarray:
-    from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense
-    from art.estimators.classification import PyTorchClassifier
+    from art.defences.detector.poison import ActivationDefence, SpectralSignatureDefense  # pyright: ignore[reportMissingImports]
+    from art.estimators.classification import PyTorchClassifier  # pyright: ignore[reportMissingImports]
 
     module = nn.Sequential(Last(classifier))
     wrapped = PyTorchClassifier(

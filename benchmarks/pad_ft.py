@@ -4,6 +4,7 @@
     python benchmarks/pad_ft.py run --set tune --seed 9 --method pad-ft learned ...   # variants, on other victims
     python benchmarks/pad_ft.py run --attack published    # the published WRN-16-1 with its own trigger
     python benchmarks/pad_ft.py table
+    python benchmarks/pad_ft.py plot      # the ablation's variants, as --set tune measured them
 
 Victims, scores and splits are those of benchmarks/cgd.py: rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned
 toward class 0. All 10,000 test images for every rate; ``--set tune`` measures rows 45,000.. of train instead, which
@@ -40,6 +41,7 @@ from unpoison.runs import Run, RunFolder
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/pad_ft"
 SUMMARY = ROOT / "benchmarks/results/pad_ft.json"
+PLOT = ROOT / "docs/pad_ft_ablation.svg"
 PUBLISHED = "published"
 ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image", "clean", PUBLISHED)
 TUNE = "cifar10/train.parquet[45000:50000]"
@@ -49,6 +51,14 @@ def clips(**more: Any) -> ClippingConfig:
     return ClippingConfig(**more)
 
 
+SIZES = (10, 25, 50, 100, 250, 500, 1000)
+PANELS = {
+    "bounds": {"none": "clip-none", "quantile": "clip-quantile", "learned": "clip-learned", "margin": "clip-margin",
+               "suspects": "pad-ft"},
+    "head": {"tuned": "pad-ft", "drawn anew": "reset-head", "no unlearning": "no-unlearning"},
+    "choice of samples": {"own losses": "own-rule", "half": "share-0.5", "CGD's ranks": "pad-ft"},
+}  # fmt: skip
+
 PAD_FT = {
     "pad-ft": PADFTConfig(),
     "pad-ft-paper": PADFTConfig.as_published(),
@@ -57,7 +67,7 @@ VARIANTS = {
     **{f"clip-{rule}": PADFTConfig(clip=clips(rule=rule)) for rule in ("none", "quantile", "learned", "margin")},
     **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q), unlearn=0.0) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
     "no-unlearning": PADFTConfig(unlearn=0.0),
-    **{f"n-{n}": PADFTConfig(per_class=n) for n in (10, 25, 50, 100, 500, 1000)},
+    **{f"n-{n}": PADFTConfig(per_class=n) for n in SIZES},
     **{
         f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, batch_size=size))
         for steps, size in ((40, 200), (80, 100), (40, 100), (60, 128))
@@ -211,6 +221,37 @@ def table(args: argparse.Namespace) -> None:
         write_atomically(SUMMARY, json.dumps(found, indent=1).encode() + b"\n")
 
 
+def plot(args: argparse.Namespace) -> None:
+    """C-Acc and excess ASR of the ablation's variants, mean over attacks and seeds, as docs/pad_ft_ablation.svg."""
+    from matplotlib.figure import Figure
+
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(args.results.glob("tune-*.json")):
+        result = json.loads(file.read_bytes())
+        if result["attack"] not in ("clean", PUBLISHED):
+            cells.setdefault(result["method"], []).append(result)
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    panels = figure.subplots(2, 1 + len(PANELS), sharey="row")
+    sizes = [size for size in SIZES if f"n-{size}" in cells]
+    for row, key in enumerate(("C-Acc", "excess ASR")):
+        panels[row, 0].plot(sizes, [_mean(cells[f"n-{size}"], key) for size in sizes], marker="o")
+        panels[row, 0].set(xscale="log", xlabel="samples of each class", ylabel=f"{key}, %")
+        for place, (title, names) in enumerate(PANELS.items(), start=1):
+            known = {label: name for label, name in names.items() if name in cells}
+            panels[row, place].bar(list(known), [_mean(cells[name], key) for name in known.values()])
+            panels[row, place].tick_params(axis="x", rotation=30)
+            panels[0, place].set_title(title)
+    panels[0, 0].set_title("size of the purified set")
+    figure.savefig(PLOT, metadata={"Date": None})
+    print(PLOT)
+
+
+def _mean(results: list[dict[str, Any]], key: str) -> float:
+    """Over attacks and seeds, in percent."""
+    sides = [result["after"] for result in results]
+    return float(np.mean([side["c_acc"]["value"] if key == "C-Acc" else side["asr_excess"] for side in sides]))
+
+
 def column(side: dict[str, Any], result: dict[str, Any]) -> list[float]:
     """One row of the table; NaN for what was not measured."""
     rates_of = [side[key]["value"] if side[key] else np.nan for key in ("c_acc", "asr", "asr_floor")]
@@ -254,7 +295,7 @@ def describe(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("verb", choices=["run", "table", "plot"])
     parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=[*PAD_FT, *CLASSIC_NAMES, "cgd"])
@@ -264,7 +305,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cgd")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    {"run": run, "table": table}[args.verb](args)
+    {"run": run, "table": table, "plot": plot}[args.verb](args)
 
 
 if __name__ == "__main__":
