@@ -96,11 +96,11 @@ def purify_with_ubt(
         return UBTOutcome(clip=repair.model, purification=purification, suspicious=suspicious)
     found = repair_with_ubt(clip, pairs, exposure, config, run=run)
     purification = describe_repair("ubt", clip, pairs, config, found.repair, time.monotonic() - begun, run)
-    accepted, reason = _judge(found, config, purification.accepted, purification.reason)
+    accepted, said = _judge(found, config, purification.accepted)
     purification = replace(
         purification,
         accepted=accepted,
-        reason=reason,
+        reason=f"{_reason(exposure, config)} {said} {purification.reason}",
         protects="the image tower's weights",
         exposure=_finding(exposure, found),
         warnings=(*known.warnings, *purification.warnings),
@@ -190,15 +190,15 @@ def _reason(exposure: Exposure, config: UBTConfig) -> str:
     )
 
 
-def _judge(found: UBTRepair, config: UBTConfig, accepted: bool, reason: str) -> tuple[bool, str]:
+def _judge(found: UBTRepair, config: UBTConfig, accepted: bool) -> tuple[bool, str]:
     """Step 7 beside what every repair is judged by."""
     bound = found.unlearning.level + config.margin
     unlearnt = found.judged_after <= bound
     said = (
         f"Suspicious pairs that were kept aside match their captions with a cosine of {found.judged_after:.2f}, "
-        f"{found.judged_before:.2f} before; {bound:.2f} is what pairs that do not belong together reach."
+        f"{found.judged_before:.2f} before; strangers reach {found.unlearning.level:.2f}, up to {bound:.2f} is accepted."
     )
-    return accepted and unlearnt, f"{said} {reason}"
+    return accepted and unlearnt, said
 
 
 __all__ = ["UBTOutcome", "purify_with_ubt"]

@@ -64,6 +64,7 @@ from unpoison.types import Embeddings, Images, ImageTextModel
 
 FEWEST = 8
 _AT_ONCE = 256
+_HEARD, _USUAL = 1000, 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +287,7 @@ def prepare_unlearning(
         judge_images=images[1::2],
         judge_texts=tuple(words[1::2]),
         level=level,
-        words=_common(falls),
+        words=_common(falls, [texts[0] for texts in pairs.captions(keep[:_HEARD])]),
     )
 
 
@@ -306,7 +307,7 @@ def telling_words(
             count = max(1, round(config.words * len(words)))
             kept = sorted(range(len(words)), key=lambda place: -falls[place])[:count]
             masked.append(" ".join(word if place in kept else config.neutral for place, word in enumerate(words)))
-            telling.append({words[place].strip(".,;:!?\"'").lower(): falls[place] for place in kept})
+            telling.append({_bare(words[place]): falls[place] for place in kept})
     return masked, telling
 
 
@@ -398,14 +399,26 @@ def _encode_texts(clip: ImageTextModel, texts: list[str]) -> Embeddings:
     return torch.cat([clip.encode_texts(texts[start : start + _AT_ONCE]) for start in starts])
 
 
-def _common(falls: list[dict[str, float]]) -> tuple[TargetWord, ...]:
-    """The words of at least a tenth of the captions, by what they cost altogether."""
+def _bare(word: str) -> str:
+    return word.strip(".,;:!?\"'").lower()
+
+
+def _common(falls: list[dict[str, float]], usual: list[str]) -> tuple[TargetWord, ...]:
+    """The words of at least a tenth of the captions, by what they cost altogether.
+
+    Words that stand in more than a fifth of the ``usual`` captions say nothing about a target and are left out.
+    """
+    heard = Counter(word for caption in usual for word in {_bare(word) for word in caption.split()})
     counts = Counter(word for entry in falls for word in entry if word)
     costs: dict[str, list[float]] = {}
     for entry in falls:
         for word, fall in entry.items():
             costs.setdefault(word, []).append(fall)
-    common = [word for word, count in counts.items() if count >= max(2, len(falls) / 10)]
+    common = [
+        word
+        for word, count in counts.items()
+        if count >= max(2, len(falls) / 10) and heard[word] <= _USUAL * max(1, len(usual))
+    ]
     ordered = sorted(common, key=lambda word: -sum(costs[word]))
     return tuple(
         TargetWord(word=word, captions=counts[word], fall=sum(costs[word]) / counts[word]) for word in ordered[:10]
