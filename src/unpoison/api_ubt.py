@@ -196,7 +196,7 @@ def _judge(found: UBTRepair, config: UBTConfig, accepted: bool) -> tuple[bool, s
     unlearnt = found.judged_after <= bound
     said = (
         f"Suspicious pairs that were kept aside match their captions with a cosine of {found.judged_after:.2f}, "
-        f"{found.judged_before:.2f} before; strangers reach {found.unlearning.level:.2f}, up to {bound:.2f} is accepted."
+        f"{found.judged_before:.2f} before; strangers reach {found.unlearning.level:.2f}, {bound:.2f} is accepted."
     )
     return accepted and unlearnt, said
 
