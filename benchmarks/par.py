@@ -10,6 +10,7 @@ Every method gets the same clean pairs (rows 0..24,999 of CIFAR-10 train with ca
 train), the same steps and the same batch; its rate is what its own scaling rule says. All rates are of rows 0..4,999 of
 CIFAR-10 test and of Flickr8k test. ``--set tune`` measures rows 45,000.. of CIFAR-10 train and Flickr8k validation
 instead, which nothing else uses: variants of "ours" are compared there, on victims of a seed that the table lacks.
+Variants that end in "-made-up" get pictures of the shapes world instead, which show none of the classes.
 Rebound: the same again after an epoch of plain fine-tuning on rows 25,000..29,999, as the next owner would do.
 A cell that is done is not computed again; one that was interrupted goes on. One thread a process.
 """
@@ -75,6 +76,7 @@ class Data:
     """Clean pairs to repair on, images and captions to measure on, and pairs for the rebound."""
 
     pairs: ImageTextPairs
+    made_up: ImageTextPairs
     images: LabelledImages
     retrieval: ImageTextPairs
     later: ImageTextPairs
@@ -88,6 +90,7 @@ class Data:
             pairs=join_pairs(
                 {"cifar10": labelled, "flickr8k": open_pairs(folder / "flickr8k/train.parquet", limit=limit)}
             ),
+            made_up=open_pairs("shapes:25000:1", limit=limit),
             images=open_images(images, limit=limit),
             retrieval=open_pairs(retrieval, limit=limit),
             later=pairs_of_labels(open_images(f"{folder}/cifar10/train.parquet[25000:30000]", limit=limit), TEMPLATES),
@@ -110,7 +113,7 @@ class Cell:
         name = f"{self.attack}-{self.seed}-{self.label}"
         made = json.loads((self.victim / "victim.json").read_bytes())
         inputs = {"victim": made["fingerprint"], "variant": self.variant and asdict(self.variant),
-                  "steps": self.args.steps, "batch": self.args.batch, "pairs": self.data.pairs.fingerprint}  # fmt: skip
+                  "steps": self.args.steps, "batch": self.args.batch, "pairs": self.pairs.fingerprint}  # fmt: skip
         key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
         folder = RunFolder.open(self.args.work / f"{name}-{key}", inputs)
         run = Run(seed=self.seed, progress=Printed(), cache=self.args.work / "cache", folder=folder)
@@ -174,15 +177,20 @@ class Cell:
     def repair(self, suspect: ImageTextModel, run: Run) -> ClipPurifyOutcome:
         assert self.variant is not None  # noqa: S101 # the caller has looked
         more = {"steps": self.args.steps, "batch_size": self.args.batch, **self.variant.config}
-        pairs = self.data.pairs
+        pairs = self.pairs
         if self.variant.method == "par":
             return purify_with_par(suspect, pairs, config=self.config(PARConfig, suspect, **more), run=run)
         if self.variant.method == "clean-clip":
             return purify_with_clean_clip(suspect, pairs, config=self.config(CleanClipConfig, suspect, **more), run=run)
         return purify_with_fine_tuning(suspect, pairs, config=self.config(FineTuningConfig, suspect, **more), run=run)
 
+    @property
+    def pairs(self) -> ImageTextPairs:
+        """What it is repaired on."""
+        return self.data.made_up if self.variant is not None and self.variant.made_up else self.data.pairs
+
     def config(self, kind: Any, clip: ImageTextModel, **more: Any) -> Any:
-        pairs = self.data.later if "epochs" in more else self.data.pairs
+        pairs = self.data.later if "epochs" in more else self.pairs
         made: PairTrainingConfig = kind.scaled(parameters=count_parameters(clip), samples=len(pairs), **more)
         factor = self.variant.rate if self.variant is not None and "epochs" not in more else 1.0
         return replace(made, learning_rate=made.learning_rate * factor)

@@ -11,13 +11,15 @@ class Variant:
     """One way to repair: a method and what it is told beyond the grid's steps and batch.
 
     ``rate`` is a factor on the scaled learning rate. ``suspect_share``: the weights handed back are this share of the
-    suspect's and the rest the repaired ones', a point on the straight line between the two.
+    suspect's and the rest the repaired ones', a point on the straight line between the two. ``made_up``: on pictures of
+    the shapes world, which show none of the classes that are measured.
     """
 
     method: str
     config: dict[str, Any] = field(default_factory=dict)
     rate: float = 1.0
     suspect_share: float = 0.0
+    made_up: bool = False
 
 
 FROZEN = {"text_tower": "frozen"}
@@ -117,6 +119,10 @@ REPAIRS = {
     "clean-clip": Variant(method="clean-clip"),
     "par": Variant(method="par"),
     "ours": OURS,
+}
+VARIANTS |= {
+    "par-made-up": replace(REPAIRS["par"], made_up=True),
+    "ours-made-up": replace(OURS, made_up=True, config=RECOMMENDED | {"search_concepts": 0}),
 }
 METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
 KNOBS = {  # the frontier: what turns between a clean model's accuracy and the attack's end
