@@ -169,7 +169,8 @@ def compute(setting: Setting, method: str) -> dict[str, Any]:
     seconds = time.time() - begun
     after = cell.evaluate(repair.classifier) if repair else before
     return {
-        "attack": setting.attack, "seed": cell.run.seed, "method": method, "test": cell.test.name,
+        "attack": setting.attack, "seed": cell.run.seed, "method": method,
+        "test": cell.test.name.removeprefix(f"{setting.shared}/"),
         "repaired": repair is not None, "before": rates(before), "after": rates(after),
         "der": evaluate_before_after(before, after), "purity": setting.purity(split),
         "changed_share": repair.changed_share if repair else 0.0, "history": repair.history if repair else [],

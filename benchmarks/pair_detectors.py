@@ -58,7 +58,7 @@ def main() -> None:
         clip = load_any_clip(victim.model)
         suspect, known = embed_images([clip, reference], pairs, run=run)
         rows = np.flatnonzero(suspect.usable)
-        cosines, _, captions = caption_cosines(reference, pairs, rows, known.array[rows], run=run)
+        cosines, _, captions = caption_cosines(reference, pairs, rows, known.array[rows], means=True, run=run)
         cells: dict = {"rate": 100 * rate, "asr": victim.evaluation.asr and victim.evaluation.asr.value}
         order = {int(row): place for place, row in enumerate(chosen[rows])}
         for name, kept in (
@@ -72,7 +72,7 @@ def main() -> None:
                 clip=clip,
                 suspect=suspect.array[rows[part]],
                 cosines=cosines[part],
-                captions=captions[part],
+                captions=None if captions is None else captions[part],
             )
             cells[name] = scored(some, truth[chosen[rows[part]]], run)
             print(folder.name, name, {key: round(entry["auroc"], 3) for key, entry in cells[name].items()}, flush=True)

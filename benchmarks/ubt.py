@@ -31,7 +31,7 @@ from unpoison.api_ubt import purify_with_ubt
 from unpoison.attacks.pairs import apply_pair_poisoning
 from unpoison.data.pairs import open_pairs
 from unpoison.data.sources import open_images
-from unpoison.defenses.ubt import UBTConfig
+from unpoison.defenses.ubt import PUBLISHED, UBTConfig
 from unpoison.embedded_pairs import Embedded, see_pairs
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc, recall
@@ -47,7 +47,7 @@ ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "
 DETECTORS = ("dao", "slof", "k-distance", "similarity", "density", "exposure")
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "paper": {"expose": "gain", "patches": 0.05, "loss": "hinge"},
+    "paper": PUBLISHED,
     "hinge": {"loss": "hinge"},
     "ascent": {"loss": "ascent"},
     "whole-captions": {"words": 1.0},
@@ -66,8 +66,9 @@ def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.N
     pairs = data.train if poisoning is None else apply_pair_poisoning(data.train, poisoning)
     truth = np.isin(pairs.ids, [] if poisoning is None else poisoning.ids)
     clip, reference = load_any_clip(victim.model), load_any_clip("tiny")
+    inputs = {"victim": clip.fingerprint, "pairs": pairs.fingerprint, "variant": VARIANTS[variant]}
     name = f"{args.set}-{attack}-{seed}-{variant}"
-    run = Run(seed=seed, progress=Printed(), cache=args.work / "cache", folder=RunFolder.open(args.work / name, {}))
+    run = Run(seed=seed, progress=Printed(), cache=args.work / "cache", folder=RunFolder.open(args.work / name, inputs))
     images, retrieval = (f"{args.shared}/data/{source}" for source in SETS[args.set])
 
     def evaluate(model: Any) -> dict[str, Any]:

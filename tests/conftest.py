@@ -1,10 +1,12 @@
 """Shape checks for every test run, and the research data where they are at hand."""
 
+import importlib.util
 import os
 import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads only wait for each other
 
@@ -26,6 +28,23 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"research data are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_clip() -> ModuleType:
+    """The script that makes it."""
+    spec = importlib.util.spec_from_file_location("small_clip", Path(__file__).parent / "defenses" / "small_clip.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def small_folder(small_clip: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder with a CLIP of two layers; nobody may write to it."""
+    return small_clip.make_folder(tmp_path_factory.mktemp("clip") / "model")
 
 
 @pytest.fixture

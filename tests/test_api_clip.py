@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,8 @@ VERBS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = Path(__file__).parent / "defenses" / "small_clip.py"
-    spec = importlib.util.spec_from_file_location("small_clip", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return load_clip(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+def clip(small_folder: Path) -> Any:
+    return load_clip(small_folder)
 
 
 @pytest.fixture(scope="module")

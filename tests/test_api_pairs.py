@@ -155,8 +155,10 @@ def test_cosines_are_means_over_the_captions(clip: Any) -> None:
     several = replace(pairs, replaced={pairs.ids[4]: ("a red star", "a blue ring", "nothing")})
     rows = np.array([0, 4, 7])
     images = embed_images([clip], several, run=run())[0].array[rows]
-    own, other, means = caption_cosines(clip, several, rows, images, run=run())
+    own, other, kept = caption_cosines(clip, several, rows, images, means=True, run=run())
     means = [embed_texts(clip, several.captions([row])[0], run=run()).mean(axis=0) for row in rows.tolist()]
+    assert kept is not None
+    np.testing.assert_allclose(kept, np.array(means), atol=1e-6)
     np.testing.assert_allclose(own, [image @ text for image, text in zip(images, means, strict=True)], atol=1e-6)
     table = images @ np.array(means).T
     assert all(min(abs(table[row] - value)) < 1e-6 for row, value in enumerate(other))

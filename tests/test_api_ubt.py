@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,14 +36,8 @@ def new_run(**more: Any) -> Run:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = Path(__file__).parent / "defenses" / "small_clip.py"
-    spec = importlib.util.spec_from_file_location("small_clip", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return load_clip(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+def clip(small_folder: Path) -> Any:
+    return load_clip(small_folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +96,19 @@ def test_a_model_stays_as_it_is_where_nothing_stands_out(clip: Any, pairs: Any) 
     assert np.isfinite(outcome.suspicious.scores.suspicion).all()
 
 
-def test_pairs_that_still_match_refuse_the_result(clip: Any, pairs: Any) -> None:
-    config = replace(UBTConfig(**QUICK, exposure=ANY), margin=0.0, learning_rate=1e-9)
-    result = purify_with_ubt(clip, pairs, reference=load_clip("tiny"), config=config, run=new_run()).purification
-    exposure = result.exposure
-    assert exposure is not None
-    assert exposure.judged_after is not None
-    assert exposure.level is not None
-    assert result.accepted == (exposure.judged_after <= exposure.level)
+@pytest.mark.parametrize("over", [-0.01, 0.01])
+def test_pairs_that_still_match_refuse_the_result(
+    over: float, clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, repair = replace(UBTConfig(**QUICK, exposure=ANY), margin=0.02), api_ubt.repair_with_ubt
+
+    def judged(*args: Any, **kwargs: Any) -> Any:
+        found = repair(*args, **kwargs)
+        return replace(found, judged_after=found.unlearning.level + 0.02 + over)
+
+    monkeypatch.setattr(api_ubt, "repair_with_ubt", judged)
+    result = purify_with_ubt(clip, pairs, config=config, run=new_run()).purification
+    assert result.accepted == (over < 0)
 
 
 def test_exposing_is_not_repeated(clip: Any, pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

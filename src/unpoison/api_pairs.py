@@ -143,9 +143,9 @@ def scan_pairs(
 ) -> ScanOutcome:
     """Rank image-caption pairs by suspicion with one of PAIR_DETECTORS.
 
-    ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for similarity, density
-    and mean. None of the detectors decides whether a set is poisoned: the scan is inconclusive. Scores, split and
-    samples have no labels (-1) and no class names.
+    ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for the detectors whose
+    entry asks for one. None of the detectors decides whether a set is poisoned: the scan is inconclusive. Scores, split
+    and samples have no labels (-1) and no class names.
     Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
     UnknownMethodError, UsageError (a reference is missing), ModelError.
     """

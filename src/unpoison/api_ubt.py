@@ -15,12 +15,12 @@ from torch import Tensor
 from unpoison.api import MIN_SAMPLES, ScanOutcome
 from unpoison.api_clip import ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
 from unpoison.api_pairs import ranked_outcome
-from unpoison.clip_results import PairExposure, UnlearntWord
+from unpoison.clip_results import PairExposure
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.defenses.ubt import UBTConfig, UBTRepair, repair_with_ubt
 from unpoison.detection.exposure import Exposure, expose_pairs
-from unpoison.detection.neighbours import score_neighbourhoods
+from unpoison.detection.neighbours import dao, score_neighbourhoods
 from unpoison.detection.reference_similarity import low_similarity
 from unpoison.detection.similarity_gain import similarity_gain
 from unpoison.embedded_pairs import Embedded, see_pairs
@@ -36,7 +36,7 @@ UBT_LIMITS = (
     "A second backdoor with another target: one group of pairs is unlearnt.",
 )
 NOTHING_EXPOSED = (
-    "Whether the pairs are clean: poison of less than about 1 percent of a few thousand pairs does not stand out.",
+    "Whether the pairs are clean: about 1 percent of poison among a few thousand pairs, or less, does not stand out.",
     "Whether the model is clean: only what these pairs taught it was looked for.",
 )
 
@@ -117,8 +117,8 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
         raise RuntimeError("the suspect's embeddings were not asked for")
     captions = known.captions
     if known.cosines is None:
-        near = score_neighbourhoods(suspect, seed=run.seed_of("neighbours"), progress=run.progress)
-        low = next(iter(near.values()))
+        seed = run.seed_of("neighbours")
+        low = score_neighbourhoods(suspect, {"dao": dao}, seed=seed, progress=run.progress)["dao"]
     else:
         low = low_similarity(known.cosines)
     if captions is None:
@@ -167,11 +167,7 @@ def _finding(exposure: Exposure, found: UBTRepair | None) -> PairExposure:
         level=None if unlearning is None else unlearning.level,
         judged_before=None if found is None else found.judged_before,
         judged_after=None if found is None else found.judged_after,
-        words=()
-        if unlearning is None
-        else tuple(
-            UnlearntWord(word=entry.word, captions=entry.captions, fall=entry.fall) for entry in unlearning.words
-        ),
+        words=() if unlearning is None else unlearning.words,
     )
 
 

@@ -67,7 +67,8 @@ def see_pairs(
     cosines = means = None
     warnings: tuple[str, ...] = ()
     if reference is not None:
-        cosines, others, means = caption_cosines(reference, pairs, rows, images["reference"].array[rows], run=run)
+        known = images["reference"].array[rows]
+        cosines, others, means = caption_cosines(reference, pairs, rows, known, means=captions, run=run)
         warnings = _warnings(clip if suspect else None, reference, pairs, cosines, others)
     return Embedded(
         pairs=pairs,
@@ -75,7 +76,7 @@ def see_pairs(
         clip=clip,
         suspect=images["suspect"].array[rows] if suspect else None,
         cosines=cosines,
-        captions=means if captions else None,
+        captions=means,
         skipped=tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values()),
         warnings=warnings,
     )
@@ -87,15 +88,16 @@ def caption_cosines(
     rows: Int[np.ndarray, " k"],
     images: Float[np.ndarray, "k d"],
     *,
+    means: bool = False,
     run: Run,
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k d"]]:
+) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k d"] | None]:
     """The mean cosine of each image with its own captions, and with those of another image, both in [-1, 1].
 
-    The other image is the next one in an order that the run's seed draws within a block of rows. Third, the means of
-    each image's caption embeddings, not of length 1.
+    The other image is the next one in an order that the run's seed draws within a block of rows. Third, with ``means``,
+    the mean of each image's caption embeddings, not of length 1.
     """
     own, other = np.empty(len(rows)), np.empty(len(rows))
-    kept = np.empty((len(rows), images.shape[1]), dtype=np.float32)
+    kept = np.empty((len(rows), images.shape[1]), dtype=np.float32) if means else None
     random = np.random.default_rng(run.seed_of("other captions"))
     starts = range(0, len(rows), _TEXTS_AT_ONCE)
     for start in run.progress.track(starts, total=len(rows), what="captions", weight=_TEXTS_AT_ONCE, unit="pairs"):
@@ -103,13 +105,14 @@ def caption_cosines(
         captions = pairs.captions(rows[part])
         texts = embed_texts(reference, [text for group in captions for text in group], run=run).astype(np.float64)
         ends = np.cumsum([len(group) for group in captions])
-        means = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
-        order = random.permutation(len(means))
+        each = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
+        order = random.permutation(len(each))
         another = np.empty_like(order)
         another[order] = np.roll(order, 1)
-        kept[part] = means
-        own[part] = np.einsum("nd,nd->n", images[part], means)
-        other[part] = np.einsum("nd,nd->n", images[part], means[another])
+        if kept is not None:
+            kept[part] = each
+        own[part] = np.einsum("nd,nd->n", images[part], each)
+        other[part] = np.einsum("nd,nd->n", images[part], each[another])
     return own, other, kept
 
 

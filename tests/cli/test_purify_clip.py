@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -23,14 +22,8 @@ FILES = {"run.json", "steps", "model", "card.md", "purification.json", "report.h
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = Path(__file__).parents[1] / "defenses" / "small_clip.py"
-    spec = importlib.util.spec_from_file_location("small_clip", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+def model(small_folder: Path) -> str:
+    return str(small_folder)
 
 
 def names(path: Path) -> set[str]:

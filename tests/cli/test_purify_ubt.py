@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +24,8 @@ confirmation = {confirmation}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = Path(__file__).parents[1] / "defenses" / "small_clip.py"
-    spec = importlib.util.spec_from_file_location("small_clip", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return str(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+def model(small_folder: Path) -> str:
+    return str(small_folder)
 
 
 def test_a_repair_and_its_list_of_pairs(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
@@ -41,7 +34,7 @@ def test_a_repair_and_its_list_of_pairs(here: Callable[..., Any], model: str, tm
     result = here(*words)
     assert result.code == 0, result.err
     assert "Accepted." in result.out
-    assert "A group of pairs stands out" in result.err + result.out + (tmp_path / "out/report.html").read_text()
+    assert "A group of pairs stands out" in result.out
     assert "Ranked pairs: out/suspicious" in result.out
     found = ClipPurification.load(tmp_path / "out/purification.json")
     assert found.exposure is not None

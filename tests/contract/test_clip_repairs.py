@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,8 @@ HOSTILE = {
 
 
 @pytest.fixture
-def clip(tmp_path_factory: pytest.TempPathFactory) -> TransformersCLIP:
-    path = Path(__file__).parents[1] / "defenses" / "small_clip.py"
-    spec = importlib.util.spec_from_file_location("small_clip", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return load_clip(module.make_folder(tmp_path_factory.mktemp("clip") / "model"))
+def clip(small_folder: Path) -> TransformersCLIP:
+    return load_clip(small_folder)
 
 
 @pytest.fixture(scope="module")

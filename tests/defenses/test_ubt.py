@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unpoison.data.pairs import open_pairs
 from unpoison.defenses import ubt
+from unpoison.defenses.telling import common_words, telling_patches, telling_words
 from unpoison.defenses.ubt import (
     UBTConfig,
     UBTRepair,
@@ -22,8 +23,6 @@ from unpoison.defenses.ubt import (
     low_risk,
     prepare_unlearning,
     repair_with_ubt,
-    telling_patches,
-    telling_words,
     unlearn_loss,
 )
 from unpoison.detection.exposure import Exposure
@@ -134,13 +133,14 @@ def told(clip: Any) -> Any:
 def test_the_telling_word_is_kept(clip: Any) -> None:
     image = torch.full((1, 3, 16, 16), 0.5)
     image[:, :, :8, :8] = 1.0  # a horse
-    config = UBTConfig(words=0.3)
-    texts, falls = telling_words(told(clip), image, ["a blue horse here"], config)
+    texts, falls = telling_words(told(clip), image, ["a blue horse here"], share=0.3, neutral="thing")
     assert texts == ["thing thing horse thing"]
     assert list(falls[0]) == ["horse"]
     assert falls[0]["horse"] > 0.1
-    whole, _ = telling_words(told(clip), image, ["a blue horse here"], UBTConfig(words=1.0))
+    whole, _ = telling_words(told(clip), image, ["a blue horse here"], share=1.0, neutral="thing")
     assert whole == ["a blue horse here"]
+    endless, _ = telling_words(told(clip), image, ["horse " * 10_000], share=0.3, neutral="thing")
+    assert len(endless[0].split()) == 128
 
 
 def test_the_telling_patch_is_kept(clip: Any) -> None:
@@ -214,8 +214,8 @@ def test_words_that_captions_share_are_counted(clip: Any, many: Any, exposure: E
     keep = low_risk(exposure, 100, run)
     found = prepare_unlearning(clip, _all_say(many, "a Horse."), pixels, exposure, keep, QUICK, run=run)
     assert [entry.word for entry in found.words] in (["horse"], [])  # "a" is in all the other captions as well
-    assert ubt._common([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "the horse"] * 9) == ()
-    (word,) = ubt._common([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "a cat"] * 9)
+    assert common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "the horse"] * 9) == ()
+    (word,) = common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "a cat"] * 9)
     assert (word.word, word.captions, word.fall) == ("horse", 6, pytest.approx(0.2))
     assert -1 <= found.level <= 1
 

@@ -30,7 +30,6 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +40,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.clip_loop import train_steps
+from unpoison.clip_results import UnlearntWord
 from unpoison.clip_training import (
     ClipRepair,
     Look,
@@ -56,6 +56,7 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.data.training_pairs import process_slice
 from unpoison.defenses.par import relation_loss, squared_distance
+from unpoison.defenses.telling import common_words, encode_images, encode_texts, telling_patches, telling_words
 from unpoison.detection.exposure import Exposure, ExposureConfig
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
 from unpoison.runs import Run
@@ -63,8 +64,7 @@ from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
 from unpoison.types import Embeddings, Images, ImageTextModel
 
 FEWEST = 8
-_AT_ONCE = 256
-_HEARD, _USUAL = 1000, 0.2
+_HEARD = 1000  # clean captions in which words are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,15 +137,6 @@ PUBLISHED: dict[str, object] = {"expose": "gain", "words": 0.3, "patches": 0.05,
 RECOMMENDED_FACTOR = 30.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetWord:
-    """A word of the unlearning set: in how many of its captions it is unlearnt, and what leaving it out costs there."""
-
-    word: str
-    captions: int
-    fall: float
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unlearning:
     """Steps 2 and 3: images [u, 3, s, s] and texts to be torn apart; ``judges`` are the same for the pairs kept aside.
@@ -158,7 +149,7 @@ class Unlearning:
     judge_images: Float[Tensor, "j 3 h w"]
     judge_texts: tuple[str, ...]
     level: float
-    words: tuple[TargetWord, ...]
+    words: tuple[UnlearntWord, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -176,7 +167,8 @@ def repair_with_ubt(
 ) -> UBTRepair:
     """Steps 2 to 7 on a copy of ``clip``; ``exposure`` is step 1's, row by row of ``pairs``.
 
-    Raises NotEnoughDataError for fewer than 8 pairs to unlearn, SourceFormatError, ModelError, DivergedError.
+    Raises NotEnoughDataError for fewer than 16 pairs to unlearn and to judge by, SourceFormatError, ModelError,
+    DivergedError.
     """
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     suspect = frozen_copy(clip, run)  # phi_P, psi
@@ -277,7 +269,7 @@ def prepare_unlearning(
     images = to_images(pixels.array[ranked]).to(run.device)
     captions = [texts[0] for texts in pairs.captions(ranked)]
     with torch.no_grad():
-        words, falls = telling_words(clip, images, captions, config)
+        words, falls = telling_words(clip, images, captions, share=config.words, neutral=config.neutral)
         if config.patches < 1:
             images = telling_patches(clip, images, captions, config.patches)
         level = mismatched_cosine(clip, pairs, pixels, keep, run)
@@ -287,50 +279,8 @@ def prepare_unlearning(
         judge_images=images[1::2],
         judge_texts=tuple(words[1::2]),
         level=level,
-        words=_common(falls, [texts[0] for texts in pairs.captions(keep[:_HEARD])]),
+        words=common_words(falls, [texts[0] for texts in pairs.captions(keep[:_HEARD])]),
     )
-
-
-def telling_words(
-    clip: ImageTextModel, images: Images, captions: list[str], config: UBTConfig
-) -> tuple[list[str], list[dict[str, float]]]:
-    """Captions with all but their most telling words replaced, and by caption what leaving each of those out costs."""
-    masked, telling = [], []
-    for start in range(0, len(captions), 16):
-        part = captions[start : start + 16]
-        embedded = clip.encode_images(images[start : start + 16])
-        for image, caption in zip(embedded, part, strict=True):
-            words = caption.split()
-            without = [" ".join(words[:place] + words[place + 1 :]) or config.neutral for place in range(len(words))]
-            cosines = clip.encode_texts([caption, *without]) @ image
-            falls = (cosines[0] - cosines[1:]).tolist()
-            count = max(1, round(config.words * len(words)))
-            kept = sorted(range(len(words)), key=lambda place: -falls[place])[:count]
-            masked.append(" ".join(word if place in kept else config.neutral for place, word in enumerate(words)))
-            telling.append({_bare(words[place]): falls[place] for place in kept})
-    return masked, telling
-
-
-def telling_patches(clip: ImageTextModel, images: Images, captions: list[str], share: float) -> Images:
-    """Images in which all but the most telling patches are the mean color. A patch is an eighth of the side or more."""
-    side = images.shape[-1]
-    grid = min(8, max(2, side // 8))
-    edges = [round(place * side / grid) for place in range(grid + 1)]
-    boxes = [(edges[i], edges[i + 1], edges[j], edges[j + 1]) for i in range(grid) for j in range(grid)]
-    color = torch.tensor(clip.image_mean, device=images.device).view(3, 1, 1)
-    texts = _encode_texts(clip, captions)
-    falls = []
-    for top, bottom, left, right in boxes:
-        masked = images.clone()
-        masked[:, :, top:bottom, left:right] = color
-        falls.append(-(_encode(clip, masked) * texts).sum(dim=1))
-    kept = torch.stack(falls, dim=1).argsort(dim=1, descending=True)[:, : max(1, round(share * len(boxes)))]
-    result = color.expand_as(images).clone()
-    for row, places in enumerate(kept.tolist()):
-        for place in places:
-            top, bottom, left, right = boxes[place]
-            result[row, :, top:bottom, left:right] = images[row, :, top:bottom, left:right]
-    return result
 
 
 def mismatched_cosine(
@@ -339,9 +289,10 @@ def mismatched_cosine(
     """c: mean cosine of up to 512 clean images with the captions of others among them that read differently."""
     chosen = rows[torch.randperm(len(rows), generator=run.generator("mismatched")).numpy()[:512]]
     captions = [texts[0] for texts in pairs.captions(chosen)]
-    images = _encode(clip, to_images(pixels.array[chosen]).to(run.device))
-    cosines = images @ _encode_texts(clip, captions).T
-    other = torch.tensor([[first != second for second in captions] for first in captions], device=cosines.device)
+    images = encode_images(clip, to_images(pixels.array[chosen]).to(run.device))
+    cosines = images @ encode_texts(clip, captions).T
+    numbers = torch.from_numpy(np.unique(captions, return_inverse=True)[1]).to(cosines.device)
+    other = numbers[:, None] != numbers[None, :]
     return float(cosines[other].mean()) if bool(other.any()) else 0.0
 
 
@@ -384,42 +335,7 @@ def unlearn_loss(
 def mean_cosine(clip: ImageTextModel, images: Images, texts: tuple[str, ...]) -> float:
     """Of matching rows. Raises DivergedError where it is not finite."""
     with torch.no_grad():
-        value = float((_encode(clip, images) * clip.encode_texts(texts)).sum(dim=1).mean())
+        value = float((encode_images(clip, images) * clip.encode_texts(texts)).sum(dim=1).mean())
     if not np.isfinite(value):
         raise DivergedError("unlearning", step=0, loss=value)
     return value
-
-
-def _encode(clip: ImageTextModel, images: Images) -> Embeddings:
-    return torch.cat([clip.encode_images(part) for part in images.split(_AT_ONCE)])
-
-
-def _encode_texts(clip: ImageTextModel, texts: list[str]) -> Embeddings:
-    starts = range(0, len(texts), _AT_ONCE)
-    return torch.cat([clip.encode_texts(texts[start : start + _AT_ONCE]) for start in starts])
-
-
-def _bare(word: str) -> str:
-    return word.strip(".,;:!?\"'").lower()
-
-
-def _common(falls: list[dict[str, float]], usual: list[str]) -> tuple[TargetWord, ...]:
-    """The words of at least a tenth of the captions, by what they cost altogether.
-
-    Words that stand in more than a fifth of the ``usual`` captions say nothing about a target and are left out.
-    """
-    heard = Counter(word for caption in usual for word in {_bare(word) for word in caption.split()})
-    counts = Counter(word for entry in falls for word in entry if word)
-    costs: dict[str, list[float]] = {}
-    for entry in falls:
-        for word, fall in entry.items():
-            costs.setdefault(word, []).append(fall)
-    common = [
-        word
-        for word, count in counts.items()
-        if count >= max(2, len(falls) / 10) and heard[word] <= _USUAL * max(1, len(usual))
-    ]
-    ordered = sorted(common, key=lambda word: -sum(costs[word]))
-    return tuple(
-        TargetWord(word=word, captions=counts[word], fall=sum(costs[word]) / counts[word]) for word in ordered[:10]
-    )

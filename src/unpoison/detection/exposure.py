@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExposureConfig:
-    """All numbers are ours, set on victims of the tiny CLIP that no table has."""
+    """All numbers are ours; docs/decisions/0006-exposing-pairs.md says what was in view when they were set."""
 
     density: DensityConfig = field(default_factory=DensityConfig)
     share: float = 0.005
@@ -76,9 +76,9 @@ class ExposureConfig:
 class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
-    ``seeds``: rows that the last probe was drawn from, most suspicious first; ``first``: those of the first round.
-    ``probe``: its raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: the mean rank
-    ``confirmation`` reached the bound, else the scores rank nothing but chance.
+    ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
+    ``probe``: the last one's raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: the mean rank
+    ``confirmation`` reached the bound, else it is not known whether the scores rank anything but chance.
     """
 
     scores: Scores

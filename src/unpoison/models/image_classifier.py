@@ -191,7 +191,7 @@ def channels_last(module: nn.Module) -> nn.Module:
 def images_at_once(device: torch.device, size: int) -> int:
     """How many images of ``size`` pixels a forward pass takes: on a CPU few, so that its caches hold them.
 
-    A small ResNet at 32 pixels ran 1.5 times as fast with 64 images as with 512 (two cores of a Xeon).
+    A small ResNet at 32 pixels ran 1.5 times as fast with 64 images as with 512 (one thread of a Xeon).
     """
     return max(8, min(512, _PIXELS_AT_ONCE.get(device.type, _PIXELS_ELSEWHERE) // size**2))
 
