@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clip_victim_training import Settings, read_corpus, stored_steps, train
-
 from unpoison.attacks.badclip import BadCLIPConfig, optimise_patch
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
 from unpoison.attacks.prompts import TEMPLATES
+from unpoison.benchmark.clip_victims import Settings, read_corpus, stored_steps, train
 from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images

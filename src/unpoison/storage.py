@@ -5,13 +5,13 @@ A file of another version is refused (``SchemaVersionError``).
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from uuid import uuid4
 
 import msgspec
 import numpy as np
@@ -67,7 +67,7 @@ def from_json(data: bytes, kind: type[Result], *, name: str = "result") -> Resul
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write the whole file or nothing: readers and killed runs never see half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # threads and machines may share a process number
     try:
         partial.write_bytes(data)
         partial.replace(path)

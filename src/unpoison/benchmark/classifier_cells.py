@@ -1,0 +1,236 @@
+"""Cells of classifiers: a new network trained on the poisoned set, and a defense that gets the model and that set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unpoison.api import PurifyOutcome
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.poison import apply_poisoning, plan_poisoning, trigger_test_source
+from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
+from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
+from unpoison.benchmark.prepare import labelled_params
+from unpoison.benchmark.settings import MethodSettings
+from unpoison.benchmark.shared import Step, shared
+from unpoison.catalog import DEFENSES, find, resolve
+from unpoison.configs import make_config, merge
+from unpoison.data.pixels import load_pixels
+from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.cgd import CGDConfig
+from unpoison.detection.cgd import SeparationConfig, score_with_cgd
+from unpoison.detection.thresholds import split_by_evidence
+from unpoison.errors import UnknownMethodError
+from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier
+from unpoison.evaluation.metrics import auroc, precision, recall
+from unpoison.models.classifier import ImageClassifier, load_classifier, new_classifier, save_classifier
+from unpoison.models.clip_files import load_any_clip
+from unpoison.models.zero_shot import zero_shot_logits
+from unpoison.results import Evaluation, SampleScores, SkippedRow, Split
+from unpoison.runs import Progress, Run, RunFolder
+from unpoison.training import train_classifier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all cells of one victim share. ``poisoning`` None: the clean control."""
+
+    cell: Cell
+    folder: Path
+    run: Run
+    train: LabelledImages
+    poisoning: Poisoning | None
+    inputs: dict[str, Any]
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+
+def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
+    """The cell's result. Raises what its steps raise."""
+    setting = open_setting(cell, folder, progress)
+    test = open_images(cell.data.test)
+    victim_step = _victim(setting)
+    victim = load_classifier(victim_step.path / "model")
+    before = _evaluation(setting, victim_step, victim, test)
+    prints = {"train": setting.train.fingerprint(), "test": test.fingerprint(), "victim": victim_step.key}
+    if cell.method is None:
+        return done(
+            cell, before=figures(before), after=figures(before), fingerprints=prints,
+            cost=Cost(seconds=victim_step.seconds), picture=_picture(setting, test),
+        )  # fmt: skip
+    outcome, seconds, extra = _repair(setting, victim, cell.method)
+    after = evaluate_classifier(outcome.classifier, test, poisoning=setting.poisoning, run=setting.run)
+    found = outcome.purification
+    changed = changed_share(victim.weights(), outcome.classifier.weights())
+    repaired = Repaired(
+        accepted=found.accepted,
+        reason=found.reason,
+        protects=found.protects,
+        changed_share=changed,
+        left_alone=changed == 0 and found.clipped_sites == 0,
+        der=evaluate_before_after(before, after),
+        config=found.config,
+        detection=_detection(setting, outcome.scores, outcome.split),
+    )
+    return done(
+        cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
+        cost=Cost(seconds=seconds + extra, shared=extra),
+    )  # fmt: skip
+
+
+def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
+    """The set, poisoned where there is an attack; the poisoning is made once."""
+    run = Run(seed=cell.names.seed, progress=progress, cache=folder / "cache")
+    clean = open_images(cell.data.train or "")
+    seed, target = cell.names.seed, target_label(cell.data.target, clean.class_names)
+    inputs: dict[str, Any] = {"kind": "classifier", "train": clean.fingerprint(), "seed": seed}
+    attack = cell.attack
+    if attack is None:
+        return Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=inputs)
+    inputs |= {"attack": asdict(attack), "rate": cell.names.rate, "target": target}
+
+    def plan(place: RunFolder) -> None:
+        made = Run(seed=seed, progress=progress, cache=folder / "cache", folder=place)
+        params = labelled_params(attack, clean, target, run=made)
+        if attack.resample:
+            params["resample"] = True
+        rate = cell.names.rate
+        poisoning = plan_poisoning(
+            clean, attack.trigger, rate=rate, target=target, seed=seed, mode=attack.mode, **params
+        )
+        poisoning.save(place.path / "manifest.json")
+
+    step = shared(folder / "shared", "poisoning", inputs, plan)
+    poisoning = Poisoning.load(step.path / "manifest.json")
+    poisoned = apply_poisoning(clean, poisoning)
+    return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
+
+
+def target_label(target: str | int, class_names: tuple[str, ...]) -> int:
+    """The attack's class by name or number. Raises UnknownMethodError for a name that is none."""
+    if isinstance(target, int):
+        return target
+    if target not in class_names:
+        raise UnknownMethodError(target, class_names, kind="class")
+    return class_names.index(target)
+
+
+def _victim(setting: Setting) -> Step:
+    """The network trained on the set, as it is stored."""
+    cell, model = setting.cell, setting.cell.model
+    network = {key: getattr(model, key) for key in ("arch", "image_size", "epochs", "learning_rate", "augment")}
+
+    def train(place: RunFolder) -> None:
+        run = Run(seed=cell.names.seed, progress=setting.run.progress, cache=setting.run.cache, folder=place)
+        start = new_classifier(
+            model.arch, setting.train.class_names, image_size=model.image_size, seed=run.seed_of("victim") % 2**32
+        )
+        pixels = load_pixels(setting.train, model.image_size, cache=run.cache, progress=run.progress)
+        victim = train_classifier(
+            start, pixels, setting.train.labels, run=run, epochs=model.epochs, learning_rate=model.learning_rate,
+            augment=model.augment,
+        )  # fmt: skip
+        save_classifier(victim, place.path / "model")
+
+    return shared(setting.shared, "victim", setting.inputs | {"network": network}, train)
+
+
+def _evaluation(setting: Setting, victim_step: Step, victim: ImageClassifier, test: LabelledImages) -> Evaluation:
+    """The victim's rates, measured once for all repairs of it."""
+
+    def measure(place: RunFolder) -> None:
+        evaluate_classifier(victim, test, poisoning=setting.poisoning, run=setting.run).save(
+            place.path / "evaluation.json"
+        )
+
+    step = shared(setting.shared, "evaluation", {"victim": victim_step.key, "test": test.fingerprint()}, measure)
+    return Evaluation.load(step.path / "evaluation.json")
+
+
+def _scores(setting: Setting, config: SeparationConfig) -> tuple[SampleScores, float]:
+    """CGD's ranks of the set, and the seconds that making them took, now or earlier."""
+    model = setting.cell.model
+    clip = load_any_clip(model.clip)
+    inputs = setting.inputs | {
+        "clip": clip.fingerprint, "arch": model.arch, "image_size": model.image_size, "separation": asdict(config)
+    }  # fmt: skip
+
+    def score(place: RunFolder) -> None:
+        run = Run(seed=setting.cell.names.seed, progress=setting.run.progress, cache=setting.run.cache, folder=place)
+        zero_shot = zero_shot_logits(clip, setting.train, run=run)
+        pixels = load_pixels(setting.train, model.image_size, cache=run.cache, progress=run.progress)
+        fresh = new_classifier(model.arch, setting.train.class_names, image_size=model.image_size)
+        score_with_cgd(fresh, setting.train, pixels, zero_shot, config, run=run).save(place.path / "scores.parquet")
+
+    step = shared(setting.shared, "scores", inputs, score)
+    return SampleScores.load(step.path / "scores.parquet"), step.seconds
+
+
+def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -> tuple[PurifyOutcome, float, float]:
+    """What the method made of the victim, its own seconds, and those of the shared scores that it asked for."""
+    entry, cell = find(method.method, DEFENSES), setting.cell
+    config = method_config(method, len(setting.train), cell.model.scores)
+    separation = make_config(SeparationConfig, cell.model.scores, where="scores")
+    if isinstance(config, CGDConfig):
+        separation = config.separation
+    scores, extra = _scores(setting, separation)
+    place = setting.folder / "work" / cell.key
+    run = Run(
+        seed=cell.names.seed, progress=setting.run.progress, cache=setting.run.cache,
+        folder=RunFolder.open(place, cell.inputs),
+    )  # fmt: skip
+    offered = {
+        "clip": load_any_clip(cell.model.clip), "scores": scores, "split": split_by_evidence(scores), "config": config,
+        "run": run,
+    }  # fmt: skip
+    began = time.monotonic()
+    outcome = call_with(resolve(entry.function), victim, setting.train, offered=offered)
+    return outcome, time.monotonic() - began, extra
+
+
+def method_config(method: MethodSettings, samples: int, scores: Mapping[str, Any]) -> Any:
+    """The defense's settings: its own or the paper's, then ``scores`` where it is CGD, then the grid's."""
+    kind = resolve(find(method.method, DEFENSES).config)
+    start: dict[str, Any] = {}
+    if method.published and hasattr(kind, "as_published"):
+        more = {"samples": samples} if kind is CGDConfig else {}
+        start = asdict(kind.as_published(**more))
+    elif kind is CGDConfig:
+        start = {"separation": scores}
+    return make_config(kind, merge(start, method.config), where=f"method {method.method}")
+
+
+def _detection(setting: Setting, scores: SampleScores, split: Split) -> dict[str, float | None]:
+    """How the samples that the method suspected meet the manifest, in percent; AUROC of its ranks in [0, 1]."""
+    if setting.poisoning is None:
+        return {"flagged": 100 * len(split.suspect) / max(1, len(split.ids))}
+    truth = np.isin(scores.ids, setting.poisoning.ids)
+    flagged = np.zeros(len(truth), dtype=bool)
+    flagged[split.suspect] = True
+    trusted = np.zeros(len(truth), dtype=bool)
+    trusted[split.clean] = True
+    known = {"recall": recall(flagged, truth), "precision": precision(flagged, truth) if flagged.any() else None}
+    shares = {name: None if value is None else 100 * value for name, value in known.items()}
+    return shares | {
+        "flagged": 100 * float(flagged.mean()),
+        "poison_in_clean": 100 * float(truth[trusted].mean()) if trusted.any() else None,
+        "auroc": auroc(scores.suspicion, truth),
+    }
+
+
+def _picture(setting: Setting, test: LabelledImages) -> str | None:
+    """The first attacked test image without and with the trigger."""
+    if setting.poisoning is None:
+        return None
+    triggered, rows, _ = trigger_test_source(test, setting.poisoning)
+    clean, turned = test.decode(rows[:1])[0], triggered.decode([0])[0]
+    if isinstance(clean, SkippedRow) or isinstance(turned, SkippedRow):
+        return None
+    return side_by_side(clean, turned)

@@ -1,0 +1,230 @@
+"""Cells of CLIPs: one fine-tuned on poisoned pairs, and a defense that gets it with clean pairs or with those."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unpoison.api_clip import ClipPurifyOutcome, count_parameters
+from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
+from unpoison.attacks.poison import TriggerOverlay
+from unpoison.attacks.prompts import TEMPLATES
+from unpoison.attacks.triggers import PAIR_TRIGGERS
+from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
+from unpoison.benchmark.classifier_cells import target_label
+from unpoison.benchmark.clip_victims import Settings, read_corpus, train
+from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
+from unpoison.benchmark.prepare import pair_params
+from unpoison.benchmark.settings import MethodSettings
+from unpoison.benchmark.shared import Step, shared
+from unpoison.catalog import DEFENSES, find, resolve
+from unpoison.configs import make_config, merge
+from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
+from unpoison.data.pixels import load_pixels
+from unpoison.data.sources import LabelledImages, open_images
+from unpoison.evaluation.clip import evaluate_clip
+from unpoison.evaluation.metrics import auroc, der, precision, recall
+from unpoison.models.clip_files import load_any_clip
+from unpoison.results import ClipEvaluation, SkippedRow
+from unpoison.runs import Progress, Run, RunFolder
+from unpoison.types import ImageTextModel
+
+LABELLED, CAPTIONED = "labelled", "captioned"
+CLEAN_PAIRS, OWN_PAIRS = "clean pairs", "suspicious pairs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all cells of one victim share. ``clean``: the training pairs before the poisoning, ``repair``: those that
+    a defense gets as clean. ``poisoning`` None: the clean control."""
+
+    cell: Cell
+    folder: Path
+    run: Run
+    base: ImageTextModel
+    clean: ImageTextPairs
+    pairs: ImageTextPairs
+    repair: ImageTextPairs
+    test: LabelledImages
+    retrieval: ImageTextPairs | None
+    poisoning: PairPoisoning | None
+    inputs: dict[str, Any]
+
+    @property
+    def shared(self) -> Path:
+        return self.folder / "shared"
+
+
+def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
+    """The cell's result. Raises what its steps raise."""
+    setting = open_setting(cell, folder, progress)
+    victim_step = _victim(setting)
+    victim = load_any_clip(victim_step.path / "model")  # as stored: rounded to the type that it came in
+    before = _evaluation(setting, victim_step, victim)
+    prints = {"pairs": setting.pairs.fingerprint, "test": setting.test.fingerprint(), "victim": victim.fingerprint}
+    if cell.method is None:
+        return done(
+            cell, before=figures(before), after=figures(before), fingerprints=prints,
+            cost=Cost(seconds=victim_step.seconds), picture=_picture(setting),
+        )  # fmt: skip
+    outcome, seconds = _repair(setting, victim, cell.method)
+    after = evaluate_clip(
+        outcome.clip, setting.test, poisoning=setting.poisoning, retrieval=setting.retrieval, run=setting.run
+    )
+    found = outcome.purification
+    repaired = Repaired(
+        accepted=found.accepted,
+        reason=found.reason,
+        protects=found.protects,
+        changed_share=changed_share(victim.module.state_dict(), outcome.clip.module.state_dict()),
+        left_alone=found.left_alone,
+        der=_der(figures(before), figures(after)),
+        config=found.config,
+        detection=_detection(setting, outcome),
+    )
+    return done(
+        cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
+        cost=Cost(seconds=seconds),
+    )  # fmt: skip
+
+
+def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
+    """Pairs, poisoned where there is an attack; the poisoning, and the trigger's training, are made once."""
+    data, seed, attack = cell.data, cell.names.seed, cell.attack
+    run = Run(seed=seed, progress=progress, cache=folder / "cache")
+    base = load_any_clip(cell.model.model)
+    labelled = None if data.train is None else open_images(data.train)
+    test = open_images(data.test)
+    captioned = None if data.captioned is None else open_pairs(data.captioned)
+    clean = _joined(labelled, captioned)
+    repair = clean
+    if data.clean is not None or data.clean_captioned is not None:
+        images = None if data.clean is None else open_images(data.clean)
+        repair = _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
+    inputs: dict[str, Any] = {"kind": "clip", "pairs": clean.fingerprint, "base": base.fingerprint, "seed": seed}
+    target = test.class_names[target_label(data.target, test.class_names)]
+    known: dict[str, Any] = {
+        "cell": cell, "folder": folder, "run": run, "base": base, "clean": clean, "repair": repair,
+        "test": test, "retrieval": None if data.retrieval is None else open_pairs(data.retrieval),
+    }  # fmt: skip
+    if attack is None:
+        return Setting(**known, pairs=clean, poisoning=None, inputs=inputs)
+    inputs |= {"attack": asdict(attack), "rate": cell.names.rate, "target": target}
+
+    def plan(place: RunFolder) -> None:
+        made = replace(run, folder=place)
+        params = pair_params(attack, base, clean, target, run=made)
+        poisoning = plan_pair_poisoning(
+            clean, attack.trigger, rate=cell.names.rate, target=target, captions=attack.captions, seed=seed,
+            mode=attack.mode, size=None if attack.trigger in PAIR_TRIGGERS else base.image_size,
+            natural_from=captioned, **params,
+        )  # fmt: skip
+        poisoning.save(place.path / "manifest.json")
+
+    step = shared(folder / "shared", "poisoning", inputs, plan)
+    poisoning = PairPoisoning.load(step.path / "manifest.json")
+    return Setting(**known, pairs=apply_pair_poisoning(clean, poisoning), poisoning=poisoning, inputs=inputs)
+
+
+def _joined(labelled: LabelledImages | None, captioned: ImageTextPairs | None) -> ImageTextPairs:
+    parts = {} if labelled is None else {LABELLED: pairs_of_labels(labelled, TEMPLATES)}
+    return join_pairs(parts | ({} if captioned is None else {CAPTIONED: captioned}))
+
+
+def _victim(setting: Setting) -> Step:
+    """The CLIP fine-tuned on the pairs, as it is stored."""
+    settings = make_config(Settings, setting.cell.model.victim, where="victim")
+
+    def fine_tune(place: RunFolder) -> None:
+        run = replace(setting.run, folder=place)
+        pixels = load_pixels(setting.pairs, setting.base.image_size, cache=run.cache, progress=run.progress)
+        corpus = read_corpus(setting.pairs, pixels, LABELLED, setting.test.class_names)
+        train(setting.base, corpus, settings, run=run).save(place.path / "model")
+
+    return shared(setting.shared, "victim", setting.inputs | {"victim": asdict(settings)}, fine_tune)
+
+
+def _evaluation(setting: Setting, step: Step, victim: ImageTextModel) -> ClipEvaluation:
+    """The victim's rates, measured once for all repairs of it."""
+
+    def measure(place: RunFolder) -> None:
+        found = evaluate_clip(
+            victim, setting.test, poisoning=setting.poisoning, retrieval=setting.retrieval, run=setting.run
+        )
+        found.save(place.path / "evaluation.json")
+
+    retrieval = None if setting.retrieval is None else setting.retrieval.fingerprint
+    inputs = {"victim": step.key, "test": setting.test.fingerprint(), "retrieval": retrieval}
+    return ClipEvaluation.load(shared(setting.shared, "evaluation", inputs, measure).path / "evaluation.json")
+
+
+def _repair(setting: Setting, victim: ImageTextModel, method: MethodSettings) -> tuple[ClipPurifyOutcome, float]:
+    """What the method made of the victim, and its seconds. It gets clean pairs, or the victim's own, as it needs."""
+    entry, cell = find(method.method, DEFENSES), setting.cell
+    pairs = setting.pairs if OWN_PAIRS in entry.needs else setting.repair
+    config = method_config(method, victim, len(pairs))
+    run = replace(setting.run, folder=RunFolder.open(setting.folder / "work" / cell.key, cell.inputs))
+    offered = {
+        "reference": load_any_clip(cell.model.clip), "class_names": setting.test.class_names, "config": config,
+        "run": run,
+    }  # fmt: skip
+    began = time.monotonic()
+    outcome = call_with(resolve(entry.function), victim, pairs, offered=offered)
+    return outcome, time.monotonic() - began
+
+
+def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) -> Any:
+    """The defense's settings for this model and these pairs, and the grid's over them."""
+    kind = resolve(find(method.method, DEFENSES).config)
+    where = f"method {method.method}"
+    checked = make_config(kind, method.config, where=where)
+    lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in method.config}
+    make = kind.scaled if method.published else kind.recommended
+    start = make(parameters=count_parameters(clip), samples=samples, **lengths)
+    return make_config(kind, merge(asdict(start), method.config), where=where)
+
+
+def _detection(setting: Setting, outcome: ClipPurifyOutcome) -> dict[str, float | None]:
+    """How the pairs that the method suspected meet the manifest, in percent; empty where it suspected none."""
+    suspicious = getattr(outcome, "suspicious", None)
+    if suspicious is None:
+        return {}
+    scores, split = suspicious.scores, suspicious.split
+    flagged = np.zeros(len(scores.ids), dtype=bool)
+    flagged[split.suspect] = True
+    shares: dict[str, float | None] = {"flagged": 100 * float(flagged.mean())}
+    if setting.poisoning is None:
+        return shares
+    truth = np.isin(scores.ids, setting.poisoning.ids)
+    found = {"recall": recall(flagged, truth), "precision": precision(flagged, truth) if flagged.any() else None}
+    shares |= {name: None if value is None else 100 * value for name, value in found.items()}
+    return shares | {"auroc": auroc(scores.suspicion, truth)}
+
+
+def _der(before: Figures, after: Figures) -> float | None:
+    if before.asr is None or after.asr is None:
+        return None
+    return 100 * der(
+        c_acc_before=before.c_acc.value / 100, c_acc_after=after.c_acc.value / 100,
+        asr_before=before.asr.value / 100, asr_after=after.asr.value / 100,
+    )  # fmt: skip
+
+
+def _picture(setting: Setting) -> str | None:
+    """The first test image without and with the trigger; None for attacks that change no pixel."""
+    poisoning = setting.poisoning
+    if poisoning is None or poisoning.trigger in PAIR_TRIGGERS:
+        return None
+    test = setting.test.select([0])
+    clean = test.decode([0])[0]
+    turned = test.with_labels(test.labels, TriggerOverlay(poisoning.make_trigger(), poisoning.seed, None)).decode([0])[
+        0
+    ]
+    if isinstance(clean, SkippedRow) or isinstance(turned, SkippedRow):
+        return None
+    return side_by_side(clean, turned)

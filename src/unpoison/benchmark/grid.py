@@ -1,0 +1,297 @@
+"""Grids: data x model x attack x rate x method x seed, from a TOML file to a list of cells.
+
+All that is wrong with a grid is found before anything runs and reported together: keys and names that do not exist
+(with the closest that do), values out of range, cells that cannot be (by ``needs`` in the catalog), files that are
+not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unpoison.attacks.manifest import check_mode
+from unpoison.attacks.pair_manifest import MODES as PAIR_MODES
+from unpoison.attacks.triggers import make_trigger
+from unpoison.benchmark.cell import Cell, Names
+from unpoison.benchmark.clip_victims import Settings as ClipVictim
+from unpoison.benchmark.contents import looks_local, path_content, source_content
+from unpoison.benchmark.prepare import PREPARED, PREPARED_WITH
+from unpoison.benchmark.settings import (
+    CLEAN,
+    GIVEN,
+    AttackSettings,
+    DataSettings,
+    Limits,
+    MethodSettings,
+    ModelSettings,
+    Product,
+)
+from unpoison.catalog import ATTACKS, DEFENSES, Entry, find, resolve
+from unpoison.configs import make_config, read_config
+from unpoison.detection.cgd import SeparationConfig
+from unpoison.errors import ConfigError, GridError, UnknownMethodError, UnpoisonError
+
+T = TypeVar("T")
+TABLES: dict[str, type] = {
+    "data": DataSettings, "model": ModelSettings, "attack": AttackSettings, "method": MethodSettings,
+}  # fmt: skip
+KEYS = ("description", "not_run", "least_asr", "limits", "cells", *TABLES)
+OFFERED = {
+    "classifier": {"labelled set", "victim model", "poisoned training set", "reference CLIP", "class names"},
+    "clip": {
+        *("labelled set", "image-caption pairs", "suspicious CLIP", "suspicious pairs", "clean pairs"),
+        *("reference CLIP", "class names"),
+    },
+}
+"""What a cell of each kind of model can give to an attack or a method (words of the catalog's ``needs``)."""
+LEAST_ASR = 90.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A checked grid. ``cells`` are in the order of the file, each victim as given before its repairs.
+
+    ``not_run``: why no results of this grid are kept with it, "" where they are. ``least_asr``: a victim whose ASR in
+    percent is below is refused.
+    """
+
+    name: str
+    path: str
+    description: str
+    not_run: str
+    cells: tuple[Cell, ...]
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of a TOML file. Raises ConfigError (no TOML), GridError with all that is wrong."""
+    return make_grid(read_config(path), name=path.stem, path=str(path))
+
+
+def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
+    """The same of tables that are read already."""
+    problems = _unknown(values, KEYS, "the grid")
+    tables = {key: _tables(values.get(key, {}), kind, key, problems) for key, kind in TABLES.items()}
+    limits = _one(values.get("limits", {}), Limits, "[limits]", problems) or Limits()
+    least = values.get("least_asr", LEAST_ASR)
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 100:
+        problems.append(f"least_asr must be a number from 0 to 100, got {least!r}.")
+        least = LEAST_ASR
+    for key in ("description", "not_run"):
+        if not isinstance(values.get(key, ""), str):
+            problems.append(f"{key} must be a text, got {values[key]!r}.")
+    products = values.get("cells", [])
+    if not isinstance(products, list) or not products:
+        problems.append("there is no [[cells]]: name data, model, attack, method and seed of at least one product.")
+        products = []
+    wanted = [_one(entry, Product, f"[[cells]] {at}", problems) for at, entry in enumerate(products, start=1)]
+    _check_tables(tables, problems)
+    cells: dict[Names, Cell] = {}
+    for at, entry in enumerate(wanted, start=1):
+        if entry is not None:
+            found = _cells(entry, tables, f"[[cells]] {at}", limits, float(least), problems)
+            cells |= {cell.names: cell for cell in found if cell.names not in cells}
+    _check_files(cells.values(), problems)
+    if problems:
+        raise GridError(path, dict.fromkeys(problems))
+    return Grid(
+        name=name, path=path, description=values.get("description", ""), not_run=values.get("not_run", ""),
+        cells=tuple(_with_contents(cell) for cell in cells.values()),
+    )  # fmt: skip
+
+
+def _tables(values: Any, kind: type[T], key: str, problems: list[str]) -> dict[str, T]:
+    """[data.NAME] and its like."""
+    if not isinstance(values, Mapping) or not all(isinstance(entry, Mapping) for entry in values.values()):
+        problems.append(f"{key}: expected tables [{key}.NAME].")
+        return {}
+    defaults = {"attack": "trigger", "method": "method"}
+    found = {}
+    for name, entry in values.items():
+        given = {defaults[key]: name} | dict(entry) if key in defaults else entry
+        made = _one(given, kind, f"[{key}.{name}]", problems)
+        if made is not None:
+            found[name] = made
+    return found
+
+
+def _one(values: Any, kind: type[T], where: str, problems: list[str]) -> T | None:
+    if not isinstance(values, Mapping):
+        problems.append(f"{where}: expected a table.")
+        return None
+    unknown = _unknown(values, [entry.name for entry in fields(kind)], where)  # pyright: ignore[reportArgumentType] # all are dataclasses
+    problems += unknown
+    if unknown:
+        return None
+    try:
+        return make_config(kind, values, where=where)
+    except ConfigError as error:
+        problems.append(f"{where}: {error.message.removeprefix(f'{where}: ')}")
+        return None
+
+
+def _unknown(values: Mapping[str, Any], known: Any, where: str) -> list[str]:
+    return [
+        f"{where}: there is no key {key!r}.{_closest(key, known)}" for key in values if key not in known
+    ]  # fmt: skip
+
+
+def _closest(name: str, known: Any) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+
+
+def _check_tables(tables: dict[str, dict[str, Any]], problems: list[str]) -> None:
+    """Triggers, methods and their settings, whatever cells they are used in."""
+    for name, attack in tables["attack"].items():
+        if name == CLEAN:
+            problems.append(f"[attack.{CLEAN}]: the clean control has no settings.")
+        problems += _said(lambda attack=attack: _check_attack(attack), f"[attack.{name}]")
+    for name, method in tables["method"].items():
+        if name == GIVEN:
+            problems.append(f"[method.{GIVEN}]: the model as it is given has no settings.")
+        problems += _said(
+            lambda method=method: make_config(
+                resolve(find(method.method, DEFENSES).config), method.config, where="config"
+            ),
+            f"[method.{name}]",
+        )
+    for name, model in tables["model"].items():
+        problems += _said(lambda model=model: make_config(ClipVictim, model.victim, where="victim"), f"[model.{name}]")
+        problems += _said(
+            lambda model=model: make_config(SeparationConfig, model.scores, where="scores"), f"[model.{name}]"
+        )
+
+
+def _check_attack(attack: AttackSettings) -> None:
+    find(attack.trigger, ATTACKS)
+    params = attack.params | ({"resample": True} if attack.resample else {})
+    make_trigger(attack.trigger, params)
+    if attack.prepare and attack.trigger not in PREPARED:
+        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {', '.join(PREPARED)}.")
+    if attack.prepare:
+        make_config(PREPARED[attack.trigger], attack.prepare, where="prepare")
+
+
+def _said(check: Any, where: str) -> list[str]:
+    try:
+        check()
+    except UnpoisonError as error:
+        return [f"{where}: {error.message} {error.hint}"]
+    return []
+
+
+def _cells(
+    entry: Product, tables: dict[str, dict[str, Any]], where: str, limits: Limits, least: float, problems: list[str]
+) -> list[Cell]:
+    """The product's cells, with the victim as given before the first repair of it; what is wrong goes to problems."""
+    usable = {}
+    for key in ("data", "model", "attack", "method"):
+        if not getattr(entry, key):
+            problems.append(f"{where}: {key} is empty.")
+        usable[key] = {name: _named(key, name, tables, where, problems) for name in getattr(entry, key)}
+    problems += [f"{where}: a rate must be in (0, 1], got {rate}." for rate in entry.rate if not 0 < rate <= 1]
+    problems += [f"{where}: a seed must be 0 or more, got {seed}." for seed in entry.seed if seed < 0]
+    cells = []
+    for data, model, attack in product(usable["data"].items(), usable["model"].items(), usable["attack"].items()):
+        if data[1] is None or model[1] is None or attack[1] is None:
+            continue
+        if data[1].train is None and (model[1].kind == "classifier" or data[1].captioned is None):
+            problems.append(f"[data.{data[0]}]: {model[0]} has nothing to be trained on; give train.")
+        impossible = [] if attack[0] == CLEAN else _impossible_attack(*attack, *model)
+        problems += [f"{where}: {sentence}" for sentence in impossible]
+        methods = {GIVEN: (None, None)} | {name: pair for name, pair in usable["method"].items() if pair is not None}
+        for name, (_, found) in methods.items():
+            if found is not None and (lacking := _lacking(found, model[1].kind)):
+                problems.append(f"{where}: {name} needs {lacking}, which the {_kind(model[1])} {model[0]} has not.")
+        rates = (0.0,) if attack[0] == CLEAN else entry.rate
+        for rate, seed, method in product(rates, entry.seed, methods):
+            names = Names(data=data[0], model=model[0], attack=attack[0], rate=rate, method=method, seed=seed)
+            cells.append(
+                Cell(
+                    names=names, data=data[1], model=model[1], attack=attack[1][0], method=methods[method][0],
+                    least_asr=least, limits=limits,
+                )
+            )  # fmt: skip
+    return cells
+
+
+def _named(key: str, name: str, tables: dict[str, dict[str, Any]], where: str, problems: list[str]) -> Any:
+    """What a name of the product stands for; None, and a problem, where it stands for nothing.
+
+    Data and models: their settings. Attacks and methods: (settings, catalog's entry), (None, None) for the controls.
+    """
+    if key in ("data", "model"):
+        if name not in tables[key]:
+            problems.append(f"{where}: there is no [{key}.{name}].{_closest(name, tables[key])}")
+        return tables[key].get(name)
+    if name == (CLEAN if key == "attack" else GIVEN):
+        return None, None
+    entries = ATTACKS if key == "attack" else DEFENSES
+    settings = tables[key].get(name)
+    try:
+        if settings is None:
+            found = find(name, entries)
+            settings = AttackSettings(trigger=name) if key == "attack" else MethodSettings(method=name)
+            return settings, found
+        return settings, find(settings.trigger if key == "attack" else settings.method, entries)
+    except UnknownMethodError as error:
+        known = [entry.name for entry in entries] + list(tables[key]) + [CLEAN if key == "attack" else GIVEN]
+        problems.append(f"{where}: {error.message}{_closest(name, known)}")
+        return None
+
+
+def _impossible_attack(name: str, known: Any, model: str, settings: ModelSettings) -> list[str]:
+    attack, entry = known
+    if lacking := _lacking(entry, settings.kind):
+        return [f"{name} needs {lacking}, which the {_kind(settings)} {model} has not."]
+    try:
+        made = make_trigger(attack.trigger, attack.params)
+    except UnpoisonError:
+        return []  # reported with its table
+    usable = [mode for mode in made.modes if settings.kind == "classifier" or mode in PAIR_MODES]
+    if not usable:
+        return [f"{name} works on labels ({', '.join(made.modes)}); {model} is a CLIP and learns from captions."]
+    if attack.mode is not None:
+        return [f"{name}: {error}" for error in _said(lambda: check_mode(name, made, attack.mode), model)]
+    wanted = PREPARED_WITH.get(attack.trigger, settings.kind)
+    if wanted != settings.kind:
+        return [f"{name} is trained on a {'CLIP' if wanted == 'clip' else 'classifier'}; {model} is none."]
+    return []
+
+
+def _lacking(entry: Entry, kind: str) -> str:
+    return ", ".join(need for need in entry.needs if need not in OFFERED[kind])
+
+
+def _kind(settings: ModelSettings) -> str:
+    return "CLIP" if settings.kind == "clip" else "classifier"
+
+
+def _check_files(cells: Any, problems: list[str]) -> None:
+    for cell in cells:
+        for key, source in cell.data.sources().items():
+            missing = _said(lambda source=source: source_content(source), f"[data.{cell.names.data}] {key}")
+            if (
+                not missing
+                and looks_local(source)
+                and source_content(source) is None
+                and not source.startswith("shapes")
+            ):
+                missing = [f"[data.{cell.names.data}] {key}: {source} is not there."]
+            problems += missing
+        for key in ("model", "clip"):
+            model = getattr(cell.model, key)
+            if looks_local(model) and ":" not in model and path_content(Path(model)) is None:
+                problems.append(f"[model.{cell.names.model}] {key}: {model} is not there.")
+
+
+def _with_contents(cell: Cell) -> Cell:
+    found = {f"data.{key}": source_content(source) for key, source in cell.data.sources().items()}
+    found |= {f"model.{key}": path_content(Path(getattr(cell.model, key))) for key in ("model", "clip")}
+    contents = {key: value for key, value in found.items() if value is not None}
+    return replace(cell, contents=contents)

@@ -1,0 +1,138 @@
+"""Runs the cells of a grid that are not done: each victim first, then its repairs; every failure is a result.
+
+Any number of runners may share a folder: each cell belongs to the one that holds its lease.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.compute import failed
+from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.store import Store
+from unpoison.errors import UsageError
+from unpoison.runs import Progress, Silent
+
+_WAIT = 2.0
+Execute = Callable[[Cell, Path], CellResult]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """How many cells the grid has of each status, and how many of them ran now."""
+
+    cells: int
+    ran: int
+    status: dict[str, int]
+
+    @property
+    def failed(self) -> int:
+        return self.cells - self.status.get("done", 0)
+
+
+def run_grid(
+    grid: Grid,
+    store: Store,
+    *,
+    execute: Execute,
+    only: Sequence[str] = (),
+    retry: bool = False,
+    progress: Progress | None = None,
+) -> Summary:
+    """Run every cell of ``grid`` that ``store`` has no result of; ``only``: these (and their victims), by their hashes.
+
+    ``execute`` computes one cell and raises nothing. ``retry``: cells that failed before run again.
+    """
+    progress = progress or Silent()
+    wanted = select_cells(grid, only)
+    store.keep_plan(grid)
+    pending = to_run(wanted, store, retry=retry)
+    ran, total = 0, len(pending)
+    again = {cell.key for cell in pending if store.has(cell.key)}
+    while pending:
+        moved = False
+        for cell in list(pending):
+            if store.has(cell.key) and cell.key not in again:
+                pending.remove(cell)  # another runner was faster
+                moved = True
+                continue
+            if not cell.is_given and any(other.key == cell.given().key for other in pending):
+                continue  # its victim comes first
+            with store.lease(cell.key) as ours:
+                if not ours:
+                    continue
+                if not store.has(cell.key) or cell.key in again:
+                    progress.log(f"[{total - len(pending) + 1}/{total}] {cell.key} {cell.names}")
+                    result = finish(unfit(cell, store) or execute(cell, store.path), cell, grid, store)
+                    store.save(result)
+                    ran += 1
+                    progress.log(f"  {describe(result)}")
+                again.discard(cell.key)
+                pending.remove(cell)
+                moved = True
+        if pending and not moved:
+            time.sleep(_WAIT)
+    return summary(wanted, store, ran)
+
+
+def select_cells(grid: Grid, only: Sequence[str]) -> list[Cell]:
+    """The grid's cells, or those whose hash begins with one of ``only``, each with its victim. Raises UsageError."""
+    if not only:
+        return list(grid.cells)
+    chosen: dict[str, Cell] = {}
+    for name in only:
+        found = [cell for cell in grid.cells if cell.key.startswith(name.lower())]
+        if not found or not name:
+            raise UsageError(
+                f"{grid.path} has no cell {name!r}.",
+                hint="`unpoison bench status` lists them; a cell's hash changes with its inputs.",
+            )
+        for cell in found:
+            chosen |= {one.key: one for one in (cell.given(), cell)}
+    return list(chosen.values())
+
+
+def to_run(cells: Sequence[Cell], store: Store, *, retry: bool) -> list[Cell]:
+    """Cells without a result; with ``retry`` those that failed too, and what was refused because its victim failed."""
+    return [cell for cell in cells if not store.has(cell.key) or (retry and store.load(cell.key).status != "done")]
+
+
+def unfit(cell: Cell, store: Store) -> CellResult | None:
+    """The result of a repair whose victim cannot be used."""
+    if cell.is_given or not store.has(cell.given().key):
+        return None
+    victim = store.load(cell.given().key)
+    if victim.status == "done":
+        return None
+    result = failed(cell, "refused", f"Its victim {victim.status}: {victim.reason}", victim.hint)
+    return replace(result, before=victim.before)
+
+
+def finish(result: CellResult, cell: Cell, grid: Grid, store: Store) -> CellResult:
+    """The result with the command that makes it again, and when it was made."""
+    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", str(store.path))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return replace(result, command=shlex.join(words), finished=now)
+
+
+def summary(cells: Sequence[Cell], store: Store, ran: int) -> Summary:
+    found = Counter(store.load(cell.key).status for cell in cells if store.has(cell.key))
+    return Summary(cells=len(cells), ran=ran, status=dict(found))
+
+
+def describe(result: CellResult) -> str:
+    """One line for the log."""
+    if result.status != "done" or result.after is None:
+        return f"{result.status}: {result.reason}"
+    after = result.after
+    shown = [f"C-Acc {after.c_acc.value:.1f}"]
+    if after.asr is not None and after.asr_excess is not None and after.ra is not None:
+        shown += [f"ASR {after.asr.value:.1f}", f"excess {after.asr_excess:.1f}", f"RA {after.ra.value:.1f}"]
+    return "  ".join([*shown, f"{result.cost.wall:.1f} s"])

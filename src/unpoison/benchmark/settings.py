@@ -1,0 +1,120 @@
+"""What a grid's tables may say: data, models, attacks, methods, limits, and the products of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from unpoison.errors import ConfigError
+
+ModelKind = Literal["classifier", "clip"]
+CLEAN = "clean"
+"""The attack that is none: the control of every table."""
+GIVEN = "none"
+"""The method that is none: the victim as it is given, before any defense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """One data set. Sources are written as for ``unpoison scan dataset``.
+
+    ``train``: labelled images to be poisoned; a CLIP gets them with captions from templates. ``test``: clean labelled
+    images for every rate. ``target``: the attack's class, by name or number. For a CLIP also: ``captioned``,
+    image-caption pairs that join ``train`` or stand in for it; ``clean``, labelled images, and ``clean_captioned``,
+    pairs, to repair it on (without either: what it was trained on, before the poisoning); ``retrieval``, pairs for R@k.
+    """
+
+    test: str
+    train: str | None = None
+    target: str | int = 0
+    captioned: str | None = None
+    clean: str | None = None
+    clean_captioned: str | None = None
+    retrieval: str | None = None
+
+    def sources(self) -> dict[str, str]:
+        """Every source by its key."""
+        keys = ("train", "test", "captioned", "clean", "clean_captioned", "retrieval")
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """A model and how its victims are trained.
+
+    ``kind`` "classifier": a new network of ``arch`` at ``image_size`` pixels, ``epochs`` at ``learning_rate``.
+    ``kind`` "clip": ``model`` (as ``unpoison purify par`` takes it) fine-tuned as ``victim`` says
+    (`unpoison.benchmark.clip_victims.Settings`). ``clip``: the reference that methods may ask. ``scores``: how CGD's
+    ranks, which most repairs of classifiers start from, are made (`SeparationConfig`). ``gpus``: of Ray.
+    """
+
+    kind: ModelKind
+    arch: str = "small-resnet"
+    image_size: int = 32
+    epochs: int = 15
+    learning_rate: float = 0.1
+    augment: bool = True
+    model: str = "tiny"
+    victim: dict[str, Any] = field(default_factory=dict)
+    clip: str = "tiny"
+    scores: dict[str, Any] = field(default_factory=dict)
+    gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """A trigger of the catalog; ``params`` are its own, ``mode`` the labeling, ``captions`` the target's captions.
+
+    ``resample``: a new pattern for each image, where the trigger can. ``prepare``: settings of the training that some
+    triggers need first (badclip, trojvqa, input-aware).
+    """
+
+    trigger: str
+    params: dict[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+    resample: bool = False
+    captions: Literal["templates", "natural"] = "templates"
+    prepare: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """A defense of the catalog; ``config`` goes over its own defaults, or over the paper's with ``published``.
+
+    The learning rates of CLIP methods are scaled to the model either way.
+    """
+
+    method: str
+    published: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one cell may take: wall ``seconds``, resident ``memory`` in MiB, ``threads``."""
+
+    seconds: float = 3600.0
+    memory: int = 16_384
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "memory", "threads"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Every combination of these names is a cell. ``rate``: shares of the training set that are poisoned, in (0, 1]."""
+
+    data: tuple[str, ...]
+    model: tuple[str, ...]
+    attack: tuple[str, ...]
+    rate: tuple[float, ...] = (0.05,)
+    method: tuple[str, ...]
+    seed: tuple[int, ...] = (0, 1, 2)

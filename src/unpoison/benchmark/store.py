@@ -1,0 +1,199 @@
+"""The folder of a benchmark's results: one JSON per cell, the plans of the grids that ran there, leases, shared steps.
+
+bench.json        the schema
+plans/GRID.json   which cells a grid has
+cells/HASH.json   one result; written whole or not at all, and never again
+leases/HASH.lock  locked by who works on a cell; the operating system frees it when that process ends
+shared/           poisonings, victims, their rates and scores, by hash
+work/HASH/        what a killed cell had come to; cache/ decoded images; logs/ what workers said
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from filelock import FileLock, Timeout
+
+from unpoison.benchmark.cell import Cell, CellResult, Names
+from unpoison.benchmark.grid import Grid
+from unpoison.errors import ResultError, SchemaVersionError, UsageError
+from unpoison.storage import SCHEMA_VERSION, write_atomically
+
+_MARKER, SCHEMA = "bench.json", "unpoison/bench"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A cell of a plan; ``given``: the cell of its victim, "" where it is that one."""
+
+    key: str
+    given: str
+    names: Names
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a grid has: enough to say what is done and what is left, without the grid's file."""
+
+    grid: str
+    path: str
+    description: str
+    not_run: str
+    cells: tuple[Planned, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """Who works on a cell, since when (seconds since 1970)."""
+
+    key: str
+    process: int
+    since: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """A results folder."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Create the folder, or go on in it. Raises UsageError for any other, SchemaVersionError, ResultError."""
+        if (path / _MARKER).exists():
+            cls.read(path)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(
+                f"{path} is not empty and holds no benchmark's results.", hint="Choose another folder with -o."
+            )
+        try:
+            for name in ("cells", "leases", "plans", "logs"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+            if not (path / _MARKER).exists():
+                body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
+                write_atomically(path / _MARKER, json.dumps(body, indent=2).encode())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Choose another folder.") from error
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Store:
+        """The folder as it is. Raises UsageError where there is none, SchemaVersionError, ResultError (damaged)."""
+        marker = path / _MARKER
+        if not marker.is_file():
+            raise UsageError(f"{path} holds no benchmark's results.", hint="Run a grid: unpoison bench run GRID.toml.")
+        try:
+            body = json.loads(marker.read_bytes())
+        except ValueError as error:
+            raise ResultError(f"{marker} is damaged ({error}).", hint="Choose another folder with -o.") from error
+        found = body if isinstance(body, dict) else {}
+        if found.get("schema") != SCHEMA:
+            raise ResultError(f"{marker}: expected {SCHEMA}.", hint="Choose another folder with -o.")
+        if found.get("schema_version") != SCHEMA_VERSION:
+            raise SchemaVersionError(
+                f"{path} was written with schema version {found.get('schema_version')}, this version reads "
+                f"{SCHEMA_VERSION}.",
+                hint="Choose another folder with -o; nothing there was touched.",
+            )
+        return cls(path=path)
+
+    def file(self, key: str) -> Path:
+        return self.path / "cells" / f"{key}.json"
+
+    def has(self, key: str) -> bool:
+        return self.file(key).exists()
+
+    def load(self, key: str) -> CellResult:
+        return CellResult.load(self.file(key))
+
+    def save(self, result: CellResult) -> None:
+        """Keep a result and drop what the cell's run was going on from."""
+        result.save(self.file(result.key))
+        shutil.rmtree(self.path / "work" / result.key, ignore_errors=True)
+
+    def keep_plan(self, grid: Grid) -> None:
+        """Write which cells the grid has, unless that stands there already."""
+        cells = tuple(
+            Planned(key=cell.key, given="" if cell.is_given else cell.given().key, names=cell.names,
+                    kind=cell.model.kind)
+            for cell in grid.cells
+        )  # fmt: skip
+        plan = Plan(grid=grid.name, path=grid.path, description=grid.description, not_run=grid.not_run, cells=cells)
+        body = msgspec.json.format(msgspec.json.encode(plan), indent=1)
+        file = self.path / "plans" / f"{grid.name}.json"
+        if not file.exists() or file.read_bytes() != body:
+            write_atomically(file, body)
+
+    def plans(self) -> list[Plan]:
+        """Of every grid that ran here. Raises ResultError for a damaged one."""
+        found = []
+        for file in sorted((self.path / "plans").glob("*.json")):
+            try:
+                found.append(msgspec.json.decode(file.read_bytes(), type=Plan))
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise ResultError(
+                    f"{file} is damaged ({error}).", hint="Run the grid again: it is rewritten."
+                ) from error
+        return found
+
+    @contextmanager
+    def lease(self, key: str) -> Iterator[bool]:
+        """Whether the cell is ours to work on until the end of the block; nobody else gets it meanwhile."""
+        lock = FileLock(self.path / "leases" / f"{key}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        note = self._note(key)
+        try:
+            note.write_text(json.dumps({"process": os.getpid(), "since": time.time()}))
+            yield True
+        finally:
+            note.unlink(missing_ok=True)
+            lock.release()
+
+    def running(self) -> list[Running]:
+        """Cells that somebody works on now; notes of processes that are gone do not count."""
+        found = []
+        for note in sorted((self.path / "leases").glob("*.json")):
+            body = _read(note)
+            lock = FileLock(self.path / "leases" / f"{note.stem}.lock", timeout=0)
+            try:
+                lock.acquire()
+                lock.release()
+            except Timeout:
+                if body is not None:
+                    found.append(Running(key=note.stem, process=body["process"], since=body["since"]))
+        return found
+
+    def _note(self, key: str) -> Path:
+        return self.path / "leases" / f"{key}.json"
+
+
+def _read(note: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None  # it ended just now
+
+
+def cell_message(cell: Cell, folder: Path) -> bytes:
+    """A cell and the folder it works in as one line, for another process."""
+    return msgspec.json.encode({"cell": asdict(cell), "folder": str(folder)})
+
+
+def read_message(line: bytes) -> tuple[Cell, Path]:
+    """What :func:`cell_message` wrote."""
+    body = msgspec.json.decode(line)
+    return msgspec.convert(body["cell"], Cell), Path(body["folder"])

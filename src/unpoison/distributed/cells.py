@@ -1,0 +1,174 @@
+"""Grid cells as Ray tasks: any number of machines, the results of one.
+
+The runner that calls this holds the leases, sends each cell as a task and writes what comes back. A task computes its
+cell in a process of its own, so that a crash, a hang or too much memory is the cell's value; a task whose worker or
+node is lost is tried again. Nothing but the cell's settings goes out and nothing but its JSON comes back.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.compute import failed
+from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.process import Worker
+from unpoison.benchmark.runner import Summary, describe, finish, select_cells, summary, to_run, unfit
+from unpoison.benchmark.store import Store, cell_message, read_message
+from unpoison.errors import MissingExtraError, UsageError
+from unpoison.runs import Progress, Silent
+from unpoison.storage import from_json, to_json
+
+LOCAL = "local"
+RETRIES = 3
+_POLL, _CONNECT = 1.0, 5.0
+
+
+def run_grid_on_ray(
+    grid: Grid,
+    store: Store,
+    *,
+    address: str,
+    only: Sequence[str] = (),
+    retry: bool = False,
+    progress: Progress | None = None,
+    processors: int | None = None,
+    compute: Callable[[bytes], bytes] | None = None,
+) -> Summary:
+    """:func:`unpoison.benchmark.runner.run_grid` with the cells as tasks of the Ray cluster at ``address``.
+
+    "local" starts one on this machine with ``processors`` (all by default) and ends it afterwards. ``compute``: what a
+    task does, :func:`compute_message` unless another is given. Raises MissingExtraError without Ray, UsageError where
+    no cluster answers or none of its nodes has what a cell asks for.
+    """
+    progress = progress or Silent()
+    wanted = select_cells(grid, only)
+    with cluster(address, processors) as ray:
+        store.keep_plan(grid)
+        task = ray.remote(compute or compute_message)
+        pending = to_run(wanted, store, retry=retry)
+        check_fits(ray, pending)
+        again = {cell.key for cell in pending if store.has(cell.key)}
+        at_work: dict[Any, tuple[Cell, ExitStack]] = {}
+        ran = 0
+        try:
+            while pending or at_work:
+                for cell in list(pending):
+                    if store.has(cell.key) and cell.key not in again:
+                        pending.remove(cell)
+                        continue
+                    waiting = [*pending, *(other for other, _ in at_work.values())]
+                    if not cell.is_given and any(other.key == cell.given().key for other in waiting):
+                        continue  # its victim comes first
+                    lease = ExitStack()
+                    if not lease.enter_context(store.lease(cell.key)):
+                        lease.close()
+                        continue
+                    pending.remove(cell)
+                    again.discard(cell.key)
+                    refused = unfit(cell, store)
+                    if refused is not None:
+                        with lease:
+                            store.save(finish(refused, cell, grid, store))
+                        ran += 1
+                        continue
+                    progress.log(f"{cell.key} {cell.names}")
+                    asked = task.options(**resources(cell), max_retries=RETRIES, name=f"cell {cell.key}")
+                    at_work[asked.remote(cell_message(cell, store.path.resolve()))] = cell, lease
+                done, _ = ray.wait(list(at_work), timeout=_POLL) if at_work else ([], [])
+                for future in done:
+                    cell, lease = at_work.pop(future)
+                    with lease:
+                        store.save(finish(result_of(ray, future, cell), cell, grid, store))
+                    ran += 1
+                    progress.log(f"  {cell.key} {describe(store.load(cell.key))}")
+        finally:
+            for future, (_, lease) in at_work.items():
+                ray.cancel(future, force=True)
+                lease.close()
+    return summary(wanted, store, ran)
+
+
+def compute_message(message: bytes) -> bytes:
+    """One cell in a process of this task's own: what Ray runs. Its answer is the result's JSON."""
+    cell, folder = read_message(message)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Worker(folder / "logs") as worker:
+        return to_json(worker(cell, folder))
+
+
+def resources(cell: Cell) -> dict[str, Any]:
+    """What a cell's task asks of a node. Its limit of memory is a bound, not a need: half of it is asked for."""
+    return {
+        "num_cpus": cell.limits.threads, "num_gpus": cell.model.gpus, "memory": cell.limits.memory * 2**20 // 2,
+    }  # fmt: skip
+
+
+def check_fits(ray: Any, cells: Sequence[Cell]) -> None:
+    """Raises UsageError for a cell that no node could ever run: Ray would wait for one forever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    for cell in cells:
+        asked = {names[key]: value for key, value in resources(cell).items() if value}
+        if not any(all(node.get(name, 0) >= value for name, value in asked.items()) for node in nodes):
+            raise UsageError(
+                f"no node of the Ray cluster has what the cell {cell.names} asks for: {asked}.",
+                hint="Lower limits.threads or limits.memory (half of it is asked for, in bytes), or gpus, in the grid.",
+            )
+
+
+def result_of(ray: Any, future: Any, cell: Cell) -> CellResult:
+    """The cell's result; a task that was lost more often than it may be is a crash."""
+    try:
+        return from_json(ray.get(future), CellResult, name=f"cell {cell.key}")
+    except ray.exceptions.RayError as error:
+        return failed(cell, "crashed", f"Ray lost it {RETRIES + 1} times: {str(error).strip().splitlines()[0]}")
+
+
+@contextmanager
+def cluster(address: str, processors: int | None = None) -> Iterator[Any]:
+    """The ray module, connected. Raises MissingExtraError, UsageError."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("--ray", "ray") from error
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == LOCAL:
+        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
+    else:
+        check_answers(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise no_answer(address, str(error).strip().splitlines()[0] if str(error).strip() else "") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def check_answers(address: str) -> None:
+    """Raises UsageError where nothing listens at HOST:PORT; "auto" is left to Ray."""
+    if address == "auto":
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise UsageError(f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.", hint="For example 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise no_answer(address, str(error)) from error
+
+
+def no_answer(address: str, why: str) -> UsageError:
+    return UsageError(
+        f"no Ray cluster answers at {address} ({why}).",
+        hint="Start one with `ray start --head`, or run on this machine: --ray local.",
+    )
+
+
+__all__ = ["cluster", "compute_message", "run_grid_on_ray"]

@@ -1,0 +1,115 @@
+"""A benchmark's results as one offline HTML file: sortable tables, frontiers, a section for each attack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from unpoison import __version__
+from unpoison.benchmark.settings import CLEAN, GIVEN
+from unpoison.benchmark.table import COLUMNS, Column, MethodSummary, Row, Table, Value, summarise
+from unpoison.report import charts
+from unpoison.report.html import asset, content_policy, make_environment
+from unpoison.report.text import count
+from unpoison.report.views import Figure
+
+_KINDS = {"classifier": "Classifiers", "clip": "CLIP models"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackView:
+    """One attack: the trigger's picture (a PNG in base64, "" where no pixel changes) and its rows."""
+
+    anchor: str
+    name: str
+    picture: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """One kind of model: its methods at a glance, a frontier for each data set and model."""
+
+    kind: str
+    title: str
+    methods: list[MethodSummary]
+    frontiers: list[Figure]
+
+
+def render_leaderboard(table: Table) -> str:
+    """The whole page as text."""
+    environment = make_environment()
+    environment.filters |= {"figure": figure_text, "range": range_text}
+    script = asset(environment, "sort.js")
+    return environment.get_template("leaderboard.html.j2").render(
+        table=table,
+        boards=[board for kind in _KINDS if (board := make_board(kind, table)).methods],
+        attacks=attack_views(table),
+        columns=COLUMNS,
+        tiles=[
+            (count(table.cells - table.missing - len(table.failures)), "cells done", f"of {count(table.cells)}"),
+            (count(len(table.failures)), "cells failed", "listed below with reasons"),
+            (count(len({row.attack for row in table.rows} - {CLEAN})), "attacks", "and the clean control"),
+            (count(len({row.method for row in table.rows} - {GIVEN})), "methods", "and the models as given"),
+        ],
+        version=__version__,
+        style=Markup(asset(environment, "style.css") + asset(environment, "leaderboard.css")),  # noqa: S704 - our own
+        script=Markup(script),  # noqa: S704 - our own file
+        policy=content_policy(script),
+    )
+
+
+def make_board(kind: str, table: Table) -> Board:
+    """What stands on top for one kind of model."""
+    rows = [row for row in table.rows if row.kind == kind]
+    settings = dict.fromkeys((row.data, row.model) for row in rows)
+    frontiers = [found for data, model in settings if (found := frontier(rows, data, model)) is not None]
+    return Board(kind=kind, title=_KINDS[kind], methods=summarise(rows), frontiers=frontiers)
+
+
+def frontier(rows: list[Row], data: str, model: str) -> Figure | None:
+    """C-Acc against excess ASR of every attacked row of one data set and model; None where no method was tried."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    given: list[tuple[float, float]] = []
+    for row in rows:
+        if (row.data, row.model) == (data, model) and "asr_excess" in row.values:
+            place = (row.values["c_acc"].mean, row.values["asr_excess"].mean)
+            (given if row.is_given else points.setdefault(row.method, [])).append(place)
+    if not points:
+        return None
+    drawn = charts.frontier_chart(
+        {name: sorted(found) for name, found in points.items()}, given, across="clean accuracy, %", connected=False
+    )
+    caption = f"{data}, {model}: clean accuracy against what is left of the attack. The lower right corner is best; "
+    return Figure(svg=Markup(drawn), caption=f"{caption}each point is one attack, the mean over its seeds.")  # noqa: S704 - charts escape all text
+
+
+def attack_views(table: Table) -> list[AttackView]:
+    """The attacks in the table's order, the control last."""
+    names = list(dict.fromkeys(row.attack for row in table.rows if not row.is_control))
+    names += [CLEAN] if any(row.is_control for row in table.rows) else []
+    return [
+        AttackView(
+            anchor=f"attack-{at}",
+            name=name,
+            picture=table.pictures.get(name, ""),
+            rows=[row for row in table.rows if row.attack == name],
+        )
+        for at, name in enumerate(names, start=1)
+    ]
+
+
+def figure_text(row: Row, column: Column) -> str:
+    """``93.1``, or a dash."""
+    value = row.values.get(column.name)
+    return "–" if value is None else f"{value.mean:.1f}"  # noqa: RUF001
+
+
+def range_text(value: Value | None) -> str:
+    """``± 0.4``, of one seed ``92.1 to 94.0``, "" where there is neither."""
+    if value is None:
+        return ""
+    if value.std is not None:
+        return f"± {value.std:.1f}"
+    return "" if value.low is None or value.high is None else f"{value.low:.1f} to {value.high:.1f}"

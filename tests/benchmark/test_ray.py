@@ -1,0 +1,125 @@
+"""Grid cells on a local Ray cluster of two workers, with made-up figures: no model is trained here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.runner import run_grid
+from unpoison.benchmark.store import Store
+from unpoison.distributed.cells import check_answers, run_grid_on_ray
+from unpoison.errors import UsageError
+from unpoison.storage import from_json
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own: sockets and processes that it leaves to the interpreter
+
+
+def stand_in(message: bytes) -> bytes:
+    """A result that follows from the cell's names; the first try of one cell loses its worker."""
+    import json
+    import os
+    from pathlib import Path
+
+    body = json.loads(message)
+    names, folder = body["cell"]["names"], Path(body["folder"])
+    if names["method"] == "ft" and names["seed"] == 1:
+        try:
+            (folder / f"lost-{names['attack']}").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            os._exit(1)
+    (folder / f"process-{os.getpid()}").touch()
+    rate = {"value": 90.0 - names["seed"], "low": 80.0, "high": 95.0, "n": 100}
+    figures = {"c_acc": rate}
+    made = {"key": body["key"], "names": names, "status": "done", "before": figures, "after": figures}
+    return json.dumps({"schema": "unpoison/bench-cell", "schema_version": 1} | made).encode()
+
+
+@pytest.fixture
+def by_value() -> Iterator[None]:
+    """Workers cannot import this file: what it defines travels with the task."""
+    module = sys.modules[__name__]
+    ray.cloudpickle.register_pickle_by_value(module)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+def small(grid: Grid) -> Grid:
+    """Cells that ask for little memory: the machine may be busy."""
+    return replace(
+        grid, cells=tuple(replace(cell, limits=replace(cell.limits, memory=100)) for cell in grid.cells)
+    )  # fmt: skip
+
+
+def kept(store: Store) -> dict[str, Any]:
+    """Every result without when and where it was made."""
+    found = {file.stem: json.loads(file.read_bytes()) for file in sorted((store.path / "cells").glob("*.json"))}
+    for body in found.values():
+        for name in ("finished", "command"):
+            del body[name]
+    return found
+
+
+def test_a_lost_worker_costs_nothing_and_results_equal_those_of_one_process(
+    tables: dict[str, Any], tmp_path: Path, by_value: None
+) -> None:
+    grid = small(make_grid(tables, name="tiny", path="tiny.toml"))
+    alone, spread = Store.open(tmp_path / "alone"), Store.open(tmp_path / "spread")
+    for seed in ("clean", "badnet"):
+        (alone.path / f"lost-{seed}").touch()
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        return from_json(stand_in(message_of(cell, folder)), CellResult)
+
+    run_grid(grid, alone, execute=execute)
+    done = run_grid_on_ray(grid, spread, address="local", processors=2, compute=with_key(grid))
+    assert (done.cells, done.ran, done.status) == (12, 12, {"done": 12})
+    assert {file.name for file in spread.path.glob("lost-*")} == {"lost-clean", "lost-badnet"}
+    assert not (spread.path / f"process-{os.getpid()}").exists()
+    assert len(list(spread.path.glob("process-*"))) >= 2
+    assert kept(spread) == kept(alone)
+    assert spread.running() == []
+    assert not ray.is_initialized()
+
+
+def message_of(cell: Cell, folder: Path) -> bytes:
+    from unpoison.benchmark.store import cell_message
+
+    return json.dumps(json.loads(cell_message(cell, folder)) | {"key": cell.key}).encode()
+
+
+def with_key(grid: Grid) -> Callable[[bytes], bytes]:
+    """The stand-in, told the cells' hashes, which it cannot compute without the package."""
+    keys = {json.dumps(json.loads(message_of(cell, Path()))["cell"]["names"]): cell.key for cell in grid.cells}
+
+    def compute(message: bytes) -> bytes:
+        import json
+
+        body = json.loads(message)
+        return stand_in(json.dumps(body | {"key": keys[json.dumps(body["cell"]["names"])]}).encode())
+
+    return compute
+
+
+def test_an_address_that_does_not_answer_is_said(grid: Grid, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
+        with pytest.raises(UsageError, match="no Ray cluster answers at") as caught:
+            run_grid_on_ray(grid, Store.open(tmp_path / "out"), address=address)
+        assert "ray start --head" in caught.value.hint
+    with pytest.raises(UsageError, match="expected HOST:PORT"):
+        check_answers("somewhere")

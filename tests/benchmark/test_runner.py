@@ -1,0 +1,174 @@
+"""The runner: order, resume, failures as values, leases, and that a second run changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.compute import failed
+from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.runner import run_grid
+from unpoison.benchmark.store import Store
+from unpoison.errors import ResultError, SchemaVersionError, UsageError
+
+Execute = Callable[[Cell, Path], CellResult]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        file.relative_to(folder).as_posix(): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in folder.rglob("*")
+        if file.is_file() and "leases" not in file.parts
+    }
+
+
+def test_victims_come_first_and_a_second_run_changes_nothing(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, order = Store.open(tmp_path / "out"), []
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        order.append(cell.key)
+        return made_up(cell, folder)
+
+    done = run_grid(grid, store, execute=execute)
+    assert (done.cells, done.ran, done.status, done.failed) == (12, 12, {"done": 12}, 0)
+    for cell in grid.cells:
+        assert order.index(cell.given().key) <= order.index(cell.key)
+    before = snapshot(store.path)
+    again = run_grid(grid, Store.open(store.path), execute=execute)
+    assert (again.ran, len(order)) == (0, 12)
+    assert snapshot(store.path) == before
+    body = json.loads(store.file(grid.cells[1].key).read_bytes())
+    assert body["command"] == f"unpoison bench run tiny.toml --cell {grid.cells[1].key} -o {store.path}"
+    assert body["inputs"] == json.loads(json.dumps(grid.cells[1].inputs))
+    assert {"torch", "unpoison", "python"} <= body["versions"].keys()
+
+
+def test_an_interrupted_run_goes_on_where_it_was(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, seen = Store.open(tmp_path / "out"), []
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        seen.append(cell.key)
+        return made_up(cell, folder)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_grid(grid, store, execute=execute)
+    assert sum(store.has(cell.key) for cell in grid.cells) == 5
+    assert store.running() == []
+    rest = run_grid(grid, store, execute=made_up)
+    assert (rest.ran, rest.status) == (7, {"done": 12})
+
+
+def test_failures_are_values_and_what_hangs_on_a_victim_is_refused(
+    grid: Grid, made_up: Execute, tmp_path: Path
+) -> None:
+    store = Store.open(tmp_path / "out")
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        if cell.is_given and cell.attack is not None and cell.names.seed == 0:
+            return failed(cell, "crashed", "ValueError: planted")
+        return made_up(cell, folder)
+
+    done = run_grid(grid, store, execute=execute)
+    assert done.status == {"done": 9, "crashed": 1, "refused": 2}
+    refused = [store.load(cell.key) for cell in grid.cells if store.load(cell.key).status == "refused"]
+    assert {result.reason for result in refused} == {"Its victim crashed: ValueError: planted"}
+    assert run_grid(grid, store, execute=made_up).ran == 0  # failures stay until they are asked for
+    again = run_grid(grid, store, execute=made_up, retry=True)
+    assert (again.ran, again.status) == (3, {"done": 12})
+
+
+def test_only_the_cells_that_are_named_run_with_their_victims(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "out")
+    repair = next(cell for cell in grid.cells if not cell.is_given)
+    done = run_grid(grid, store, execute=made_up, only=[repair.key[:10]])
+    assert (done.cells, done.ran) == (2, 2)
+    with pytest.raises(UsageError, match="has no cell 'zz'"):
+        run_grid(grid, store, execute=made_up, only=["zz"])
+
+
+def test_two_runners_share_the_cells(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, ran = Store.open(tmp_path / "out"), []
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        ran.append(cell.key)
+        return made_up(cell, folder)
+
+    runners = [threading.Thread(target=run_grid, args=(grid, store), kwargs={"execute": execute}) for _ in range(2)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert sorted(ran) == sorted(cell.key for cell in grid.cells)
+
+
+def test_a_lease_is_held_by_one_and_freed_when_its_holder_dies(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "out")
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom filelock import FileLock\n"
+        "folder = Path(sys.argv[1])\nlock = FileLock(folder / 'a.lock')\nlock.acquire()\n"
+        "(folder / 'a.json').write_text('{\"process\": 1, \"since\": 2.0}')\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(store.path / "leases")], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with store.lease("a") as ours:
+        assert not ours
+    assert [entry.key for entry in store.running()] == ["a"]
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert store.running() == []
+    with store.lease("a") as ours:
+        assert ours
+        assert [entry.process for entry in store.running()] == [os.getpid()]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "said"),
+    [
+        ('{"schema": "unpoison/bench", "schema_version": 99}', SchemaVersionError, "schema version 99"),
+        ('{"schema": "other"}', ResultError, "expected unpoison/bench"),
+        ("{", ResultError, "damaged"),
+    ],
+)
+def test_a_folder_of_another_version_is_refused(tmp_path: Path, content: str, error: Any, said: str) -> None:
+    (tmp_path / "bench.json").write_text(content)
+    with pytest.raises(error, match=said):
+        Store.open(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="holds no benchmark's results"):
+        Store.open(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_result_of_another_schema_is_refused(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "out")
+    run_grid(grid, store, execute=made_up, only=[grid.cells[0].key])
+    file = store.file(grid.cells[0].key)
+    file.write_bytes(file.read_bytes().replace(b'"schema_version": 1', b'"schema_version": 2'))
+    with pytest.raises(SchemaVersionError):
+        run_grid(grid, store, execute=made_up, retry=True)
+
+
+def test_another_grid_shares_the_folder(grid: Grid, tables: dict[str, Any], made_up: Execute, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "out")
+    run_grid(grid, store, execute=made_up)
+    tables["cells"][0]["seed"] = [0, 1, 2]
+    more = run_grid(make_grid(tables, name="more", path="more.toml"), store, execute=made_up)
+    assert (more.cells, more.ran) == (18, 6)
+    assert [plan.grid for plan in store.plans()] == ["more", "tiny"]
