@@ -1,0 +1,231 @@
+"""CBPT: its loss term by term, its dummies and shots, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from unpoison.api_zero_shot import purify_with_cbpt
+from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss
+from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
+from unpoison.defenses.dummies import moved
+from unpoison.defenses.shots import choose_shots, usable_scale
+from unpoison.detection.inversion import InversionConfig, InvertedTrigger
+from unpoison.detection.trigger_search import TriggerSearchConfig
+from unpoison.errors import ConfigError, DataError, NoSeparationError, NotEnoughDataError
+from unpoison.models.checkpoints import hash_weights
+from unpoison.models.clip_transformers import TransformersCLIP, load_clip
+from unpoison.models.zero_shot import TEMPLATES, class_embeddings
+from unpoison.runs import Run
+
+QUICK = CBPTConfig(
+    shots=4,
+    views=2,
+    steps=5,
+    loud_steps=2,
+    inversion=InversionConfig(steps=2, batch_size=8),
+    search=TriggerSearchConfig(inversion=InversionConfig(steps=1, batch_size=8)),
+)
+
+
+@pytest.fixture
+def clip(small_folder: Path) -> TransformersCLIP:
+    return load_clip(small_folder)
+
+
+@pytest.fixture(scope="module")
+def images() -> LabelledImages:
+    found = open_images("shapes:160:3")
+    kept = np.flatnonzero(found.labels < 4)
+    return replace(found.select(kept), class_names=found.class_names[:4])
+
+
+@pytest.fixture
+def run() -> Run:
+    return Run(accelerator=Accelerator(cpu=True))
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return raised / raised.sum(axis=1, keepdims=True)
+
+
+def test_the_loss_is_the_sum_of_its_terms() -> None:
+    plain, worn, given, tuned = unit(5, 7), unit(5, 7, seed=1), unit(3, 7, seed=2), unit(3, 7, seed=3)
+    labels, target, scale = torch.tensor([0, 1, 2, 1, 0]), 1, 9.0
+    classes = torch.arange(3)
+    z, za, h, g = (part.numpy() for part in (plain, worn, given, tuned))
+    opinion, clean = softmax(scale * z @ h.T), np.log(softmax(scale * z @ g.T))
+    others = labels.numpy() != target
+    answers = np.log(softmax(scale * za[others] @ g.T))
+    own = np.eye(3)[labels.numpy()]
+    terms = {
+        "clean_weight": -(opinion * clean).sum(axis=1).mean(),
+        "trigger_weight": -((0.25 * own + 0.75 * opinion)[others] * answers).sum(axis=1).mean(),
+        "suppress_weight": -np.log(1 - softmax(scale * (za[others] @ g.T + 0.2 * np.eye(3)[target]))[:, target]).mean(),
+        "align_weight": (1 - (g * h).sum(axis=1)).mean(),
+    }
+    nothing: dict[str, Any] = dict.fromkeys(terms, 0.0)
+    for name, value in terms.items():
+        settings: dict[str, Any] = nothing | {name: 2.0, "label_share": 0.25, "margin": 0.2}
+        config = CBPTConfig(**settings)
+        found = cbpt_loss(plain, worn, labels, target, classes, tuned, given, scale, config)
+        assert float(found) == pytest.approx(2 * value, rel=1e-4), name
+    labelled = CBPTConfig(**(nothing | {"clean_weight": 1.0, "clean": "labels"}))
+    found = cbpt_loss(plain, worn, labels, target, classes, tuned, given, scale, labelled)
+    assert float(found) == pytest.approx(-(own * clean).sum(axis=1).mean(), rel=1e-4)
+
+
+def test_a_subset_of_classes_keeps_labels_and_target() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = choose_classes(torch.tensor([7, 3]), 50, 5, generator)
+    assert {3, 7} <= set(chosen.tolist())
+    assert chosen.tolist() == sorted(chosen.tolist())
+    assert choose_classes(torch.tensor([1]), 6, 5, generator).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_free_classes_begin_where_they_were_given() -> None:
+    given = unit(4, 6)
+    carrier = FreeClasses(given)
+    assert torch.allclose(all_classes(carrier), given, atol=1e-6)
+    carrier.of(torch.tensor([1])).sum().backward()
+    assert carrier.free.grad is not None
+    assert float(carrier.free.grad[[0, 2, 3]].abs().max()) == 0
+
+
+def test_prompts_begin_as_the_text_that_they_stand_for(clip: TransformersCLIP) -> None:
+    prompts = ClassPrompts(clip, ("cat", "dog"), "a photo of a")
+    assert prompts.free.shape[0] == 2
+    with torch.no_grad():
+        wanted = clip.encode_texts(["a photo of a cat.", "a photo of a dog."])
+    assert torch.allclose(all_classes(prompts), wanted, atol=1e-5)
+    prompts.of(torch.tensor([0])).sum().backward()
+    assert prompts.free.grad is not None
+    assert float(prompts.free.grad[0].abs().max()) > 0
+    assert float(prompts.free.grad[1].abs().max()) == 0
+
+
+def test_a_dummy_moves_around_the_edges() -> None:
+    mask, pattern = torch.zeros(1, 4, 4), torch.zeros(3, 4, 4)
+    pattern[:, 3, 3] = 1
+    dummy = InvertedTrigger(form="additive", target=0, mask=mask, pattern=pattern, size=0.1, success=90.0)
+    assert moved(dummy, (1, 2)).pattern[:, 0, 1].tolist() == [1, 1, 1]
+    assert moved(dummy, (1, 2)).pattern.sum() == 3
+
+
+def test_shots_and_judges_share_no_image(images: LabelledImages, run: Run) -> None:
+    chosen = choose_shots(images, 4, 16, run=run)
+    assert torch.bincount(chosen.learnt.labels).tolist() == [4, 4, 4, 4]
+    assert not set(chosen.learnt.rows.tolist()) & set(chosen.judging.rows.tolist())
+    assert len(chosen.judging) > 0
+    few = choose_shots(images, 1000, 16, run=run)
+    assert few.fewest < 1000
+    assert not set(few.learnt.rows.tolist()) & set(few.judging.rows.tolist())
+
+
+def test_with_a_target_the_classes_move_and_the_model_does_not(
+    clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    before = hash_weights(dict(clip.module.state_dict()))
+    outcome = purify_with_cbpt(clip, images, target=images.class_names[1], config=QUICK, run=run)
+    assert hash_weights(dict(clip.module.state_dict())) == before
+    result, classifier = outcome.purification, outcome.classifier
+    assert result.targets == (images.class_names[1],)
+    assert result.search is None
+    assert len(result.dummies) == 5
+    assert [entry.aside for entry in result.dummies] == [False] * 4 + [True]
+    assert all(entry.picture for entry in result.dummies)
+    given = class_embeddings(clip, images.class_names, TEMPLATES)
+    assert classifier.classes.shape == given.shape
+    assert torch.allclose(classifier.classes.norm(dim=1), torch.ones(4), atol=1e-5)
+    assert not torch.allclose(classifier.classes, given, atol=1e-4)
+    assert "no weight was changed" in result.not_covered[0]
+    again = purify_with_cbpt(clip, images, target=images.class_names[1], config=QUICK, run=run)
+    assert torch.equal(again.classifier.classes, classifier.classes)
+
+
+def test_the_plain_reading_gives_prompts(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    config = CBPTConfig.as_published(
+        shots=4, steps=3, loud_steps=2, rounds=1, least_asr=0.0, inversion=QUICK.inversion, learning_rate=0.1
+    )
+    outcome = purify_with_cbpt(clip, images, target=images.class_names[0], config=config, run=run)
+    prompts = outcome.classifier.prompts
+    assert prompts is not None
+    assert prompts.ndim == 3
+    assert len(outcome.purification.dummies) == 3  # one, another of the round, and the one aside
+
+
+def test_nothing_found_gives_the_classifier_back_to_the_bit(
+    clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    never = replace(QUICK, search=replace(QUICK.search, success=100.0, index=99.0, index_apart=99.0))
+    outcome = purify_with_cbpt(clip, images, config=never, run=run)
+    assert outcome.purification.left_alone
+    assert outcome.purification.accepted
+    assert torch.equal(outcome.classifier.classes, class_embeddings(clip, images.class_names, TEMPLATES))
+    assert outcome.purification.search is not None
+    assert outcome.purification.dummies == ()
+
+
+def test_what_costs_too_much_or_leaves_the_trigger_is_not_accepted(
+    clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    wild = replace(QUICK, learning_rate=50.0, clean_weight=0.0, suppress_weight=0.0, bound_asr=0.0, bound=0.0)
+    result = purify_with_cbpt(clip, images, target=images.class_names[0], config=wild, run=run).purification
+    worst = max(entry.left for entry in result.dummies)
+    fall = result.held_out_before - result.held_out_after
+    assert result.accepted == (worst <= 0 and fall <= 0)
+    assert f"{worst:.1f} percent" in result.reason
+
+
+@pytest.mark.parametrize("scale", [0.0, float("inf")])
+def test_any_logit_scale_is_worked_with(scale: float, clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    clip.module.get_parameter("logit_scale").data.fill_(float(np.log(scale)) if scale else -80.0)
+    assert 1 <= usable_scale(clip) <= 100
+    result = purify_with_cbpt(clip, images, target=images.class_names[0], config=QUICK, run=run).purification
+    assert np.isfinite(result.held_out_after)
+    assert any("logit scale" in warning for warning in result.warnings)
+
+
+def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    first = images.labels == 0
+    lonely = images.select(np.concatenate([np.flatnonzero(~first), np.flatnonzero(first)[:1]]))
+    with pytest.raises(NotEnoughDataError, match="have 1, need at least 2"):
+        purify_with_cbpt(clip, lonely, config=QUICK, run=run)
+    two = replace(images.select(np.flatnonzero(images.labels < 2)), class_names=images.class_names[:2])
+    with pytest.raises(NotEnoughDataError, match="classes to compare: have 2"):
+        purify_with_cbpt(clip, two, config=QUICK, run=run)
+    twins = replace(images, class_names=("cat", "CAT", "dog", "cow"))
+    with pytest.raises(DataError, match="cannot tell these class names apart"):
+        purify_with_cbpt(clip, twins, config=QUICK, run=run)
+    with pytest.raises(DataError, match="'banana' is none of the 4 classes"):
+        purify_with_cbpt(clip, images, target="banana", config=QUICK, run=run)
+    with pytest.raises(ConfigError, match="views must be positive"):
+        CBPTConfig(views=0)
+
+
+def test_fewer_shots_than_asked_are_said(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    config = replace(QUICK, shots=1000)
+    result = purify_with_cbpt(clip, images, target=images.class_names[0], config=config, run=run).purification
+    assert any("Fewer than 1000 images to learn from" in warning for warning in result.warnings)
+
+
+def test_embeddings_that_are_all_equal_are_no_ground_to_judge_on(
+    clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    for name, weight in clip.module.named_parameters():
+        if name.startswith("vision_model.embeddings."):
+            weight.data.zero_()
+    with pytest.raises(NoSeparationError, match="the same embedding"):
+        purify_with_cbpt(clip, images, config=QUICK, run=run)
