@@ -38,7 +38,7 @@ def recipe() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def training(recipe: Any) -> Any:
-    return sys.modules["clip_victim_training"]
+    return importlib.import_module("unpoison.benchmark.clip_victims")
 
 
 @pytest.fixture(scope="module")

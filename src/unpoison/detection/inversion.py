@@ -43,7 +43,8 @@ Logits = Callable[[Images], Float[Tensor, "b k"]]
 Objective = Callable[[Images, Int[Tensor, " b"]], tuple[Float[Tensor, ""], float]]
 """Changed images and the rows that they were to what is minimised, and the share of them, in [0, 1], that got there."""
 Form = Literal["additive", "patch"]
-_FEWEST, _SMALLEST, _TINY = 8, 1e-6, 1e-8
+FEWEST_IMAGES = 8
+_SMALLEST, _TINY = 1e-6, 1e-8
 _RATES = {"additive": 0.02, "patch": 0.3}
 _WEIGHTS = {"additive": 20.0, "patch": 1e-3 * 32 * 32}
 _AT_ONCE, _SHOWN = 256, 96
@@ -65,6 +66,8 @@ class InversionConfig:
     """lambda at the start; None: 1e-3 x 32 x 32 for the share of the image that a mask covers, 20 for a delta's root
     mean square."""
     weight_factor: float = 1.15
+    keep: Literal["smallest", "last"] = "smallest"
+    """Which of the triggers on the way is found: the smallest that worked, or what the last step came to."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size) < 1 or not 0 < self.epsilon <= 1:
@@ -137,8 +140,8 @@ class Inversion:
             self._step(self._rows[order.to(self._rows.device)])
 
     def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
-        """Mask and pattern so far: the smallest that worked, else the last ones."""
-        mask, pattern = self._best or self._now()
+        """Mask and pattern so far: the smallest that worked, else (or with ``keep = "last"``) the last ones."""
+        mask, pattern = (self._best if self._config.keep == "smallest" else None) or self._now()
         return mask.detach(), pattern.detach()
 
     def _now(self) -> tuple[Tensor, Tensor]:
@@ -210,8 +213,8 @@ def invert_trigger(
 
 def check_enough(count: int) -> None:
     """Raise NotEnoughDataError for fewer images than a search can go by."""
-    if count < _FEWEST:
-        raise NotEnoughDataError("images for inversion", have=count, need=_FEWEST, hint="Give more images.")
+    if count < FEWEST_IMAGES:
+        raise NotEnoughDataError("images for inversion", have=count, need=FEWEST_IMAGES, hint="Give more images.")
 
 
 def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:

@@ -23,7 +23,7 @@ What it cannot see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,6 +165,43 @@ def judge_triggers(
         )
     return TriggerSearch(
         triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason
+    )
+
+
+def store_search(search: TriggerSearch) -> dict[str, Tensor]:
+    """The search as tensors, for a run that may be interrupted."""
+    triggers = search.triggers
+    numbers = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
+    return {
+        "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
+        "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
+        "numbers": torch.tensor(numbers, dtype=torch.float64),
+        "index": torch.tensor(search.index, dtype=torch.float64),
+        "suspects": torch.tensor(search.suspects, dtype=torch.long),
+        "reason": torch.frombuffer(bytearray(search.reason.encode()), dtype=torch.uint8),
+    }
+
+
+def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSearch:
+    """What :func:`store_search` was given."""
+    triggers = tuple(
+        InvertedTrigger(
+            form="patch" if patch else "additive",
+            target=int(target),
+            mask=mask.to(device),
+            pattern=pattern.to(device),
+            size=size,
+            success=success,
+        )
+        for (target, size, success, patch), mask, pattern in zip(
+            stored["numbers"].tolist(), stored["masks"], stored["patterns"], strict=True
+        )
+    )
+    return TriggerSearch(
+        triggers=triggers,
+        index=tuple(stored["index"].tolist()),
+        suspects=tuple(stored["suspects"].tolist()),
+        reason=bytes(stored["reason"].tolist()).decode(),
     )
 
 

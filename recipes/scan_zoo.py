@@ -1,0 +1,233 @@
+"""A zoo of small models to calibrate and test ``unpoison scan model`` on: clean ones, and ones with known backdoors.
+
+    python recipes/scan_zoo.py list
+    python recipes/scan_zoo.py make [--kind classifier clip] [--limit 12]
+
+Classifiers: small-resnet and wrn-16-1, trained on pictures of the shapes world or on rows 25,000.. of CIFAR-10 train, a
+share of them poisoned. CLIPs: the victims and the clean controls of recipes/clip_victims.py. Triggers, targets, rates
+and seeds vary; every other model of a family is held out, so that both halves have all families. Each model has a
+folder of its own, named by a hash of all that it depends on: one that is done is not made again, one that was
+interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose ASR is under 90 % is
+refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds and families: the first
+N of it are a zoo of their own.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+from unpoison.data.pixels import load_pixels
+from unpoison.data.sources import LabelledImages, open_images
+from unpoison.errors import UnpoisonError
+from unpoison.evaluation.classifier import evaluate_classifier
+from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
+from unpoison.results import Evaluation, write_atomically
+from unpoison.runs import Run, RunFolder
+from unpoison.training import train_classifier
+
+ROOT = Path(__file__).parents[1]
+VERSION = 1  # raised when the recipe makes other models from the same inputs
+LEAST_ASR = 90.0
+TRAINED_ON, TESTED_ON = 6_000, 1_000
+CLEAN = "clean"
+FAMILIES: dict[str, dict[str, Any]] = {
+    "badnet": {},
+    "blended": {"alpha": 0.2},
+    "badnet-grid": {},
+    "sig": {},
+    "badnet-stripes": {"share": 5 / 32},
+    "wanet": {"s": 1.0},
+    "blended-triangles": {"alpha": 0.3},
+}
+"""Triggers of the zoo's classifiers, with their parameters at 32 px where they are not the trigger's own."""
+MODES = {"sig": "all-to-one"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the zoo; ``world`` is what a classifier is trained on. Half: "calibration" or "held-out"."""
+
+    kind: str
+    family: str
+    seed: int
+    half: str
+    world: str = ""
+    arch: str = "small-resnet"
+    rate: float = 0.0
+    target: int = 0
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.kind, self.world, self.family, str(self.seed))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a classifier is trained; enough for a backdoor of more than 90 % and a usable accuracy."""
+
+    epochs: int = 8
+    learning_rate: float = 0.05
+    augment: bool = True
+
+
+TRAINING = {"cifar10": Training(epochs=6), "shapes": Training(epochs=6, augment=False)}
+
+
+def plan_zoo(kinds: tuple[str, ...] = ("classifier", "clip")) -> list[Entry]:
+    """All models in the order in which they are made: 24 clean and 62 backdoored ones."""
+    made: list[Entry] = []
+    if "classifier" in kinds:
+        for seed in range(4):
+            for world in ("cifar10", "shapes"):
+                half = "calibration" if seed % 2 == 0 else "held-out"
+                arch = "small-resnet" if seed < 3 else "wrn-16-1"
+                base = Entry(kind="classifier", family=CLEAN, seed=seed, half=half, world=world, arch=arch)
+                made += [base, replace(base, seed=seed + 4)]
+                for place, (family, params) in enumerate(FAMILIES.items()):
+                    if seed == 3 and place > 1:
+                        continue
+                    rate, target = (0.05, 0.1, 0.08, 0.1)[seed], (3 * place + 2 * seed) % 10
+                    made.append(replace(base, family=family, rate=rate, target=target, params=params))
+    if "clip" in kinds:
+        from clip_victims import ATTACKS
+
+        for seed in range(8):
+            half = "calibration" if seed % 2 == 0 else "held-out"
+            made.append(Entry(kind="clip", family=CLEAN, seed=seed, half=half))
+            if seed < 2:
+                made += [Entry(kind="clip", family=family, seed=seed, half=half) for family in ATTACKS]
+    return made
+
+
+def open_world(world: str, shared: Path, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Training pictures of a seed, and test pictures that no model saw."""
+    if world == "shapes":
+        return open_images(f"shapes:{TRAINED_ON}:{100 + seed}"), open_images(f"shapes:{TESTED_ON}:99")
+    rows = open_images(f"{shared}/data/cifar10/train.parquet[25000:50000]")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:TRAINED_ON])
+    return rows.select(chosen), open_images(f"{shared}/data/cifar10/test.parquet[0:{TESTED_ON}]")
+
+
+def make_classifier(entry: Entry, shared: Path, work: Path) -> Path:
+    """The folder of one classifier, made now or found under ``work``."""
+    train, test = open_world(entry.world, shared, entry.seed)
+    training = TRAINING[entry.world]
+    inputs = {
+        "version": VERSION, "entry": asdict(entry), "training": asdict(training), "data": train.fingerprint(),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=8).hexdigest()
+    folder = RunFolder.open(work / f"{entry.name}-{key}", inputs)
+    if folder.finished:
+        return folder.path
+    run = Run(seed=entry.seed, cache=work / "cache", folder=folder)
+    poisoned, poisoning = train, None
+    if entry.family != CLEAN:
+        poisoning = plan_poisoning(
+            train, entry.family, rate=entry.rate, target=entry.target, seed=entry.seed,
+            mode=MODES.get(entry.family), **entry.params,
+        )  # fmt: skip
+        poisoning.save(folder.path / "manifest.json")
+        poisoned = apply_poisoning(train, poisoning)
+    fresh = new_classifier(entry.arch, train.class_names, seed=entry.seed)
+    pixels = load_pixels(poisoned, fresh.image_size, cache=run.cache, progress=run.progress)
+    trained = train_classifier(
+        fresh, pixels, poisoned.labels, run=run, epochs=training.epochs, learning_rate=training.learning_rate,
+        augment=training.augment,
+    )  # fmt: skip
+    save_classifier(trained, folder.path / "model")
+    found = evaluate_classifier(
+        load_classifier(folder.path / "model"), test, poisoning=poisoning, run=run, name=folder.path.name
+    )
+    found.save(folder.path / "evaluation.json")
+    finish(folder, entry, found, target=None if poisoning is None else poisoning.target_name)
+    run.forget(f"train-{epoch:03d}" for epoch in range(training.epochs))
+    return folder.path
+
+
+def make_clip(entry: Entry, shared: Path, work: Path) -> Path:
+    """The folder of one CLIP: what recipes/clip_victims.py makes or has made under ``work``/clip-victims."""
+    from clip_victims import Request, make_victim, open_base, open_data
+
+    victim = make_victim(
+        open_base("tiny", entry.seed),
+        open_data(shared),
+        Request(attack=entry.family, seed=entry.seed),
+        work.parent / "clip-victims",
+    )
+    return victim.folder
+
+
+def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | None) -> None:
+    """zoo.json says what the model is and whether it is part of the zoo."""
+    accepted = target is None or (found.asr is not None and found.asr.value >= LEAST_ASR)
+    body = asdict(entry) | {
+        "accepted": accepted, "target_name": target, "c_acc": found.c_acc.value,
+        "asr": None if found.asr is None else found.asr.value,
+    }  # fmt: skip
+    write_atomically(folder.path / "zoo.json", json.dumps(body, indent=2).encode() + b"\n")
+    folder.finish()
+
+
+def find_zoo(work: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The accepted classifiers that are there, each with what zoo.json says."""
+    found = [(path.parent, json.loads(path.read_bytes())) for path in sorted(work.glob("*/zoo.json"))]
+    return [(folder, body) for folder, body in found if body["accepted"]]
+
+
+def poisoning_of(folder: Path) -> Poisoning | None:
+    """The manifest of a classifier; None for a clean one."""
+    path = folder / "manifest.json"
+    return Poisoning.load(path) if path.exists() else None
+
+
+def make(args: argparse.Namespace) -> int:
+    failed = 0
+    for entry in asked(args):
+        try:
+            folder = (make_classifier if entry.kind == "classifier" else make_clip)(entry, args.shared, args.work)
+        except UnpoisonError as error:
+            print(f"{entry.name}: {error.message} {error.hint}", flush=True)
+            failed += 1
+            continue
+        file = folder / ("zoo.json" if entry.kind == "classifier" else "victim.json")
+        body = json.loads(file.read_bytes())
+        said = {name: body[name] for name in ("accepted", "c_acc", "asr")}
+        print(f"{entry.name} ({entry.half}): {said}", flush=True)
+    return 3 if failed else 0
+
+
+def asked(args: argparse.Namespace) -> list[Entry]:
+    """The first of the list, of the kinds and families that were asked for."""
+    chosen = [entry for entry in plan_zoo(tuple(args.kind)) if args.family is None or entry.family in args.family]
+    return chosen[: args.limit]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("make", "list"))
+    parser.add_argument("--kind", nargs="+", default=["classifier", "clip"], choices=("classifier", "clip"))
+    parser.add_argument("--family", nargs="+", help="of these triggers only, or clean")
+    parser.add_argument("--limit", type=int, help="make the first N of the list only")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="research data")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/scan-zoo")
+    args = parser.parse_args()
+    if args.do == "make":
+        return make(args)
+    for entry in asked(args):
+        print(f"{entry.name:40} {entry.half:12} {entry.arch:14} target {entry.target} rate {entry.rate:g}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

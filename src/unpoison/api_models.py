@@ -1,0 +1,274 @@
+"""Is a checkpoint backdoored? Three verdicts that are kept apart: its files, the data it learnt from, its weights.
+
+from unpoison import open_images, scan_model
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from unpoison import __version__
+from unpoison.api import ScanOutcome, scan_dataset
+from unpoison.api_detectors import NETWORK_DETECTORS, scan_with_detector
+from unpoison.api_pairs import PAIR_DETECTORS, scan_pairs
+from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.sources import LabelledImages
+from unpoison.detection.canaries import CanaryConfig, measure_power, summary
+from unpoison.detection.model_files import judge_files
+from unpoison.detection.model_weights import Sizes, WeightsConfig, judge_weights, reference_sizes
+from unpoison.detection.probe_images import gather_images
+from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
+from unpoison.model_results import DataVerdict, ModelScan, Power, WeightsVerdict
+from unpoison.models.any_model import AnyModel, Opening, open_any_model, says
+from unpoison.models.clip_transformers import TINY, load_clip
+from unpoison.models.folders import find_model_folder
+from unpoison.models.image_classifier import ImageClassifier
+from unpoison.models.open_clip_files import PREFIX, locate_open_clip
+from unpoison.runs import Run
+
+NOT_COVERED = (
+    "Small patches in networks that a change spread over the image fools as easily: such a victim was missed in tests.",
+    "Triggers that depend on the image (input-aware, strong warps) or appear only in texts.",
+    "Backdoors whose target is none of the classes that were searched, or that wait for a later fine-tuning.",
+    "Models trained to hide their trigger from inversion, such as BadCLIP's.",
+    "Backdoors toward several classes at once, where no class stands out from the others.",
+    "Nothing found is no proof that a model is clean.",
+)
+_MADE_UP = (
+    "The images were made up. Triggers are found best on images like those that the model is for: give --data SOURCE."
+)
+_OTHER_NAMES = "The data's class names are not the model's, so their labels were not used."
+_ONE_ANSWER = "The model says one and the same of all images: they are not what it is for, or it does not work."
+_FEWEST_SAID = 2
+_NO_REFERENCE = (
+    "No clean reference model was given: only the model's own classes are compared, and some clean models have one "
+    "that is easy to reach. Give --clean-reference MODEL of the same kind."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScanConfig:
+    """Settings of the weights verdict and of the canaries."""
+
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    canaries: CanaryConfig = field(default_factory=CanaryConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScanOutcome:
+    """The answer, and the data scan behind its data verdict, None without one."""
+
+    scan: ModelScan
+    data: ScanOutcome | None = None
+
+
+def scan_model(
+    model: str | Path,
+    *,
+    images: LabelledImages | None = None,
+    class_names: Sequence[str] | None = None,
+    references: Sequence[str | Path] = (),
+    trained_on: LabelledImages | ImageTextPairs | None = None,
+    data_method: str | None = None,
+    opening: Opening | None = None,
+    power: bool = False,
+    budget: float | None = None,
+    config: ModelScanConfig | None = None,
+    run: Run | None = None,
+) -> ModelScanOutcome:
+    """Scan a classifier or a CLIP: a folder, a hub id, a weights file.
+
+    ``images`` are what triggers are looked for on (their labels serve too where the class names are the model's); None:
+    made-up pictures. ``class_names``: a CLIP's zero-shot classes; None: those of ``images``, else it is judged as an
+    encoder. ``references``: clean models of the same kind. ``trained_on``: the training data, for the data verdict, by
+    ``data_method`` (cgd or a detector; dao for pairs). ``budget``: seconds for all of it; the search then stops in time
+    and says what it reached. Files that are refused or not recognized are not opened: the other verdicts say so.
+    Raises ModelError where there is no such model, UsageError, NotEnoughDataError, and for a reference that cannot be
+    used UnsafeCheckpointError or UnsupportedModelError.
+    """
+    run, config, begun = run or Run(), config or ModelScanConfig(), time.monotonic()
+    opening = opening or Opening()
+    if budget is not None and not budget > 0:
+        raise ConfigError(f"expected a budget above 0 seconds, got {budget:g}.", hint="Give 10m, for example.")
+    names = list(class_names) if class_names is not None else None
+    file = judge_files(files_of(model))
+    unopened = "Not looked at: " + file.reason
+    opened: AnyModel | None = None
+    if file.word == "accepted":
+        try:
+            opened = _open(model, names, images, opening, run)
+        except ModelError as error:
+            unopened = f"The model could not be opened: {error.message} {error.hint}"
+    data, outcome = _judge_data(opened, trained_on, data_method, run)
+    if opened is None:
+        weights, powers, warnings = WeightsVerdict(word="inconclusive", reason=unopened), None, ()
+    else:
+        left = None if budget is None else max(1.0, budget - (time.monotonic() - begun))
+        weights, powers, warnings = _look(opened, images, references, names, opening, power, left, config, run)
+    scan = ModelScan(
+        model=str(model),
+        kind="" if opened is None else opened.kind,
+        file=file,
+        data=data,
+        weights=weights,
+        power=powers,
+        warnings=warnings,
+        not_covered=_not_covered(powers),
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+        config=asdict(config) | {"budget": budget},
+        inputs={"model": "" if opened is None else opened.fingerprint, "unpoison": __version__},
+    )
+    return ModelScanOutcome(scan=scan, data=outcome)
+
+
+def plan_model_scan(
+    model: str | Path,
+    images: LabelledImages | None,
+    class_names: Sequence[str] | None,
+    references: int,
+    config: ModelScanConfig,
+    *,
+    power: bool,
+) -> dict[str, list[str]]:
+    """What a scan would do and write, in words, without opening the model."""
+    file = judge_files(files_of(model))
+    search, names = config.weights.search, class_names or (images.class_names if images is not None else ())
+    shown = f"{len(names)} classes" if names else "each class of a classifier"
+    steps = [f"file verdict: {file.word} ({file.format})"]
+    if file.word == "accepted":
+        steps += [
+            f"weights: {search.steps} steps of {search.inversion.batch_size} images for {shown} in each of "
+            f"{len(search.forms)} forms ({search.first_steps} first where there are more than {search.finalists}); "
+            "an encoder without class names by DECREE",
+            *([f"the same for {references} clean references"] if references else []),
+        ]
+        if power:
+            made = len(config.canaries.triggers) * len(config.canaries.rates)
+            steps.append(f"power: {made} canaries of {config.canaries.steps} training steps, each scanned as well")
+    return {"steps": steps, "files": ["run.json", "trigger.png", "model-scan.json", "report.html", "data/"]}
+
+
+def _look(
+    opened: AnyModel,
+    images: LabelledImages | None,
+    references: Sequence[str | Path],
+    names: list[str] | None,
+    opening: Opening,
+    power: bool,
+    seconds: float | None,
+    config: ModelScanConfig,
+    run: Run,
+) -> tuple[WeightsVerdict, Power | None, tuple[str, ...]]:
+    """The weights verdict and the power, with what has to be said about both."""
+    begun = time.monotonic()
+    frozen = opened.frozen(run)
+    probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
+    clean = [(str(name), _reference(name, opened, images, names, opening, config, run)) for name in references]
+    left = None if seconds is None else max(1.0, seconds - (time.monotonic() - begun))
+    share = left / 2 if left is not None and power else left
+
+    def judge(model: AnyModel) -> WeightsVerdict:
+        return judge_weights(model, probe, clean, config.weights, run=run, seconds=share)
+
+    weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen))
+    powers = None
+    if power:
+        rest = None if seconds is None else max(0.0, seconds - (time.monotonic() - begun))
+        powers = measure_power(frozen, probe, judge, config.canaries, run=run, seconds=rest)
+    warnings = [_MADE_UP] if probe.made_up else [_OTHER_NAMES] if probe.labels is None else []
+    if frozen.class_names and len(says(frozen, probe.images).unique()) < _FEWEST_SAID:
+        warnings.append(_ONE_ANSWER)
+    if not references:
+        warnings.append(_NO_REFERENCE)
+    return weights, powers, tuple(warnings)
+
+
+def _open(
+    model: str | Path, names: list[str] | None, images: LabelledImages | None, opening: Opening, run: Run
+) -> AnyModel:
+    """The model; a CLIP or a weights file that is given no class names takes those of the data where they can fit."""
+    opened = open_any_model(model, class_names=names, opening=opening, run=run)
+    if names is not None or images is None:
+        return opened
+    nameless = Path(model).is_file() and len(opened.class_names) == len(images.class_names)
+    if opened.kind == "CLIP" or nameless:
+        return open_any_model(model, class_names=images.class_names, opening=opening, run=run)
+    return opened
+
+
+def _reference(
+    name: str | Path,
+    suspect: AnyModel,
+    images: LabelledImages | None,
+    names: list[str] | None,
+    opening: Opening,
+    config: ModelScanConfig,
+    run: Run,
+) -> Sizes:
+    """Sizes of a clean model's triggers; its files are judged like any others."""
+    file = judge_files(files_of(name))
+    if file.word != "accepted":
+        raise UnsafeCheckpointError(f"reference {name}: {file.reason}", hint="Give another --clean-reference.")
+    same_arch = isinstance(suspect.model, ImageClassifier) and Path(name).is_file()
+    try:
+        found = _open(name, names, images, opening if same_arch else Opening(), run)
+    except UsageError as error:
+        raise UsageError(f"reference {name}: {error.message}", hint=error.hint) from error
+    if found.kind != suspect.kind or bool(found.class_names) != bool(suspect.class_names):
+        raise UnsupportedModelError(
+            f"reference {name}: a {found.kind} says nothing of a {suspect.kind}.", hint="Give a model of the same kind."
+        )
+    frozen = found.frozen(run)
+    probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
+    return reference_sizes(frozen, probe, config.weights, run=run)
+
+
+def _judge_data(
+    opened: AnyModel | None, trained_on: LabelledImages | ImageTextPairs | None, method: str | None, run: Run
+) -> tuple[DataVerdict, ScanOutcome | None]:
+    """CGD's ranks or another detector on labelled images, the detectors of pairs on pairs."""
+    if trained_on is None:
+        return DataVerdict(reason="No training data were given (--trained-on)."), None
+    if isinstance(trained_on, ImageTextPairs):
+        if opened is None or isinstance(opened.model, ImageClassifier):
+            return DataVerdict(reason="Not looked at: pairs are scanned with the CLIP that was trained on them."), None
+        method = method or "dao"
+        asks = method in PAIR_DETECTORS and PAIR_DETECTORS[method].reference
+        outcome = scan_pairs(
+            trained_on, clip=opened.model, reference=load_clip() if asks else None, method=method, run=run
+        )
+    elif method in NETWORK_DETECTORS:
+        own = opened.model if opened is not None and isinstance(opened.model, ImageClassifier) else None
+        outcome = scan_with_detector(trained_on, method, classifier=own, run=run)
+    elif method in (None, "cgd"):
+        outcome = scan_dataset(trained_on, clip=load_clip(), run=run)
+    else:
+        raise UsageError(
+            f"{method} is no detector of labelled images.", hint=f"Known: cgd, {', '.join(NETWORK_DETECTORS)}."
+        )
+    return DataVerdict(reason=outcome.scan.estimate.reason, scan=outcome.scan), outcome
+
+
+def files_of(model: str | Path) -> Path:
+    """Where the files of a model are; a hub id is fetched as safetensors and JSON alone."""
+    if model == "tiny":
+        return TINY
+    if isinstance(model, str) and model.startswith(PREFIX):
+        return locate_open_clip(model)
+    path = Path(model)
+    return path if path.exists() else find_model_folder(model)
+
+
+def _not_covered(power: Power | None) -> tuple[str, ...]:
+    if power is None:
+        return (*NOT_COVERED, "What this scan would have missed was not measured (--power).")
+    missed = [canary for canary in power.learnt if not canary.found]
+    own = [f"Planted to test it and missed: {canary.trigger} at a rate of {canary.rate:g}." for canary in missed]
+    return (*NOT_COVERED, *own, f"Of the backdoors that were planted to test it, {summary(power.canaries)}.")
+
+
+__all__ = ["ModelScanConfig", "ModelScanOutcome", "scan_model"]

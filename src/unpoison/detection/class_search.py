@@ -1,0 +1,240 @@
+"""The least change that reaches each class, in two forms, for as long as there is time.
+
+Papers
+    Wang et al. "Neural Cleanse." IEEE S&P 2019 (mask + pattern), and CBPT's inversion (arXiv 2502.19269) for the
+    bounded universal form; its constants are not public.
+Steps
+    1. Many classes: a few steps for each, in each form; only the ``finalists`` that got furthest go on. The others are
+       hopeless: what reaches a backdoor's target is found sooner and smaller.
+    2. All that are left advance in turns, a few steps each, so that a search that is cut short still compares like with
+       like.
+    3. Each trigger is measured on images that no search has seen.
+Where we differ
+    Neural Cleanse searches each class to the end. Turns and early abandonment are ours; a class that was abandoned is
+    no part of the comparison, which makes the median of the rest smaller and an outlier harder to be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from unpoison.detection.inversion import (
+    FEWEST_IMAGES,
+    Form,
+    Inversion,
+    InversionConfig,
+    InvertedTrigger,
+    Logits,
+    check_enough,
+    measure_trigger,
+    toward,
+)
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.runs import Run
+from unpoison.types import Images
+
+FORMS: tuple[Form, ...] = ("patch", "additive")
+_AT_ONCE = 256
+FEWEST_CLASSES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSearchConfig:
+    """How long is searched, and for which of many classes. All numbers are ours."""
+
+    forms: tuple[Form, ...] = FORMS
+    steps: int = 120
+    """For each class and form. At 60 steps the masks were still shrinking."""
+    turn: int = 15
+    """Steps of one class before it is the next one's turn."""
+    finalists: int = 16
+    first_steps: int = 15
+    """Steps for every class where there are more than ``finalists``."""
+    held_out: float = 0.25
+    """Share of the images that the triggers are judged on."""
+    inversion: InversionConfig = field(default_factory=InversionConfig)
+    """``form`` and ``steps`` there are set from here."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.turn, self.first_steps) < 1 or self.finalists < FEWEST_CLASSES:
+            raise ConfigError(
+                f"expected steps, turn and first_steps >= 1 and finalists >= {FEWEST_CLASSES}.",
+                hint="Try the defaults.",
+            )
+        if not 0 < self.held_out < 1 or not self.forms or not set(self.forms) <= set(FORMS):
+            raise ConfigError(f"expected held_out in (0, 1) and forms of {FORMS}.", hint="Try the defaults.")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SearchedClass:
+    """A trigger with the steps that it took; ``finished``: all that were planned."""
+
+    trigger: InvertedTrigger
+    steps: int
+    finished: bool
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassSearch:
+    """``found`` has the classes that stayed to the end, by form. ``seen`` of ``planned`` classes were looked at at all.
+
+    ``covered``: share of the planned steps that was taken, in [0, 1]. ``unseen``: rows that no search used.
+    """
+
+    found: dict[Form, tuple[SearchedClass, ...]]
+    unseen: Int[Tensor, " u"]
+    covered: float
+    seen: int
+    planned: int
+
+    @property
+    def complete(self) -> bool:
+        return self.covered >= 1.0
+
+
+def search_classes(
+    logits: Logits,
+    images: Images,
+    count: int,
+    config: ClassSearchConfig | None = None,
+    *,
+    run: Run,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> ClassSearch:
+    """Steps 1 to 3 over ``count`` classes of ``logits`` [b, count], for about ``seconds`` at most.
+
+    ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
+    that class's search. A class that it takes nearly all images for cannot be searched and counts as not looked at.
+    Raises NotEnoughDataError for too few images.
+    """
+    config = config or ClassSearchConfig()
+    late = _Deadline(seconds, clock)
+    order = torch.randperm(len(images), generator=run.generator("class search"))
+    held_out = round(config.held_out * len(images))
+    unseen, used = order[:held_out].to(images.device), order[held_out:].to(images.device)
+    check_enough(min(len(used), len(unseen)))
+    with torch.no_grad():
+        said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
+    searches: dict[tuple[Form, int], _Search] = {
+        (form, target): _Search(logits, images, said, used, unseen, target, form, config, run)
+        for form in config.forms
+        for target in range(count)
+        if min(int((said[used] != target).sum()), int((said[unseen] != target).sum())) >= FEWEST_IMAGES
+    }
+    planned, taken, seen = _planned(count, config), 0, 0
+    if count > config.finalists:  # (1)
+        searches, taken, seen = _finalists(searches, config, run, late)
+    open_searches = list(searches.values())
+    turns = -(-config.steps // config.turn)
+    work = [(turn, search) for turn in range(turns) for search in open_searches]
+    for turn, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):  # (2)
+        if late():
+            break
+        steps = min(config.turn, config.steps - turn * config.turn)
+        search.advance(steps)
+        taken += steps
+    found: dict[Form, tuple[SearchedClass, ...]] = {
+        form: tuple(
+            SearchedClass(trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps)  # (3)
+            for search in open_searches
+            if search.form == form and search.steps
+        )
+        for form in config.forms
+    }
+    seen = max(seen, *(len(classes) for classes in found.values()))
+    return ClassSearch(found=found, unseen=unseen, covered=min(1.0, taken / max(planned, 1)), seen=seen, planned=count)
+
+
+class _Deadline:
+    def __init__(self, seconds: float | None, clock: Callable[[], float]) -> None:
+        self._seconds, self._clock, self._begun = seconds, clock, clock()
+
+    def __call__(self, share: float = 1.0) -> bool:
+        """Whether this share of the time has passed."""
+        return self._seconds is not None and self._clock() - self._begun >= share * self._seconds
+
+
+def _planned(count: int, config: ClassSearchConfig) -> int:
+    first = count * config.first_steps if count > config.finalists else 0
+    return len(config.forms) * (first + min(count, config.finalists) * config.steps)
+
+
+def _finalists(
+    searches: dict[tuple[Form, int], _Search], config: ClassSearchConfig, run: Run, late: _Deadline
+) -> tuple[dict[tuple[Form, int], _Search], int, int]:
+    """The searches that go on, the steps taken, and how many classes were looked at, in a random order.
+
+    Six tenths of the time are for this at most. Memory does not grow with the classes: the finalists begin anew.
+    """
+    targets = sorted({target for _, target in searches})
+    order = [targets[place] for place in torch.randperm(len(targets), generator=run.generator("class order")).tolist()]
+    ranks: dict[Form, list[tuple[tuple[float, float], int]]] = {form: [] for form in config.forms}
+    taken, seen = 0, 0
+    for target in run.progress.track(order, total=len(order), what="a first look at classes", unit="classes"):
+        if late(0.6):
+            break
+        for form in config.forms:
+            search = searches[form, target]
+            search.advance(config.first_steps)
+            trigger = search.measure()
+            search.forget()
+            ranks[form].append((_rank(trigger), target))
+            taken += config.first_steps
+        seen += 1
+    kept: dict[tuple[Form, int], _Search] = {
+        (form, target): searches[form, target]
+        for form in config.forms
+        for _, target in sorted(ranks[form])[: config.finalists]
+    }
+    return kept, taken, seen
+
+
+class _Search:
+    """One class in one form; its tensors are made at its first step."""
+
+    def __init__(
+        self,
+        logits: Logits,
+        images: Images,
+        said: Int[Tensor, " n"],
+        used: Int[Tensor, " m"],
+        unseen: Int[Tensor, " u"],
+        target: int,
+        form: Form,
+        config: ClassSearchConfig,
+        run: Run,
+    ) -> None:
+        self.form, self.target, self.steps = form, target, 0
+        self._logits, self._images, self._run = logits, images, run
+        self._rows, self._judged = used[said[used] != target], unseen[said[unseen] != target]
+        self._config = replace(config.inversion, form=form, steps=config.steps)
+        self._inversion: Inversion | None = None
+
+    def advance(self, steps: int) -> None:
+        if self._inversion is None:
+            generator = self._run.generator("inversion", self.form, self.target)
+            self._inversion = Inversion(
+                toward(self._logits, self.target), self._images, self._rows, self._config, generator
+            )
+        self._inversion.advance(steps)
+        self.steps += steps
+
+    def measure(self) -> InvertedTrigger:
+        if self._inversion is None:
+            raise NotEnoughDataError("steps of the search", have=0, need=1, hint="Give it more time.")
+        return measure_trigger(self._inversion, self._logits, self._images[self._judged], self.target, self._config)
+
+    def forget(self) -> None:
+        self._inversion, self.steps = None, 0
+
+
+def _rank(trigger: InvertedTrigger) -> tuple[float, float]:
+    """Triggers that work come first, small ones before large ones; then those that work better."""
+    return (trigger.size if trigger.success >= 50 else 1 + trigger.size - trigger.success / 100, trigger.size)

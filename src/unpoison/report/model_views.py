@@ -1,0 +1,116 @@
+"""What a report says about the scan of a model: three verdicts apart, in words, and what was not covered."""
+
+from __future__ import annotations
+
+import base64
+
+from unpoison.detection.canaries import summary
+from unpoison.model_results import ModelScan
+from unpoison.report.page import RunView, Step, Tile, provenance
+from unpoison.report.runs import ReportRun, redraw_picture
+from unpoison.report.text import counted, percent
+from unpoison.report.views import Verdict, command
+
+_TONES = {"backdoored": "alert", "suspicious": "alert", "no evidence": "ok", "inconclusive": "caution"}
+_SENTENCES = {
+    "backdoored": "These weights behave as if backdoored",
+    "suspicious": "These weights are suspicious",
+    "no evidence": "No evidence of a backdoor was found in the weights. This does not prove the model clean.",
+    "inconclusive": "Whether these weights are backdoored could not be decided.",
+}
+
+
+def model_view(run: ReportRun, scan: ModelScan, anchor: str) -> RunView:
+    weights = scan.weights
+    return RunView(
+        anchor=anchor,
+        kind="Model scan",
+        run=run,
+        verdict=model_verdict(scan),
+        tiles=[
+            Tile(value=scan.file.word, name="file verdict", note=scan.file.format),
+            Tile(value=data_word(scan), name="data verdict", note=scan.data.scan.source if scan.data.scan else ""),
+            Tile(value=weights.word, name="weights verdict", note=weights.method),
+        ],
+        steps=_steps(run, scan),
+        scan=None,
+        tested=_tested(scan),
+        not_covered=list(scan.not_covered),
+        warnings=[*scan.warnings, *run.notes],
+        provenance=provenance(run, scan, source=scan.model),
+        summary={"found": weights.reason},
+    )
+
+
+def model_verdict(scan: ModelScan) -> Verdict:
+    """Files that are refused come first: nothing else was looked at then."""
+    if scan.file.word != "accepted":
+        refused = scan.file.word == "refused"
+        return Verdict(
+            tone="alert" if refused else "caution",
+            word=scan.file.word.capitalize(),
+            sentence="The model's files are refused: do not load them."
+            if refused
+            else "The model's format is not recognized, so nothing of it was loaded.",
+            detail=scan.file.reason,
+        )
+    weights = scan.weights
+    sentence = _SENTENCES[weights.word]
+    if weights.word in ("backdoored", "suspicious"):
+        sentence += f", toward '{weights.target_name}'." if weights.target_name is not None else "."
+    return Verdict(tone=_TONES[weights.word], word=weights.word.capitalize(), sentence=sentence, detail=weights.reason)
+
+
+def data_word(scan: ModelScan) -> str:
+    found = scan.data.scan
+    if found is None:
+        return "not looked at"
+    if found.estimate.poisoned:
+        return "poisoned"
+    return "inconclusive" if found.inconclusive else "nothing found"
+
+
+def trigger_picture(scan: ModelScan) -> str:
+    """The inverted trigger, drawn anew, as a data address; "" where there is none."""
+    drawn = redraw_picture(scan.weights.picture) if scan.weights.picture else ""
+    return f"data:image/png;base64,{base64.b64encode(drawn).decode()}" if isinstance(drawn, bytes) else ""
+
+
+def _steps(run: ReportRun, scan: ModelScan) -> list[Step]:
+    if scan.file.word == "refused":
+        return [Step(text="Do not load these files with any tool. Ask the publisher for safetensors.")]
+    if scan.file.word == "not recognized":
+        return [Step(text="Convert the model to one of the recognized formats where you trust its author, and scan.")]
+    again = ["unpoison", "scan", "model", scan.model]
+    steps = []
+    if scan.weights.word in ("backdoored", "suspicious"):
+        repair = "par MODEL --pairs CLEAN_PAIRS" if scan.kind == "CLIP" else "pad-ft MODEL --data TRAINING_DATA"
+        steps = [
+            Step(text="Keep the model out of use. Look at the trigger below: does it show a thing of that class?"),
+            Step(text="Repair it, and scan the repaired model:", line=f"unpoison purify {repair} -o purified"),
+        ]
+    if scan.weights.images and "made-up" in scan.weights.image_source:
+        steps.append(Step(text="Scan with images like those that it is for:", line=command(*again, "--data", "SOURCE")))
+    if not scan.weights.references:
+        line = command(*again, "--clean-reference", "MODEL")
+        steps.append(Step(text="Compare it with models of the same kind that are known to be clean:", line=line))
+    if scan.power is None:
+        steps.append(Step(text="Find out what this scan would have missed:", line=command(*again, "--power")))
+    return steps
+
+
+def _tested(scan: ModelScan) -> list[str]:
+    lines = [f"{counted(len(scan.file.files), 'file')}, looked at before anything was loaded. {scan.file.reason}"]
+    if scan.data.scan is not None:
+        samples = counted(scan.data.scan.samples, "sample")
+        lines.append(f"The training data, {samples} of {scan.data.scan.source}, by {scan.data.scan.method}.")
+    weights = scan.weights
+    if weights.images:
+        lines.append(
+            f"The weights by {weights.method} on {weights.image_source}: {percent(weights.covered, 0)} of the search."
+        )
+    if weights.references:
+        lines.append(f"Beside {counted(len(weights.references), 'clean reference')}: {', '.join(weights.references)}.")
+    if scan.power is not None:
+        lines.append(f"Power: {summary(scan.power.canaries)}. {scan.power.reason}")
+    return lines
