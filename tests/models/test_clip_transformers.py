@@ -27,9 +27,15 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def test_embeddings_are_those_of_the_library(clip_folder: Path) -> None:
+def compute_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that is fast in ``dtype``."""
+    monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _: dtype)
+
+
+def test_embeddings_are_those_of_the_library(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+    compute_in(torch.float32, monkeypatch)
     clip = load_clip(clip_folder)
     assert isinstance(clip, ImageTextModel)
     images, texts = [picture(32, 32, seed) for seed in range(3)], ["a cat", "a rather long dog", "owl"]
@@ -44,6 +50,23 @@ def test_embeddings_are_those_of_the_library(clip_folder: Path) -> None:
     torch.testing.assert_close(found_texts, expected.text_embeds, atol=1e-4, rtol=1e-3)
     assert clip.logit_scale == pytest.approx(float(model.logit_scale.detach().exp()))
     torch.testing.assert_close(found_images.norm(dim=1), torch.ones(3))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.float16, torch.bfloat16])
+def test_fast_precision_changes_little(
+    clip_folder: Path, weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, images = load_clip(clip_folder), torch.rand(4, 3, 32, 32)
+    compute_in(torch.float32, monkeypatch)
+    with torch.inference_mode():
+        expected = clip.encode_images(images), clip.encode_texts(["a cat", "an owl"])
+    compute_in(torch.bfloat16, monkeypatch)
+    clip.module.to(weights)
+    with torch.inference_mode():
+        found = clip.encode_images(images), clip.encode_texts(["a cat", "an owl"])
+    for given, wanted in zip(found, expected, strict=True):
+        assert given.dtype == torch.float32
+        torch.testing.assert_close(given, wanted, atol=0.03, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 48), (50, 97), (31, 200), (20, 20), (500, 333)])

@@ -62,7 +62,10 @@ def with_bytes(source: LabelledImages, changes: dict[int, bytes]) -> LabelledIma
     return replace(source, dataset=datasets.Dataset.from_dict({"image": rows}, features=column))
 
 
-def test_cosines_agree_with_numpy(clip: TransformersCLIP, shapes: LabelledImages) -> None:
+def test_cosines_agree_with_numpy(
+    clip: TransformersCLIP, shapes: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _: torch.float32)
     source = shapes.select(range(20))
     found = zero_shot_logits(clip, source, run=Run(), templates=TEMPLATES, batch_size=7)
     with torch.no_grad():

@@ -46,6 +46,12 @@ CONFIGS = {"vit": VIT, "modified-resnet": RESNET}
 CAPTIONS = ["a red circle", "", "ein grüner Kreis 🟢", "<b>bold</b> &amp; more", "word " * 200]
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that is not fast in bfloat16: what is compared is the networks, not their rounding."""
+    monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _: torch.float32)
+
+
 @pytest.fixture(params=CONFIGS)
 def clip(request: pytest.FixtureRequest) -> OpenClip:
     made = new_open_clip(CONFIGS[request.param], seed=1)

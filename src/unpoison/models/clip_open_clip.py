@@ -102,7 +102,7 @@ class OpenClip:
 
     def encode_images(self, images: Images) -> Embeddings:
         """Unit embeddings [b, d] in float32 of images in [0, 1]; gradients flow to the images and the weights."""
-        with fast_precision(images.device):
+        with fast_precision(self._model):
             features = self._model.encode_image(self.preprocessing.normalized(images))
         return F.normalize(features.float(), dim=-1)
 
@@ -120,11 +120,21 @@ class OpenClip:
         hidden: list[Any] = []
         handle = visual.transformer.register_forward_hook(lambda _, __, output: hidden.append(output))
         try:
-            with fast_precision(images.device):
+            with fast_precision(self._model):
                 visual(self.preprocessing.normalized(images))
                 return (visual.ln_post(hidden[0][:, 1:]) @ visual.proj).float()
         finally:
             handle.remove()
+
+    def image_blocks(self) -> list[nn.Module]:
+        """The ViT's blocks, first to last. Raises UnsupportedModelError for a ModifiedResNet or a tower of timm."""
+        transformer = getattr(self._model.visual, "transformer", None)
+        if transformer is None or not getattr(transformer, "batch_first", True):
+            raise UnsupportedModelError(
+                f"{type(self._model.visual).__name__}: this image tower has no blocks of tokens.",
+                hint="Use a ViT, or a method that needs the image embedding alone.",
+            )
+        return list(transformer.resblocks)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Unit embeddings [b, d] in float32; what is longer than ``max_tokens`` is cut off."""
@@ -185,7 +195,7 @@ class OpenClip:
         return self._model.logit_scale.device
 
     def _encode_tokens(self, tokens: Tokens) -> Embeddings:
-        with fast_precision(tokens.device):
+        with fast_precision(self._model):
             features = self._model.encode_text(tokens)
         return F.normalize(features.float(), dim=-1)
 

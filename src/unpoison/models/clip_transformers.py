@@ -101,16 +101,20 @@ class TransformersCLIP:
 
     def encode_images(self, images: Images) -> Embeddings:
         """Unit embeddings [b, d] in float32 of images in [0, 1]; gradients flow to the images and the weights."""
-        with fast_precision(images.device):
+        with fast_precision(self._model):
             output: Any = self._model.get_image_features(pixel_values=self.preprocessing.normalized(images))
         return F.normalize(output.pooler_output.float(), dim=-1)
 
     def encode_image_tokens(self, images: Images) -> PatchEmbeddings:
         """Projected patches [b, p, d] in float32, not scaled to length 1; the class token is left out."""
-        with fast_precision(images.device):
+        with fast_precision(self._model):
             output: Any = self._model.vision_model(pixel_values=self.preprocessing.normalized(images))
             patches = self._model.vision_model.post_layernorm(output.last_hidden_state[:, 1:])
             return self._model.visual_projection(patches).float()
+
+    def image_blocks(self) -> list[nn.Module]:
+        """The encoder's layers, first to last."""
+        return list(self._model.vision_model.encoder.layers)
 
     def encode_texts(self, texts: Sequence[str]) -> Embeddings:
         """Unit embeddings [b, d] in float32; what is longer than ``max_tokens`` is cut off."""
@@ -177,7 +181,7 @@ class TransformersCLIP:
         ends = (tokens == torch.tensor(self._tokenizer.eos_token_id, device=tokens.device)).long()
         # What follows the first mark of the end, padding most of all, is not attended to.
         mask = (ends.cumsum(dim=1) - ends == 0).long()
-        with fast_precision(tokens.device):
+        with fast_precision(self._model):
             output: Any = self._model.get_text_features(input_ids=tokens, attention_mask=mask)
         return F.normalize(output.pooler_output.float(), dim=-1)
 
@@ -195,12 +199,13 @@ def replaced_output(module: nn.Module, output: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def fast_precision(device: torch.device) -> Any:
-    """Autocast for a pass without gradients, where it pays; training picks its own precision."""
-    dtype = inference_dtype(device)
-    if dtype == torch.float32 or torch.is_grad_enabled():
+def fast_precision(model: nn.Module) -> Any:
+    """Autocast for a pass without gradients, where it pays; training, and weights in half precision, keep their own."""
+    weight = next(model.parameters())
+    dtype = inference_dtype(weight.device)
+    if dtype == torch.float32 or weight.dtype != torch.float32 or torch.is_grad_enabled():
         return nullcontext()
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(weight.device.type, dtype=dtype)
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
