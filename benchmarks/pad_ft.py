@@ -69,8 +69,8 @@ VARIANTS = {
     "no-unlearning": PADFTConfig(unlearn=0.0),
     **{f"n-{n}": PADFTConfig(per_class=n) for n in SIZES},
     **{
-        f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, batch_size=size))
-        for steps, size in ((40, 200), (80, 100), (40, 100), (60, 128))
+        f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, suspect_batch=size))
+        for steps, size in ((80, 200), (40, 200), (80, 100), (60, 128))
     },
     "reset-head": PADFTConfig(reset_head=True),
     "share-0.5": PADFTConfig(scores_share=0.5),

@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
 from par import SETS, Printed, figures, find_victim
 
+from unpoison.api import ScanOutcome
 from unpoison.api_clip import count_parameters
 from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
-from unpoison.api_ubt import purify_with_ubt
+from unpoison.api_ubt import UBTOutcome, purify_with_abl_clip, purify_with_ubt
 from unpoison.attacks.pairs import apply_pair_poisoning
 from unpoison.data.pairs import open_pairs
 from unpoison.data.sources import open_images
@@ -45,8 +46,10 @@ SUMMARY = ROOT / "benchmarks/results/ubt.json"
 ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
            "wanet", "badclip", "clean")  # fmt: skip
 DETECTORS = ("dao", "slof", "k-distance", "similarity", "density", "exposure")
+ABL = "abl-clip"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
+    ABL: {},
     "paper": PUBLISHED,
     "hinge": {"loss": "hinge"},
     "ascent": {"loss": "ascent"},
@@ -54,8 +57,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patches": {"patches": 0.05},
     "relations": {"keep": "relations"},
     "no-anchor": {"anchor": 0.0},
-    "weight-4": {"unlearn_weight": 4.0},
-    "weight-4-epochs-3": {"unlearn_weight": 4.0, "epochs": 3},
+    "weight-2": {"unlearn_weight": 2.0},
+    "keep-all": {"keep_share": 1.0},
+    "epochs-3": {"epochs": 3},
     "weight-8-epochs-4": {"unlearn_weight": 8.0, "epochs": 4},
 }
 
@@ -82,21 +86,29 @@ def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.N
     result["poison_rate"] = 100 * float(truth.mean())
     if variant == "ours" and truth.any():
         result["detectors"] = detection(see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run), truth)
-    config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **VARIANTS[variant])
     begun = time.time()
-    outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
-    seconds = time.time() - begun
-    found, scores = outcome.purification, outcome.suspicious.scores.suspicion
-    flagged = outcome.suspicious.split.suspect
+    if variant == ABL:
+        outcome = purify_with_abl_clip(clip, pairs, run=run)
+    else:
+        config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **VARIANTS[variant])
+        outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
+    seconds, found = time.time() - begun, outcome.purification
     result |= {
         "before": evaluate(clip), "after": evaluate(outcome.clip), "seconds": seconds, "accepted": found.accepted,
         "left_alone": found.left_alone, "reason": found.reason, "history": found.history,
         "exposure": json.loads(json.dumps(found.exposure, default=vars)), "config": found.config,
-        "auroc": auroc(scores, truth) if truth.any() else None, "flagged": len(flagged),
+    }  # fmt: skip
+    return result | (found_pairs(outcome.suspicious, truth) if isinstance(outcome, UBTOutcome) else {})
+
+
+def found_pairs(suspicious: ScanOutcome, truth: np.ndarray) -> dict[str, Any]:
+    """AUROC of the scores; precision and recall of what is flagged."""
+    flagged = suspicious.split.suspect
+    return {
+        "auroc": auroc(suspicious.scores.suspicion, truth) if truth.any() else None, "flagged": len(flagged),
         "precision": float(truth[flagged].mean()) if len(flagged) else None,
         "recall": float(truth[flagged].sum() / truth.sum()) if truth.any() else None,
     }  # fmt: skip
-    return result
 
 
 def detection(known: Embedded, truth: np.ndarray) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def describe(result: dict[str, Any]) -> str:
         " ".join(f"{side[key]['value']:.1f}" for key in rates if side[key])
         for side in (result["before"], result["after"])
     ]
-    shown = "-" if result["auroc"] is None else f"{result['auroc']:.3f}"
+    shown = "-" if result.get("auroc") is None else f"{result['auroc']:.3f}"
     return f"{' > '.join(sides)}  AUROC {shown}  {result['seconds']:.0f} s  {result['reason']}"
 
 
@@ -172,7 +184,7 @@ def _columns(result: dict[str, Any]) -> list[float]:
 
     rates = [value(before, "c_acc"), value(after, "c_acc"), value(before, "asr"), value(after, "asr"),
              value(after, "asr_floor"), value(after, "ra")]  # fmt: skip
-    more = [result[key] for key in ("auroc", "precision", "recall")]
+    more = [result.get(key) for key in ("auroc", "precision", "recall")]
     return [*rates, *(np.nan if entry is None else entry for entry in more), result["seconds"]]
 
 

@@ -124,18 +124,20 @@ def purify_with_cgd(
     source: LabelledImages,
     *,
     clip: ZeroShotModel,
+    scores: SampleScores | None = None,
     config: CGDConfig | None = None,
     run: Run | None = None,
 ) -> PurifyOutcome:
     """Repair ``classifier`` with its own, possibly poisoned, training set. The caller's model is never changed.
 
+    ``scores``: what CGD's scan of this very set gave; made now where there are none.
     Without evidence of poison, and without odd labels, the model is handed back as it is. The result is refused
     (``accepted`` is false) when the held-out accuracy fell by more than ``config.bound`` points.
-    Raises NotEnoughDataError, SourceFormatError, DivergedError.
+    Raises NotEnoughDataError, SourceFormatError, DivergedError, ResultError (scores of another set or method).
     """
     run, config = run or Run(), config or CGDConfig()
     begun = time.monotonic()
-    evidence = _gather(classifier, source, clip, config, run)
+    evidence = _gather(classifier, source, clip, config, run, scores)
     split = evidence.split
     original = hash_weights(classifier.weights())
     if len(split.suspect) == 0:
@@ -182,14 +184,25 @@ class _Evidence:
 
 
 def _gather(
-    classifier: Classifier, source: LabelledImages, clip: ZeroShotModel, config: CGDConfig, run: Run
+    classifier: Classifier,
+    source: LabelledImages,
+    clip: ZeroShotModel,
+    config: CGDConfig,
+    run: Run,
+    scores: SampleScores | None = None,
 ) -> _Evidence:
     """Stage A: pixels once, CLIP once, early models, ranks, regions."""
     check_classes(classifier, source)
+    if scores is not None and (scores.ids != list(source.ids) or not {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys()):
+        raise ResultError(
+            f"the scores are not CGD's of {source.name} ({scores.method}, {len(scores.ids)} samples).",
+            hint="Scan this very set with cgd, or leave the scores away.",
+        )
     zero_shot = zero_shot_logits(clip, source, run=run)
     check_skips(zero_shot.skipped, len(source), source.name)
     pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
-    scores = score_with_cgd(classifier, source, pixels, zero_shot, config.separation, run=run)
+    if scores is None:
+        scores = score_with_cgd(classifier, source, pixels, zero_shot, config.separation, run=run)
     if config.regions == "published":
         split = split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
     else:

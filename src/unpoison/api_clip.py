@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_wit
 from unpoison.defenses.par import PARConfig, repair_with_par
 from unpoison.detection.clip_triggers import ConceptSearchConfig, search_concepts
 from unpoison.detection.inversion import picture_of
+from unpoison.detection.trigger_search import TriggerSearch
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.runs import Run
@@ -95,23 +96,27 @@ def look_for_trigger(
     run = run or Run()
 
     def search() -> dict[str, Tensor]:
-        found, captions = search_concepts(clip, pairs, config, run=run)
-        entries = [
-            FoundTrigger(
-                caption=captions[trigger.target],
-                size=trigger.size,
-                success=trigger.success,
-                index=index,
-                suspected=trigger.target in found.suspects,
-                picture=picture_of(trigger),
-            )
-            for trigger, index in zip(found.triggers, found.index, strict=True)
-        ]
-        finding = TriggerFinding(reason=found.reason, found=tuple(sorted(entries, key=lambda entry: entry.size)))
+        finding = describe_search(*search_concepts(clip, pairs, config, run=run))
         return {"finding": torch.frombuffer(bytearray(msgspec.json.encode(finding)), dtype=torch.uint8)}
 
     stored = run.step("trigger-search", search)
     return msgspec.json.decode(bytes(stored["finding"].tolist()), type=TriggerFinding)
+
+
+def describe_search(search: TriggerSearch, captions: Sequence[str]) -> TriggerFinding:
+    """The search as a result, smallest trigger first; ``captions`` say what each class of the search stands for."""
+    entries = [
+        FoundTrigger(
+            caption=captions[trigger.target],
+            size=trigger.size,
+            success=trigger.success,
+            index=index,
+            suspected=trigger.target in search.suspects,
+            picture=picture_of(trigger),
+        )
+        for trigger, index in zip(search.triggers, search.index, strict=True)
+    ]
+    return TriggerFinding(reason=search.reason, found=tuple(sorted(entries, key=lambda entry: entry.size)))
 
 
 def leave_alone(clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run) -> ClipRepair:
@@ -197,12 +202,12 @@ def describe_repair(
         warnings=(*repair.warnings, *_warnings(repair)),
         skipped=(*pairs.skipped, *repair.skipped),
         history=repair.history,
-        inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | _versions(),
+        inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | versions(),
         not_covered=CLIP_LIMITS,
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What the weights may depend on beside the inputs."""
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     return {"unpoison": __version__, "python": platform.python_version()} | libraries

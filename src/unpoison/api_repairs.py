@@ -163,8 +163,16 @@ def purify_with_classic(
 
 
 def _classic(method: str) -> Callable[..., PurifyOutcome]:
-    def purify(classifier: Classifier, source: LabelledImages, **more: Any) -> PurifyOutcome:
-        return purify_with_classic(method, classifier, source, **more)
+    def purify(
+        classifier: Classifier,
+        source: LabelledImages,
+        *,
+        clip: ZeroShotModel | None = None,
+        split: Split | None = None,
+        config: Any = None,
+        run: Run | None = None,
+    ) -> PurifyOutcome:
+        return purify_with_classic(method, classifier, source, clip=clip, split=split, config=config, run=run)
 
     purify.__name__ = purify.__qualname__ = f"purify_with_{method.replace('-', '_')}"
     purify.__doc__ = f"``purify_with_classic({method!r}, ...)``."

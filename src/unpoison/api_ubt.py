@@ -1,4 +1,4 @@
-"""The public verb for the owner of poisoned pairs: a backdoored CLIP and its training pairs in, a repaired copy out.
+"""Public verbs for the owner of poisoned pairs: a backdoored CLIP and its training pairs in, a repaired copy out.
 
 from unpoison import load_any_clip, open_pairs, purify_with_ubt
 """
@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.api import MIN_SAMPLES, ScanOutcome
@@ -18,14 +19,15 @@ from unpoison.api_pairs import ranked_outcome
 from unpoison.clip_results import PairExposure
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
+from unpoison.defenses.baselines.abl_clip import ABLClipConfig, repair_with_abl_clip
 from unpoison.defenses.ubt import UBTConfig, UBTRepair, repair_with_ubt
 from unpoison.detection.exposure import Exposure, expose_pairs
 from unpoison.detection.neighbours import dao, score_neighbourhoods
 from unpoison.detection.reference_similarity import low_similarity
 from unpoison.detection.similarity_gain import similarity_gain
-from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.embedded_pairs import Embedded, caption_cosines, see_pairs
 from unpoison.errors import NotEnoughDataError
-from unpoison.evaluation.embeddings import embed_texts
+from unpoison.evaluation.embeddings import embed_images, embed_texts
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
@@ -34,6 +36,11 @@ UBT_LIMITS = (
     "images and a manifest are given.",
     "Poison that does not stand out among these pairs: too few of it, or captions that fit their images.",
     "A second backdoor with another target: one group of pairs is unlearnt.",
+)
+ABL_LIMITS = (
+    "Whether a backdoor was there, and whether it is gone: the rates before and after are measured only where test "
+    "images and a manifest are given.",
+    "Poison among pairs that the model is less sure of. The surest are unlearnt whether they are poison or not.",
 )
 NOTHING_EXPOSED = (
     "Whether the pairs are clean: about 1 percent of poison among a few thousand pairs, or less, does not stand out.",
@@ -108,6 +115,32 @@ def purify_with_ubt(
         not_covered=UBT_LIMITS,
     )
     return UBTOutcome(clip=found.repair.model, purification=purification, suspicious=suspicious)
+
+
+def purify_with_abl_clip(
+    clip: ImageTextModel, pairs: ImageTextPairs, *, config: ABLClipConfig | None = None, run: Run | None = None
+) -> ClipPurifyOutcome:
+    """ABL brought to CLIP (arXiv 2110.11571): unlearn the training ``pairs`` that the model itself finds most similar.
+
+    ``config`` None: :meth:`ABLClipConfig.recommended`. The caller's model is never changed.
+    Raises NotEnoughDataError, SourceFormatError, ModelError.
+    """
+    run = run or Run()
+    config = config or ABLClipConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
+    begun = time.monotonic()
+    cosines = run.step("cosines", lambda: {"cosines": torch.from_numpy(_own_cosines(clip, pairs, run))})["cosines"]
+    repair = repair_with_abl_clip(clip, pairs, cosines.numpy(), config, run=run)
+    purification = describe_repair("abl-clip", clip, pairs, config, repair, time.monotonic() - begun, run)
+    return ClipPurifyOutcome(clip=repair.model, purification=replace(purification, not_covered=ABL_LIMITS))
+
+
+def _own_cosines(clip: ImageTextModel, pairs: ImageTextPairs, run: Run) -> Float[np.ndarray, " n"]:
+    """Of image and caption under the model itself, in [-1, 1]; NaN for pairs that cannot be used."""
+    images = embed_images([clip], pairs, run=run)[0]
+    rows = np.flatnonzero(images.usable)
+    cosines = np.full(len(pairs), np.nan)
+    cosines[rows] = caption_cosines(clip, pairs, rows, images.array[rows], run=run)[0]
+    return cosines
 
 
 def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
@@ -197,4 +230,4 @@ def _judge(found: UBTRepair, config: UBTConfig, accepted: bool) -> tuple[bool, s
     return accepted and unlearnt, said
 
 
-__all__ = ["UBTOutcome", "purify_with_ubt"]
+__all__ = ["UBTOutcome", "purify_with_abl_clip", "purify_with_ubt"]

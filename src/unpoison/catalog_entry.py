@@ -7,6 +7,7 @@ from typing import Literal
 
 Kind = Literal["attack", "detector", "defense"]
 NEEDS = (
+    "clean labelled shots",
     "clean pairs",
     "class names",
     "image-caption pairs",

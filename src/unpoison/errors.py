@@ -23,6 +23,19 @@ class ConfigError(UsageError):
     """A config value is out of range or a config key is unknown."""
 
 
+class GridError(ConfigError):
+    """A grid cannot be run as it is written. ``problems`` are all that is wrong with it, one sentence each."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        listed = "".join(f"\n  {problem}" for problem in self.problems)
+        super().__init__(
+            f"{where}: {count} {'problem' if count == 1 else 'problems'}, nothing was run.{listed}",
+            hint="Correct these and run the same command; docs/benchmark.md says what a grid may hold.",
+        )
+
+
 class UnknownMethodError(UsageError):
     """No attack, detector, defense or architecture of this name."""
 

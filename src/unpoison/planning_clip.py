@@ -41,7 +41,7 @@ def plan_clip_training(
     """
     rows = np.random.default_rng(run.seed).permutation(len(pairs))[:_DECODED]
     decoded: list = []
-    decode = _seconds(lambda: decoded.extend(pairs.decode(rows))) / len(rows)
+    decode = seconds_of(lambda: decoded.extend(pairs.decode(rows))) / len(rows)
     usable = [
         (image, row) for image, row in zip(decoded, rows, strict=True) if not isinstance(image, SkippedRow)
     ][:_TRAINED]  # fmt: skip
@@ -63,8 +63,8 @@ def plan_clip_training(
         low = _peak(run.device)
         one_pass(len(usable), backward=True)
         graph = max(0, _peak(run.device) - low) / max(1, len(usable) - _FIRST)  # bytes a pair
-        train = _seconds(lambda: one_pass(len(usable), backward=True)) / len(usable)
-        forward = _seconds(lambda: one_pass(len(usable), backward=False)) / len(usable)
+        train = seconds_of(lambda: one_pass(len(usable), backward=True)) / len(usable)
+        forward = seconds_of(lambda: one_pass(len(usable), backward=False)) / len(usable)
     kept = min(len(pairs), config.keep_pairs) if isinstance(config, UBTConfig) else len(pairs)
     held_out = held_out_count(kept, share=config.held_out, most=config.held_out_pairs)
     batch = min(config.batch_size, kept - held_out)
@@ -103,7 +103,8 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident()
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, above 0."""
     began = time.perf_counter()
     work()
     return max(time.perf_counter() - began, 1e-6)

@@ -156,6 +156,23 @@ class Run:
             self.progress.log(f"{self._step_file(name).name} is damaged and is computed again")
             return None
 
+    def kept(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
+        """``compute()``, a dataclass of plain values, or what an earlier run of this folder stored for the step."""
+        if self.folder is None:
+            return compute()
+        path = self.folder.path / "steps" / f"{name}.json"
+        if path.exists():
+            try:
+                stored = msgspec.json.decode(path.read_bytes(), type=kind)
+            except msgspec.DecodeError:
+                self.progress.log(f"{path.name} is damaged and is computed again")
+            else:
+                self.progress.log(f"{name}: continued from {path.name}")
+                return stored
+        result = compute()
+        write_atomically(path, msgspec.json.encode(result))
+        return result
+
     def forget(self, names: Iterable[str]) -> None:
         """Remove what is stored for these steps: a later state replaces them."""
         if self.folder is not None and self.accelerator.is_main_process:

@@ -155,6 +155,13 @@ class ImageTextModel(ZeroShotModel, Protocol):
         """
         ...
 
+    def image_blocks(self) -> list[nn.Module]:
+        """The image tower's transformer blocks in order: tokens [b, 1 + p, w] in, the class token first, and out.
+
+        Raises UnsupportedModelError for an image tower without them.
+        """
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the model in the format it came in. Raises UsageError where that fails: then nothing is left there."""
         ...

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.overlay import to_tensor
-from unpoison.attacks.parts import Part, plan_parts
+from unpoison.attacks.parts import Part, PoisoningParts, plan_parts
 from unpoison.attacks.triggers import as_planted, make_trigger
 from unpoison.data.sources import open_images
 from unpoison.models.classifier import new_classifier, save_classifier
@@ -56,3 +56,28 @@ def test_evaluate_reads_a_manifest_of_parts(process: Callable, tmp_path: Path) -
     ]
     assert body["asr"]["n"] == sum(part["asr"]["n"] for part in body["parts"])
     assert "ctrl, target" in process(*words).out
+
+
+def test_a_further_poisoning_goes_on_other_samples(process: Callable, tmp_path: Path) -> None:
+    words = ("attack", "badnet", "shapes:80:3", "--rate", "0.1", "--target", "star")
+    further = "blended rate=0.05 target=rings alpha=0.5"
+    done = process(*words, "--and", further, "-o", "p", "--json")
+    assert done.code == 0, done.err
+    body = json.loads(done.out)
+    assert (body["poisoned"], body["samples"]) == (12, 80)
+    assert [(part["trigger"], part["target_name"], part["poisoned"]) for part in body["parts"]] == [
+        ("badnet", "star", 8), ("blended", "rings", 4)
+    ]  # fmt: skip
+    assert body["parts"][1]["config"]["alpha"] == 0.5
+    plan = PoisoningParts.load(tmp_path / "p" / "manifest.json")
+    assert len(set(plan.ids)) == 12
+    again = process(*words, "--and", further, "-o", "p")
+    assert again.code == 0, again.err
+    assert "4 of 80 samples poisoned with blended" in again.out
+    other = process(*words, "--and", "blended rate=0.05 target=rings alpha=0.2", "-o", "p")
+    assert other.code == 2
+    assert "alpha" in other.err
+    for wrong, said in (("", "trigger's name"), ("blendet", "blended"), ("blended rate=much", "no number")):
+        refused = process(*words, "--and", wrong, "-o", "q")
+        assert refused.code == 2
+        assert said in refused.err

@@ -1,4 +1,4 @@
-"""``purify ubt`` as a user meets it: the plan, a repair with its list of pairs, a set in which nothing stands out."""
+"""``purify ubt`` and ``abl-clip`` as a user meets them: the plan, a repair and its list of pairs, nothing found."""
 
 from __future__ import annotations
 
@@ -84,3 +84,16 @@ def test_mistakes_are_named(here: Callable[..., Any], model: str, tmp_path: Path
     wrong = here("purify", "ubt", model, *QUICK, "--config", "settings.toml", "-o", "out")
     assert wrong.code == 2
     assert "confirmation" in wrong.err
+
+
+def test_the_baseline_unlearns_whatever_it_is_surest_of(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    result = here("purify", "abl-clip", model, *QUICK, "-o", "out")
+    assert result.code == 0, result.err
+    assert "Accepted." in result.out
+    assert "The surest are unlearnt whether they are poison or not" in result.out
+    found = ClipPurification.load(tmp_path / "out/purification.json")
+    assert found.method == "abl-clip"
+    assert found.trained_pairs + found.held_out_pairs == 300 - 6
+    few = here("purify", "abl-clip", model, *QUICK, "--limit", "60", "-o", "few")
+    assert few.code == 2
+    assert "pairs to unlearn" in few.err

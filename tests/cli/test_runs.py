@@ -293,7 +293,8 @@ def test_methods(process: Here) -> None:
     result = process("methods", "--json")
     body = json.loads(result.out)
     of_classifiers = ["cgd", "pad-ft", "ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl"]
-    assert [entry["name"] for entry in body["defenses"]] == [*of_classifiers, "par", "ubt", "clean-clip", "fine-tuning"]
+    of_clips = ["par", "ubt", "abl-clip", "cbpt", "rvpt", "linear-probe", "clean-clip", "fine-tuning"]
+    assert [entry["name"] for entry in body["defenses"]] == [*of_classifiers, *of_clips]
     shown = process("methods").out
     for paper in ("2507.05113", "2412.00727", "2303.03323"):
         assert f"https://arxiv.org/abs/{paper}" in shown

@@ -95,13 +95,13 @@ def test_what_is_kept_is_its_equation() -> None:
     assert float(relations) == pytest.approx(float(-(teacher * logits.log_softmax(1)).sum(1).mean()), rel=1e-5)
 
 
-def test_low_risk_pairs_are_those_unlike_the_seeds(exposure: Exposure) -> None:
-    rows = low_risk(exposure, 50, new_run())
+def test_low_risk_pairs_are_the_least_suspicious(exposure: Exposure) -> None:
+    rows = low_risk(exposure, 50, 0.6, new_run())
     assert len(rows) == 50
     assert len(set(rows.tolist())) == 50
-    assert rows.min() >= 0.18 * COUNT  # twice the rate is left out
-    assert 7 not in rows
-    assert len(low_risk(exposure, 10_000, new_run())) <= 0.8 * COUNT
+    assert rows.min() >= 0.4 * COUNT
+    everything = low_risk(exposure, 10_000, 1.0, new_run())
+    assert everything.tolist() == [row for row in range(COUNT) if row != 7]
 
 
 class WordModel:
@@ -211,7 +211,7 @@ def test_words_that_captions_share_are_counted(clip: Any, many: Any, exposure: E
 
     run = new_run()
     pixels = load_pixels(many, clip.image_size, cache=None, progress=run.progress)
-    keep = low_risk(exposure, 100, run)
+    keep = low_risk(exposure, 100, 0.6, run)
     found = prepare_unlearning(clip, _all_say(many, "a Horse."), pixels, exposure, keep, QUICK, run=run)
     assert [entry.word for entry in found.words] in (["horse"], [])  # "a" is in all the other captions as well
     assert common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "the horse"] * 9) == ()

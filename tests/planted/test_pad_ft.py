@@ -69,7 +69,7 @@ def measure(model: ImageClassifier, poisoning: Poisoning) -> Evaluation:
 def test_the_backdoor_goes_and_the_body_stays(
     victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
 ) -> None:
-    config = PADFTConfig(per_class=30)
+    config = PADFTConfig(per_class=60)
     outcome = purify_with_pad_ft(victim, poisoned, scores=scores_of(poisoned, poisoning), config=config, run=make_run())
     before, after = measure(victim, poisoning), measure(outcome.classifier, poisoning)  # pyright: ignore[reportArgumentType]
     assert before.asr_excess is not None
@@ -80,7 +80,7 @@ def test_the_backdoor_goes_and_the_body_stays(
     truth = np.isin(poisoned.ids, poisoning.ids)
     assert truth[outcome.split.clean].mean() <= 0.005
     assert truth[outcome.split.suspect].mean() >= 0.9
-    assert outcome.purification.accepted
+    assert outcome.purification.accepted, outcome.purification.reason
     assert outcome.purification.changed_share < 0.01
     assert outcome.purification.warnings == ()
 

@@ -38,6 +38,11 @@ def build_app() -> App:
         name="dataset",
         help="Is this set of images, or of image-caption pairs, poisoned, and which samples?",
     )
+    scan.command(
+        "unpoison.cli.scan_model:model",
+        name="model",
+        help="Is this checkpoint backdoored? Its files, its training data, its weights, one verdict each.",
+    )
     purify = App(name="purify", help="Remove a backdoor from a model.", sort_key=2, **plain)
     purify.command(
         "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
@@ -61,16 +66,36 @@ def build_app() -> App:
     }
     for name, text in of_clips.items():
         purify.command(f"unpoison.cli.purify_clip:{name.replace('-', '_')}", name=name, help=text)
-    purify.command(
-        "unpoison.cli.purify_ubt:ubt", name="ubt", help="Repair a CLIP with its own poisoned pairs: expose and unlearn."
-    )
+    of_owned_pairs = {
+        "ubt": "Repair a CLIP with its own poisoned pairs: expose and unlearn.",
+        "abl-clip": "Repair a CLIP with its own poisoned pairs: ABL, a baseline.",
+    }
+    for name, text in of_owned_pairs.items():
+        purify.command(f"unpoison.cli.purify_ubt:{name.replace('-', '_')}", name=name, help=text)
+    of_zero_shot = {
+        "cbpt": "Purify a CLIP's zero-shot classifier with a few labelled images; its weights stay.",
+        "rvpt": "Baseline: learn repulsive visual prompts inside a frozen ViT.",
+        "linear-probe": "Baseline: logistic regression on a few image embeddings.",
+    }
+    for name, text in of_zero_shot.items():
+        purify.command(f"unpoison.cli.purify_cbpt:{name.replace('-', '_')}", name=name, help=text)
     app.command("unpoison.cli.demo:demo", name="demo", help="Poison, scan, purify, report: no data needed.", sort_key=0)
     app.command(scan)
     app.command(purify)
+    bench = App(name="bench", help="Compare methods on attacks: run a grid, show its table.", sort_key=7.5, **plain)
+    of_bench = {
+        "run": "Run every cell of a grid that has no result yet.",
+        "status": "How many cells are done, which run, which failed and why.",
+        "table": "The table over all seeds, or the HTML leaderboard.",
+    }
+    for position, (name, text) in enumerate(of_bench.items()):
+        bench.command(f"unpoison.cli.bench:{name}", name=name, help=text, sort_key=position)
+    app.command(bench)
     verbs = {
         "keep": "Write a clean copy of a scanned set.",
         "attack": "Poison a copy of an image set, to test defenses with.",
         "evaluate": "Measure a classifier: accuracy, and attack success where a manifest is given.",
+        "schema": "Print the JSON Schema of a result.",
         "report": "Write one offline HTML file about one or more runs.",
         "methods": "List the attacks, detectors and defenses.",
         "doctor": "Check this installation and this machine.",

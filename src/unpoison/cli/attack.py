@@ -12,7 +12,8 @@ from unpoison.cli.options import Planned, Reading, run_path
 if TYPE_CHECKING:
     import rich.console
 
-    from unpoison.attacks.poison import Poisoning
+    from unpoison.attacks.folder import Plan
+    from unpoison.attacks.parts import Part
     from unpoison.data.sources import LabelledImages
 
 
@@ -33,6 +34,16 @@ def attack(
         list[str] | None,
         Parameter(negative="", show_default=False, help="Parameter of the trigger as NAME=VALUE; may be repeated."),
     ] = None,
+    and_: Annotated[
+        list[str] | None,
+        Parameter(
+            name="--and",
+            negative="",
+            show_default=False,
+            help='A further poisoning on other samples, as "TRIGGER NAME=VALUE ...": rate, target, mode, parameters; '
+            "may be repeated.",
+        ),
+    ] = None,
     manifest_only: Annotated[
         bool, Parameter(negative="", show_default=False, help="Write the manifest, not the images.")
     ] = False,
@@ -52,28 +63,35 @@ def attack(
 
     with Console(options) as console:
         console.detail("importing libraries")
-        from unpoison.attacks.folder import write_or_continue
-        from unpoison.attacks.poison import plan_poisoning
+        from unpoison.attacks.folder import parts_of, write_or_continue
+        from unpoison.attacks.parts import plan_parts
         from unpoison.catalog import ATTACKS, find
         from unpoison.cli.running import open_source
 
         find(trigger, ATTACKS)
         images = open_source(source, reading, limit=options.limit, seed=options.seed)
-        poisoning = plan_poisoning(
-            images, trigger, rate=rate, target=read_target(target, images.class_names), seed=options.seed, mode=mode,
-            **read_params(param or []),
-        )  # fmt: skip
+        first = {"rate": rate, "target": target, "mode": mode} | read_params(param or [])
+        parts = [read_part(trigger, first, images.class_names)]
+        parts += [read_part(*read_further(text), images.class_names) for text in and_ or []]
+        planned = plan_parts(images, parts, seed=options.seed)
+        poisoning = planned if and_ else parts_of(planned)[0]
         path = run_path(options.output, "attack", trigger, source)
         if options.dry_run:
             _dry_run(console, images, poisoning, path, manifest_only)
             return 0
         written = write_or_continue(images, poisoning, path, manifest_only=manifest_only)
+        described = [
+            {
+                "trigger": part.trigger, "config": part.config, "mode": part.mode, "target": part.target,
+                "target_name": part.target_name, "rate": part.rate, "poisoned": len(part.ids),
+                "covers": len(part.covers), "seed": part.seed,
+            }
+            for part in parts_of(written)
+        ]  # fmt: skip
         body = {
             "manifest": str(path / "manifest.json"), "data": None if manifest_only else str(path / "data.parquet"),
-            "trigger": poisoning.trigger, "config": poisoning.config, "mode": poisoning.mode,
-            "target": poisoning.target, "target_name": poisoning.target_name, "rate": poisoning.rate,
-            "poisoned": len(written.ids), "covers": len(written.covers), "samples": len(images), "seed": poisoning.seed,
-        }  # fmt: skip
+            "samples": len(images), **(described[0] if not and_ else {"poisoned": len(written.ids)}),
+        } | ({"parts": described} if and_ else {})  # fmt: skip
         console.answer(body, lambda out: _show(out, written, len(images), path, manifest_only))
     return 0
 
@@ -107,7 +125,35 @@ def read_params(pairs: list[str]) -> dict[str, Any]:
     return params
 
 
-def _dry_run(console: Any, images: LabelledImages, poisoning: Poisoning, path: Path, manifest_only: bool) -> None:
+def read_further(text: str) -> tuple[str, dict[str, Any]]:
+    """A trigger's name and its ``NAME=VALUE`` words. Raises UsageError."""
+    import shlex
+
+    from unpoison.errors import UsageError
+
+    try:
+        name, *words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(
+            f"--and {text!r}: expected a trigger's name.", hint='For example --and "blended rate=0.02 target=bird".'
+        ) from error
+    return name, {"rate": 0.05, "target": "0"} | read_params(words)
+
+
+def read_part(trigger: str, told: dict[str, Any], class_names: tuple[str, ...]) -> Part:
+    """``told``: rate, target (number or name), mode and the trigger's parameters. Raises UsageError."""
+    from unpoison.attacks.parts import Part
+    from unpoison.catalog import ATTACKS, find
+    from unpoison.errors import UsageError
+
+    find(trigger, ATTACKS)
+    rate, target = told.pop("rate"), told.pop("target")
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+        raise UsageError(f"{trigger}: rate {rate!r} is no number.", hint="Give a share of all samples, such as 0.02.")
+    return Part(trigger=trigger, target=read_target(str(target), class_names), rate=float(rate), options=told)
+
+
+def _dry_run(console: Any, images: LabelledImages, poisoning: Plan, path: Path, manifest_only: bool) -> None:
     from unpoison.cli.running import DryRun
     from unpoison.planning import plan_attack
 
@@ -116,17 +162,19 @@ def _dry_run(console: Any, images: LabelledImages, poisoning: Poisoning, path: P
     console.answer(dry.data(), dry.show)
 
 
-def _show(out: rich.console.Console, poisoning: Poisoning, samples: int, path: Path, manifest_only: bool) -> None:
+def _show(out: rich.console.Console, poisoning: Plan, samples: int, path: Path, manifest_only: bool) -> None:
     import shlex
 
+    from unpoison.attacks.folder import parts_of
     from unpoison.cli.console import printable
 
-    out.print(
-        f"{len(poisoning.ids):,} of {samples:,} samples poisoned with {poisoning.trigger} ({poisoning.mode}), "
-        f"target {printable(poisoning.target_name)!r}"
-    )
-    if poisoning.covers:
-        out.print(f"{len(poisoning.covers):,} of them keep their label (covers)")
+    for part in parts_of(poisoning):
+        out.print(
+            f"{len(part.ids):,} of {samples:,} samples poisoned with {part.trigger} ({part.mode}), "
+            f"target {printable(part.target_name)!r}"
+        )
+        if part.covers:
+            out.print(f"{len(part.covers):,} of them keep their label (covers)")
     out.print(f"Manifest: {path / 'manifest.json'}", soft_wrap=True)
     if not manifest_only:
         data = path / "data.parquet"

@@ -186,8 +186,13 @@ class Tests:
         attacks = 0 if self.poisoning is None else len(getattr(self.poisoning, "parts", (self.poisoning,)))
         return (images + pairs) * (1 + attacks)
 
-    def evaluate(self, clip: Any, run: Run, *, name: str, suspect: Any = None) -> ClipEvaluation | None:
-        """One evaluation with the model's name as the user knows it; None without test images."""
+    def evaluate(
+        self, clip: Any, run: Run, *, name: str, suspect: Any = None, classes: Any = None
+    ) -> ClipEvaluation | None:
+        """One evaluation with the model's name as the user knows it; None without test images.
+
+        ``classes``: class embeddings instead of the filled templates'.
+        """
         from unpoison.evaluation.clip import evaluate_clip
 
         if self.images is None:
@@ -195,6 +200,7 @@ class Tests:
         return evaluate_clip(
             clip,
             self.images,
+            classes=classes,
             poisoning=self.poisoning,
             retrieval=self.retrieval,
             suspect=suspect,

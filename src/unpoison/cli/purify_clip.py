@@ -160,7 +160,7 @@ def run_purification(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison import __version__
-        from unpoison.cli.running import DryRun, begin, run_without_folder, vars_of
+        from unpoison.cli.running import DryRun, begin, repeated_command, run_without_folder, vars_of
         from unpoison.models.clip_files import load_any_clip
 
         tests = open_tests(testing)
@@ -194,7 +194,7 @@ def run_purification(
             **tests.inputs,
         }
         run = begin(console, options, path, inputs, precision=training.precision)
-        repeat = _command(
+        repeat = repeated_command(
             verb, model, vars_of(sources), _given(own, models), vars_of(training), vars_of(testing), vars_of(reading),
             {"seed": options.seed, "limit": options.limit, "output": path},
         )  # fmt: skip
@@ -235,17 +235,6 @@ def _given(own: dict[str, Any], models: Mapping[str, str | None] | None) -> dict
     """The method's options as they were given, without what another one stands for."""
     names = {role: name or "none" for role, name in (models or {}).items()}
     return ({"paper": own["paper"]} if models and own.get("paper") else own) | names
-
-
-def _command(verb: str, model: str, *given: dict[str, Any]) -> str:
-    """The shell command that repeats the run, with the options that were given."""
-    import shlex
-
-    words = ["unpoison", "purify", verb, model]
-    for name, value in (entry for options in given for entry in options.items()):
-        if value is not None and value is not False:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
 
 
 def _run(
@@ -324,22 +313,10 @@ def _show_training(out: rich.console.Console, result: ClipPurification) -> None:
 
 
 def _show_rest(out: rich.console.Console, result: ClipPurification, path: Path) -> None:
-    from unpoison.cli.console import printable
-    from unpoison.cli.tables import evaluation_table
+    from unpoison.cli.tables import show_judgement
     from unpoison.outputs_clip import model_folder
 
-    if result.before is not None and result.after is not None:
-        out.print()
-        out.print(evaluation_table({"before": result.before, "after": result.after}))
-        if result.attack_left:
-            out.print("The trigger that was tested still works: do not use the model yet.", style="bold")
-    out.print()
-    for warning in (*result.warnings, *(result.after.notes if result.after is not None else ())):
-        out.print(f"Note: {printable(warning)}")
-    if result.skipped:
-        out.print(f"{len(result.skipped):,} rows could not be used; they are listed in purification.json.")
-    out.print(f"Protects: {printable(result.protects)}.")
-    out.print("Not covered: " + printable(" ".join(result.not_covered)))
+    show_judgement(out, result, "model")
     out.print(f"Model: {path / model_folder(result)}")
     if result.exposure is not None:
         from unpoison.outputs_clip import SUSPICIOUS

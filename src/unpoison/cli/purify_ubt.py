@@ -1,4 +1,4 @@
-"""``unpoison purify ubt``: repair a CLIP with the poisoned pairs that it was trained on."""
+"""``unpoison purify ubt`` and ``abl-clip``: repair a CLIP with the poisoned pairs that it was trained on."""
 
 from __future__ import annotations
 
@@ -66,4 +66,28 @@ def ubt(
         reading,
         options,
         {"reference": known},
+    )
+
+
+def abl_clip(
+    model: str,
+    /,
+    *,
+    pairs: TrainedOn,
+    training: Training = Training(),  # noqa: B008
+    testing: Testing = Testing(),  # noqa: B008
+    reading: PairReading = PairReading(),  # noqa: B008
+    options: Planned = Planned(),  # noqa: B008
+) -> int:
+    """Repair a backdoored CLIP with its own poisoned training pairs: ABL, a baseline that always unlearns 2 percent.
+
+    Exit codes: 0 accepted, 2 error, 3 not accepted.
+
+    Parameters
+    ----------
+    model
+        A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
+    """
+    return run_purification(
+        "abl-clip", model, Sources(pairs=pairs, synthetic=None), {}, training, testing, reading, options
     )

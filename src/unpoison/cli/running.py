@@ -131,3 +131,14 @@ class DryRun:
 
     def data(self) -> dict[str, Any]:
         return {"dry_run": True, "folder": str(self.folder), **vars_of(self.plan)}
+
+
+def repeated_command(verb: str, model: str, *given: dict[str, Any]) -> str:
+    """The shell command that repeats ``purify VERB MODEL`` with the options that were given, in their order."""
+    import shlex
+
+    words = ["unpoison", "purify", verb, model]
+    for name, value in (entry for options in given for entry in options.items()):
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)

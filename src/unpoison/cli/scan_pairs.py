@@ -78,7 +78,7 @@ def scan(
         "verb": "scan dataset",
         "pairs": True,
         "source": pairs.name,
-        "content": f"{len(pairs)} pairs, {pairs.fingerprint}, {_images(pairs)}",
+        "content": describe_pairs(pairs),
         "reading": {name: str(value) for name, value in how.items() if value},
         "method": method,
         "clip": clip if detector.suspect else None,
@@ -99,6 +99,11 @@ def scan(
     found, scores = DatasetScan.load(path / "scan.json"), SampleScores.load(path / "scores.parquet")
     console.answer(to_json(found), lambda out: _show(out, found, scores, path))
     return INCONCLUSIVE
+
+
+def describe_pairs(pairs: ImageTextPairs) -> str:
+    """How many pairs, and fingerprints that tell a changed set, also one in which only an image changed."""
+    return f"{len(pairs)} pairs, {pairs.fingerprint}, {_images(pairs)}"
 
 
 def _images(pairs: ImageTextPairs) -> str:

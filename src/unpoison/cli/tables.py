@@ -13,7 +13,12 @@ from unpoison.cli.console import printable
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.console import Console
+
+    from unpoison.clip_results import ClipPurification
+    from unpoison.model_results import ClassTrigger
     from unpoison.results import ClipEvaluation, DatasetScan, Evaluation, Interval, PoisonEstimate, SampleScores, Split
+    from unpoison.zero_shot_results import ZeroShotPurification
 
 _NAMED = 5  # target labels named in the verdict
 
@@ -41,6 +46,17 @@ def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str], 
     toward = f" toward {', '.join(names)}{more}" if names else ""
     rate = f"{100 * estimate.rate:.1f} % ({100 * estimate.rate_low:.1f} to {100 * estimate.rate_high:.1f} %)"
     return f"Poisoned{toward}: about {rate} of {samples:,} samples."
+
+
+def class_triggers_table(classes: Sequence[ClassTrigger], count: int = 6) -> Table:
+    """The classes that are most out of line, each with the least change that reaches it."""
+    table = plain_table("class", "form", "size", "works on", "index", "beside references",
+                        right=("size", "works on", "index", "beside references"))  # fmt: skip
+    for row in classes[:count]:
+        size = f"{100 * row.size:.1f} % of the image" if row.form == "patch" else f"{255 * row.size:.1f} of 255 levels"
+        second = "" if row.reference_index is None else f"{row.reference_index:.1f}"
+        table.add_row(printable(row.name), row.form, size, f"{row.success:.0f} %", f"{row.index:.1f}", second)
+    return table
 
 
 def flagged_table(scan: DatasetScan) -> Table:
@@ -103,3 +119,19 @@ def evaluation_table(evaluations: Mapping[str, Evaluation | ClipEvaluation]) -> 
 def rate(value: Interval | None) -> str:
     """A rate with its 95 % interval."""
     return "" if value is None else f"{value.value:.1f} % ({value.low:.1f} to {value.high:.1f})"
+
+
+def show_judgement(out: Console, result: ClipPurification | ZeroShotPurification, what: str) -> None:
+    """Figures before and after, notes, what is protected and what is not; ``what`` was purified: "model", ..."""
+    if result.before is not None and result.after is not None:
+        out.print()
+        out.print(evaluation_table({"before": result.before, "after": result.after}))
+        if result.attack_left:
+            out.print(f"The trigger that was tested still works: do not use the {what} yet.", style="bold")
+    out.print()
+    for warning in (*result.warnings, *(result.after.notes if result.after is not None else ())):
+        out.print(f"Note: {printable(warning)}")
+    if result.skipped:
+        out.print(f"{len(result.skipped):,} rows could not be used; they are listed in purification.json.")
+    out.print(f"Protects: {printable(result.protects)}.")
+    out.print("Not covered: " + printable(" ".join(result.not_covered)))

@@ -13,12 +13,12 @@ Protects
 Steps
     1. Expose: which pairs taught the backdoor (:mod:`unpoison.detection.exposure`; as published
        :mod:`unpoison.detection.similarity_gain`).
-    2. The unlearning set U: the most suspicious pairs, fewer than 1 percent; every second one is kept aside as judge.
+    2. The unlearning set U: the most suspicious pairs, fewer than 1 percent; 32 of them are kept aside as judges.
     3. Tokens. Of each caption in U the words whose leaving out lowers the cosine with the image most (30 percent, at
        least one); the others are replaced by a neutral word. With ``patches`` the same for the image: the patches whose
        masking lowers it most stay, the rest becomes the mean color.
     4. L_u = mean max(0, cos(phi(x~), psi(t~)) - c) on U, c the mean cosine of clean pairs that do not belong together.
-    5. L_k = InfoNCE(phi(x), psi(t)) + w mean ||phi(x) - phi_P(x)||^2 on up to 10,000 pairs of low risk.
+    5. L_k = InfoNCE(phi(x), psi(t)) + w mean ||phi(x) - phi_P(x)||^2 on up to 10,000 of the least suspicious pairs.
     6. Minimise L_u + L_k over the image tower; AdamW along a cosine to 0, 128 pairs to keep and 32 to unlearn a step.
     7. Judge: the mean cosine of the pairs kept aside must fall to c + 0.02.
 Where we differ, and what the paper leaves open
@@ -83,8 +83,10 @@ class UBTConfig(PairTrainingConfig):
     """Largest share of the pairs that step 2 takes, the judges included."""
     unlearn_pairs: int = 256
     """Most pairs that step 2 takes."""
+    judges: int = 32
+    """How many of these are kept aside, at most half of them."""
     unlearn_batch: int = 32
-    unlearn_weight: float = 2.0
+    unlearn_weight: float = 4.0
     words: float = 0.3
     """Share of a caption's words that are unlearnt; 1 for whole captions."""
     neutral: str = "thing"
@@ -95,6 +97,9 @@ class UBTConfig(PairTrainingConfig):
     """L_u. ``disbelief`` (ours): -log(1 - p), p the softmax's share of the caption and its like among the batch's."""
     keep: Literal["contrast", "relations"] = "contrast"
     keep_pairs: int = 10_000
+    keep_share: float = 0.5
+    """Share of the pairs, the least suspicious ones, that those to keep are drawn from: poison among them is learnt
+    again."""
     anchor: float = 1.0
     """w of step 5."""
     margin: float = 0.02
@@ -102,14 +107,15 @@ class UBTConfig(PairTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("unlearn_pairs", "unlearn_batch", "keep_pairs"):
+        for name in ("unlearn_pairs", "judges", "unlearn_batch", "keep_pairs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.", hint=f"Raise {name}.")
-        for name in ("unlearn_share", "words", "patches"):
+        for name in ("unlearn_share", "words", "patches", "keep_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}.", hint="Try the default.")
-        if min(self.anchor, self.unlearn_weight, self.margin) < 0:
-            raise ConfigError("anchor, unlearn_weight and margin cannot be negative.", hint="Use 0 to switch one off.")
+        for name in ("anchor", "unlearn_weight", "margin"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}.", hint="Use 0 for none.")
         if len(self.neutral.split()) != 1:
             raise ConfigError(f"neutral must be one word, got {self.neutral!r}.", hint='Try "thing".')
 
@@ -172,7 +178,7 @@ def repair_with_ubt(
     """
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     suspect = frozen_copy(clip, run)  # phi_P, psi
-    keep = low_risk(exposure, config.keep_pairs, run)
+    keep = low_risk(exposure, config.keep_pairs, config.keep_share, run)
     unlearning = prepare_unlearning(suspect, pairs, pixels, exposure, keep, config, run=run)  # (2), (3)
     data = open_training(clip, pairs.select(keep), config, run=run)
     old = Suspect(clip=suspect, data=data, run=run, plain=False)
@@ -235,17 +241,16 @@ def repair_with_ubt(
     return UBTRepair(repair=repair, unlearning=unlearning, judged_before=before, judged_after=after)
 
 
-def low_risk(exposure: Exposure, most: int, run: Run) -> Int[np.ndarray, " k"]:
-    """Up to ``most`` rows among the usable ones that are neither flagged nor near the seeds for the probe.
+def low_risk(exposure: Exposure, most: int, share: float, run: Run) -> Int[np.ndarray, " k"]:
+    """Up to ``most`` rows, drawn from the ``share`` of the usable ones that are least suspicious.
 
-    By the probe and not by the score, which counts the caption's concept: clean pairs of the target stay in.
+    Some clean pairs of the target are among them, fewer than elsewhere: the score counts the caption's concept.
     """
-    usable = ~np.isnan(exposure.scores)
-    answers = exposure.probe[usable]
-    calm = np.flatnonzero(usable & ~exposure.above)
-    calm = calm[exposure.probe[calm] <= np.quantile(answers, max(0.5, 1 - 2 * exposure.rate))]
-    order = torch.randperm(len(calm), generator=run.generator("low risk")).numpy()
-    return np.sort(calm[order[:most]])
+    usable = np.flatnonzero(~np.isnan(exposure.scores))
+    order = usable[np.argsort(exposure.scores[usable], kind="stable")]
+    calm = order[: round(share * len(order))]
+    drawn = torch.randperm(len(calm), generator=run.generator("low risk")).numpy()
+    return np.sort(calm[drawn[:most]])
 
 
 def prepare_unlearning(
@@ -273,11 +278,14 @@ def prepare_unlearning(
         if config.patches < 1:
             images = telling_patches(clip, images, captions, config.patches)
         level = mismatched_cosine(clip, pairs, pixels, keep, run)
+    judging = np.zeros(count, dtype=bool)
+    judging[np.linspace(1, count - 1, min(config.judges, count // 2)).astype(int)] = True
+    learnt, judges = np.flatnonzero(~judging), np.flatnonzero(judging)
     return Unlearning(
-        images=images[::2],
-        texts=tuple(words[::2]),
-        judge_images=images[1::2],
-        judge_texts=tuple(words[1::2]),
+        images=images[learnt],
+        texts=tuple(words[row] for row in learnt),
+        judge_images=images[judges],
+        judge_texts=tuple(words[row] for row in judges),
         level=level,
         words=common_words(falls, [texts[0] for texts in pairs.captions(keep[:_HEARD])]),
     )

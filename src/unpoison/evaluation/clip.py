@@ -56,6 +56,7 @@ def evaluate_clip(
     images: LabelledImages,
     *,
     templates: Sequence[str] = TEMPLATES,
+    classes: Float[np.ndarray, "c d"] | None = None,
     poisoning: TargetedAttack | PoisoningParts | None = None,
     retrieval: ImageTextPairs | None = None,
     suspect: ImageTextModel | None = None,
@@ -67,19 +68,21 @@ def evaluate_clip(
     ``suspect``. Rates in percent.
 
     ``images`` are clean test images under their true labels, whose names fill ``templates`` (the classes' embeddings
-    are the means over them). The trigger is put on each image at its own size, before the model's preprocessing, and
-    samples of the target class count nowhere; parts of a poisoning are measured one by one and all together. Drift is
-    measured on the same images and on the captions of ``retrieval``, or on the filled templates without it. Every
-    picture is decoded and encoded once, clean and triggered; models and sets are left as they are. Rows that do not
-    decode count nowhere and are listed.
+    are the means over them), unless ``classes`` gives the embeddings in the names' order. The trigger is put on each
+    image at its own size, before the model's preprocessing, and samples of the target class count nowhere; parts of a
+    poisoning are measured one by one and all together. Drift is measured on the same images and on the captions of
+    ``retrieval``, or on the filled templates without it. Every picture is decoded and encoded once, clean and
+    triggered; models and sets are left as they are. Rows that do not decode count nowhere and are listed.
     Raises DataError (the target is no class; embeddings of two widths; class names that CLIP cannot tell apart),
     SourceFormatError (over 10 % bad rows), NotEnoughDataError, ModelError (embeddings that are no numbers).
     """
     began = time.perf_counter()
     models = [clip] if suspect is None else [clip, suspect]
     embedded = embed_images(models, images, run=run, batch_size=batch_size, what="clean images")
-    with ready(clip, run):
-        classes = class_embeddings(clip, images.class_names, templates).float().cpu().numpy()
+    if classes is None:
+        with ready(clip, run):
+            classes = class_embeddings(clip, images.class_names, templates).float().cpu().numpy()
+    _check_classes(classes, embedded[0].array, images.class_names)
     guesses, usable = zero_shot_guesses(embedded[0], classes), embedded[0].usable
     hits = guesses == images.labels
     present = [label for label in range(len(images.class_names)) if (usable & (images.labels == label)).any()]
@@ -150,6 +153,15 @@ def rebound(
             hint="Train a copy and give that back.",
         )
     return Rebound(pairs=pairs.name, before=before, after=evaluate(tuned), seconds=time.perf_counter() - began)
+
+
+def _check_classes(classes: np.ndarray, images: np.ndarray, names: Sequence[str]) -> None:
+    expected = (len(names), images.shape[1])
+    if classes.shape != expected:
+        raise DataError(
+            f"expected class embeddings of shape {expected}, got {classes.shape}.",
+            hint="Give one row for each class of the test images, made with the same model.",
+        )
 
 
 def zero_shot_guesses(images: ImageEmbeddings, classes: Float[np.ndarray, "c d"]) -> Int[np.ndarray, " n"]:

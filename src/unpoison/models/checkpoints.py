@@ -227,7 +227,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickled(path: Path) -> object:
     if zipfile.is_zipfile(path):
-        _check_archive(path)
+        check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its advice is for people who wrote the file; ours is in the errors below
@@ -248,8 +248,11 @@ def _read_pickled(path: Path) -> object:
         raise ModelError(f"{path}: damaged, truncated or no torch file ({reason[:200]}).", hint=_DAMAGED) from error
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse TorchScript and archives that inflate, from the directory of the archive alone."""
+def check_archive(path: Path) -> None:
+    """Refuse TorchScript and archives that inflate, from the directory of the archive alone.
+
+    Raises UnsafeCheckpointError, ModelError for a damaged archive.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -17,6 +17,7 @@ from unpoison.errors import CheckpointMismatchError, ModelError, UnsafeCheckpoin
 from unpoison.models.checkpoints import check_finite, check_safetensors
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_ASK_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 _MAX_JSON_BYTES = 64 * 1024**2
 _PATTERNS = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
 
@@ -34,7 +35,7 @@ def check_model_folder(folder: Path, *, pickles: bool = False) -> None:
         if path.suffix == ".safetensors":
             check_safetensors(path)
         elif path.suffix == ".json":
-            _check_config(path)
+            check_config(path)
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled and not pickles and not any(name.endswith(".safetensors") for name in names):
         raise UnsafeCheckpointError(
@@ -49,15 +50,19 @@ def file_inside(folder: Path, name: str) -> Path:
     Links of the hub's cache layout (snapshots/REVISION -> blobs) stay inside the same model and are fine.
     """
     path = folder / name
-    real, home = path.resolve(), folder.resolve()
-    inside = real.is_relative_to(home)
-    cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
-    if name != Path(name).name or not (inside or cached):
+    if name != Path(name).name or leads_out(folder, path):
         raise UnsafeCheckpointError(
-            f"{folder}: {name!r} leads out of the folder, to {real}.",
+            f"{folder}: {name!r} leads out of the folder, to {path.resolve()}.",
             hint="Replace the link by the file itself if you trust it.",
         )
     return path
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether ``path`` lies outside ``folder`` once links are followed; the hub's cache layout counts as inside."""
+    real, home = path.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
+    return not (real.is_relative_to(home) or cached)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -139,7 +144,11 @@ def open_pretrained(kind: Any, folder: Path, **options: Any) -> nn.Module:
     return module
 
 
-def _check_config(path: Path) -> None:
+def check_config(path: Path) -> None:
+    """Refuse a JSON file of a model that asks for code from elsewhere, or for weights outside its folder.
+
+    Raises UnsafeCheckpointError; ModelError where it is damaged or no object.
+    """
     body = read_json(path)
     stack: list[Any] = [body]
     while stack:
@@ -147,8 +156,9 @@ def _check_config(path: Path) -> None:
         if isinstance(entry, list):
             stack.extend(entry)
         elif isinstance(entry, dict):
-            if "auto_map" in entry:
-                _refuse(path, "auto_map")
+            for key in _ASK_FOR_CODE:
+                if entry.get(key):
+                    _refuse(path, key)
             for key, value in entry.items():
                 # A name with a slash makes transformers fetch a compiled kernel of that name and run it.
                 if str(key).endswith("attn_implementation") and "/" in str(value):

@@ -49,7 +49,22 @@ def load_open_clip(model: str | Path) -> OpenClip:
     return _open_file(path, None, {})
 
 
+def locate_open_clip(model: str) -> Path:
+    """The weights file that ``open_clip:NAME/TAG`` or ``open_clip:NAME/PATH`` means, fetched where it has to be.
+
+    Raises MissingExtraError, ModelError, UnsupportedModelError.
+    """
+    return _find_named(model.removeprefix(PREFIX))[0]
+
+
 def _open_named(name: str) -> OpenClip:
+    path, config, settings = _find_named(name)
+    body = {"model_cfg": config} if settings is None else {"model_cfg": config, "preprocess_cfg": settings}
+    return _open_file(path, body, {})
+
+
+def _find_named(name: str) -> tuple[Path, dict[str, Any], dict[str, Any] | None]:
+    """The weights file of a name, its architecture, and how published weights want pictures prepared."""
     library = import_open_clip()
     architecture, _, source = name.partition("/")
     config = library.get_model_config(architecture) if architecture in library.list_models() else None
@@ -69,7 +84,7 @@ def _open_named(name: str) -> OpenClip:
             ) from error
         # The architecture's own setting is not always that of the weights; open_clip itself only warns.
         config["quick_gelu"] = bool(published.get("quick_gelu", False))
-        return _open_file(path, {"model_cfg": config, "preprocess_cfg": published}, {})
+        return path, config, published
     path = Path(source)
     if not path.is_file():
         tags = ", ".join(library.pretrained.list_pretrained_tags_by_model(architecture)) or "none"
@@ -77,7 +92,7 @@ def _open_named(name: str) -> OpenClip:
             f"{PREFIX}{name}: {source!r} is neither a file nor a tag of {architecture} ({tags}).",
             hint="Check the spelling.",
         )
-    return _open_file(path, {"model_cfg": config}, {})
+    return path, config, None
 
 
 def _open_file(path: Path, body: Mapping[str, Any] | None, companions: dict[str, bytes]) -> OpenClip:

@@ -228,9 +228,18 @@ def rates_chart(rows: Sequence[tuple[str, Interval | None, Interval | None]]) ->
     return _svg(draw, height=0.85 + 0.4 * len(rows), label=f"Rates before and after, in percent. {said}")
 
 
-def frontier_chart(lines: Mapping[str, Sequence[tuple[float, float]]], given: Sequence[tuple[float, float]]) -> str:
-    """C-Acc across, excess ASR upwards, in percent: one line of points for each method, stars for the models given."""
-    looks = [(CALM, "o"), (ALERT, "s"), (GOOD, "D"), (QUIET, "^")]
+def frontier_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    given: Sequence[tuple[float, float]],
+    *,
+    across: str = "zero-shot accuracy, %",
+    connected: bool = True,
+) -> str:
+    """C-Acc across, excess ASR upwards, in percent: one line of points for each method, stars for the models given.
+
+    ``connected``: whether the points of a method are one line.
+    """
+    looks = [(CALM, "o"), (ALERT, "s"), (GOOD, "D"), (QUIET, "^"), (INK, "v")]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -239,20 +248,22 @@ def frontier_chart(lines: Mapping[str, Sequence[tuple[float, float]]], given: Se
             filled = color if at < len(looks) else "none"
             axes.plot(
                 *zip(*points, strict=True), marker=marker, color=color, markerfacecolor=filled, markersize=5,
-                linewidth=1, label=shortened(name, 60),
+                linewidth=1, linestyle="-" if connected else "none", label=shortened(name, 60),
             )  # fmt: skip
         if given:
             axes.plot(*zip(*given, strict=True), "*", color=INK, markersize=8, linestyle="none", label="as given")
-        axes.set_xlabel("zero-shot accuracy, %")
+        axes.set_xlabel(across)
         axes.set_ylabel("excess ASR, %")
         axes.set_ylim(bottom=min(-2.0, axes.get_ylim()[0]))
         axes.grid()
-        figure.legend(loc="outside upper left", handlelength=1.6, borderpad=0.1)
+        columns = 1 if connected else 3
+        figure.legend(loc="outside upper left", ncols=columns, handlelength=1.6, borderpad=0.1)
 
     said = "; ".join(
         f"{name}: " + ", ".join(f"{x:.1f} and {y:.1f}" for x, y in points) for name, points in lines.items()
     )
-    height = 2.9 + 0.19 * (len(lines) + bool(given))
+    entries = len(lines) + bool(given)
+    height = 2.9 + 0.19 * (entries if connected else -(-entries // 3))
     return _svg(draw, height=height, label=f"Accuracy and excess ASR after each repair, in percent. {said}")
 
 

@@ -15,6 +15,7 @@ from unpoison.errors import UsageError
 from unpoison.report import charts
 from unpoison.report.clip_views import clip_view, drift_rows, trigger_pictures
 from unpoison.report.frontier import frontier
+from unpoison.report.model_views import model_view, trigger_picture
 from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows
 from unpoison.report.runs import ReportRun
@@ -30,6 +31,7 @@ from unpoison.report.views import (
     scan_verdict,
     scan_view,
 )
+from unpoison.report.zero_shot_view import dummy_pictures, zero_shot_view
 from unpoison.results import DatasetScan, write_atomically
 
 
@@ -53,28 +55,28 @@ def render_report(runs: Sequence[ReportRun]) -> str:
         raise UsageError(
             "A report needs at least one run.", hint="Name a run folder: unpoison report RUN -o report.html"
         )
-    environment = _environment()
+    environment = make_environment()
     views = [_run_view(run, f"run-{at}") for at, run in enumerate(runs, start=1)]
-    script = _asset(environment, "marks.js") if any(run.samples for run in runs) else ""
+    script = asset(environment, "marks.js") if any(run.samples for run in runs) else ""
     return environment.get_template("report.html.j2").render(
         views=views,
         frontier=frontier(runs),
         title=views[0].verdict.sentence if len(views) == 1 else f"Report on {len(views)} runs",
         version=__version__,
-        style=Markup(_asset(environment, "style.css")),  # noqa: S704 - our own file
+        style=Markup(asset(environment, "style.css")),  # noqa: S704 - our own file
         script=Markup(script),  # noqa: S704 - our own file
-        policy=_policy(script),
+        policy=content_policy(script),
     )
 
 
-def _policy(script: str) -> str:
+def content_policy(script: str) -> str:
     """Content-Security-Policy: nothing from outside; the one script is named by its hash."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     scripts = f"script-src 'sha256-{digest}'; " if script else ""
     return f"default-src 'none'; {scripts}img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def _environment() -> Environment:
+def make_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("unpoison.report"),
         autoescape=True,
@@ -88,6 +90,8 @@ def _environment() -> Environment:
         "count": count,
         "counted": counted,
         "drift_rows": drift_rows,
+        "dummy_pictures": dummy_pictures,
+        "trigger_picture": trigger_picture,
         "trigger_pictures": trigger_pictures,
         "duration": duration,
         "interval": interval,
@@ -99,7 +103,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _asset(environment: Environment, name: str) -> str:
+def asset(environment: Environment, name: str) -> str:
     if environment.loader is None:
         raise RuntimeError("the report's environment has no loader")
     return environment.loader.get_source(environment, name)[0]
@@ -110,6 +114,10 @@ def _run_view(run: ReportRun, anchor: str) -> RunView:
         return _purification_view(run, anchor)
     if run.clip is not None:
         return clip_view(run, run.clip, anchor)
+    if run.zero_shot is not None:
+        return zero_shot_view(run, run.zero_shot, anchor)
+    if run.model_scan is not None:
+        return model_view(run, run.model_scan, anchor)
     if run.scan is not None:
         return _dataset_view(run, run.scan, anchor)
     return _evaluation_view(run, anchor)

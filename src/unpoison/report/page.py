@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 from unpoison import __version__
 from unpoison.clip_results import ClipPurification
+from unpoison.model_results import ModelScan
 from unpoison.report.rates import RateRow
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import duration, percent
 from unpoison.report.views import Figure, ScanView, Verdict, facts
 from unpoison.results import DatasetScan, Evaluation, Purification
+from unpoison.zero_shot_results import ZeroShotPurification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +67,16 @@ def arrow(before: float | None, after: float | None) -> str:
 
 def provenance(
     run: ReportRun,
-    result: DatasetScan | Purification | ClipPurification | Evaluation,
+    result: DatasetScan | ModelScan | Purification | ClipPurification | ZeroShotPurification | Evaluation,
     *,
     source: str | None = None,
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Captioned tables: the run, what it was given, its configuration, the content hashes of its inputs."""
     rows: list[tuple[str, object]] = [("folder or file", run.path), ("source", source)]
     if not isinstance(result, Evaluation):
-        rows += [("method", result.method), ("seed", result.seed)]
-    if isinstance(result, ClipPurification):
+        method = result.weights.method if isinstance(result, ModelScan) else result.method
+        rows += [("method", method or None), ("seed", result.seed)]
+    if isinstance(result, ClipPurification | ZeroShotPurification):
         rows.append(("command", result.command or None))
     rows.append(("time taken", duration(result.seconds)))
     if run.finished_at is not None:

@@ -15,6 +15,7 @@ import msgspec
 from unpoison.clip_results import ClipPurification
 from unpoison.data.images import UndecodableImage, decode_image
 from unpoison.errors import ResultError
+from unpoison.model_results import ModelScan
 from unpoison.report.text import plain
 from unpoison.results import (
     REGION_NAMES,
@@ -26,7 +27,9 @@ from unpoison.results import (
     Split,
     from_json,
 )
+from unpoison.zero_shot_results import ZeroShotPurification
 
+MODEL_SCAN = "model-scan.json"
 MAX_SAMPLES = 120
 THUMBNAIL_SIZE = 64
 _MAX_SAMPLES_BYTES = 32 * 2**20
@@ -34,8 +37,10 @@ _MAX_THUMBNAIL_CHARACTERS = 256 * 2**10
 _MAX_CAPTION_CHARACTERS = 500
 _KINDS = {
     "unpoison/dataset-scan": DatasetScan,
+    "unpoison/model-scan": ModelScan,
     "unpoison/purification": Purification,
     "unpoison/clip-purification": ClipPurification,
+    "unpoison/zero-shot-purification": ZeroShotPurification,
     "unpoison/evaluation": Evaluation,
 }
 
@@ -74,6 +79,8 @@ class ReportRun:
     scan: DatasetScan | None = None
     purification: Purification | None = None
     clip: ClipPurification | None = None
+    zero_shot: ZeroShotPurification | None = None
+    model_scan: ModelScan | None = None
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     scores: SampleScores | None = None
     split: Split | None = None
@@ -96,11 +103,12 @@ def read_run(path: Path) -> ReportRun:
             hint="Give the -o folder of an unpoison command, or an evaluation JSON file.",
         )
     scan = _read_json(path / "scan.json", DatasetScan)
+    model_scan = _read_json(path / MODEL_SCAN, ModelScan)
     purified = _read_file(path / "purification.json") if (path / "purification.json").exists() else None
     evaluations = {file.stem: Evaluation.load(file) for file in sorted(path.glob("evaluation*.json"))}
-    if scan is None and purified is None and not evaluations:
+    if scan is None and model_scan is None and purified is None and not evaluations:
         raise ResultError(
-            f"{path}: expected scan.json, purification.json or evaluation*.json, found none of them.",
+            f"{path}: expected scan.json, {MODEL_SCAN}, purification.json or evaluation*.json, found none of them.",
             hint="Repeat the command that writes this folder; the same command continues an interrupted run.",
         )
     samples, notes = _read_samples(path / "samples.json")
@@ -111,6 +119,8 @@ def read_run(path: Path) -> ReportRun:
         scan=scan,
         purification=purified.purification if purified else None,
         clip=purified.clip if purified else None,
+        zero_shot=purified.zero_shot if purified else None,
+        model_scan=model_scan,
         evaluations=evaluations,
         scores=SampleScores.load(path / "scores.parquet") if (path / "scores.parquet").exists() else None,
         split=Split.load(path / "split.parquet") if (path / "split.parquet").exists() else None,
@@ -143,6 +153,8 @@ def _read_file(path: Path) -> ReportRun:
         scan=result if isinstance(result, DatasetScan) else None,
         purification=result if isinstance(result, Purification) else None,
         clip=result if isinstance(result, ClipPurification) else None,
+        zero_shot=result if isinstance(result, ZeroShotPurification) else None,
+        model_scan=result if isinstance(result, ModelScan) else None,
         evaluations={path.stem: result} if isinstance(result, Evaluation) else {},
         finished_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
     )
@@ -163,7 +175,7 @@ def _read_inputs(path: Path) -> dict[str, Any]:
 
 
 def _written(folder: Path) -> datetime | None:
-    for name in ("finished.json", "purification.json", "scan.json"):
+    for name in ("finished.json", "purification.json", "scan.json", MODEL_SCAN):
         if (folder / name).exists():
             return datetime.fromtimestamp((folder / name).stat().st_mtime, UTC)
     return None
