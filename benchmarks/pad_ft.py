@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from unpoison.detection.thresholds import split_by_evidence
 from unpoison.evaluation.classifier import evaluate_before_after
 from unpoison.models.classifier import load_classifier
 from unpoison.models.image_classifier import ImageClassifier
-from unpoison.results import SampleScores, Split, write_atomically
+from unpoison.results import Evaluation, SampleScores, Split, write_atomically
 from unpoison.runs import Run, RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,10 @@ class Setting:
             class_names=self.cell.source.class_names, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
         )  # fmt: skip
 
+    @cached_property
+    def before(self) -> Evaluation:
+        return self.cell.evaluate(self.victim())
+
     def own_scores(self, victim) -> SampleScores:
         source = self.cell.source
         rows = np.flatnonzero(self.cell.pixels.usable)
@@ -142,11 +147,11 @@ def cgd(setting: Setting, victim, config: CGDConfig, run: Run) -> tuple[Repair |
     return repair_with_cgd(victim, setting.cell.pixels, split, zero_shot.cosines, config, run=run), split
 
 
-def classic(setting: Setting, victim, name: str, run: Run) -> tuple[Repair, Split]:
+def classic(setting: Setting, victim, name: str, run: Run, **more: Any) -> tuple[Repair, Split]:
     _, scores = setting.cell.scores(CGDConfig().separation)
     split = split_by_evidence(scores)
     repair_with, kind = CLASSICS[name]
-    return repair_with(victim, setting.cell.pixels, split, kind(), run=run), split
+    return repair_with(victim, setting.cell.pixels, split, kind(**more), run=run), split
 
 
 METHODS: dict[str, Callable[..., tuple[Repair | None, Split]]] = {}
@@ -155,13 +160,22 @@ for name, settings in (PAD_FT | VARIANTS).items():
 CLASSIC_NAMES = ("ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
 for name in CLASSIC_NAMES:
     METHODS[name] = lambda setting, victim, run, name=name: classic(setting, victim, name, run)
+CLASSIC_VARIANTS = {
+    **{f"i-bau-rate-{rate}": ("i-bau", {"learning_rate": rate}) for rate in (1e-4, 3e-4)},
+    "i-bau-radius-1": ("i-bau", {"radius": 1.0, "ascent_rate": 0.2}),
+    "i-bau-radius-1-rate-1e-4": ("i-bau", {"radius": 1.0, "ascent_rate": 0.2, "learning_rate": 1e-4}),
+    "abl-split": ("abl", {"isolation": "split"}),
+    "abl-epochs-10": ("abl", {"isolation_epochs": 10}),
+}
+for name, (kind, more) in CLASSIC_VARIANTS.items():
+    METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)
 METHODS["cgd"] = lambda setting, victim, run: cgd(setting, victim, CGDConfig(), run)
 
 
 def compute(setting: Setting, method: str) -> dict[str, Any]:
     cell = setting.cell
     victim = setting.victim()
-    before = cell.evaluate(victim)
+    before = setting.before
     folder = RunFolder.open(cell.folder.path / f"{setting.attack}-pad-ft-{method}", {"method": method})
     run = replace(cell.run, folder=folder)
     begun = time.time()

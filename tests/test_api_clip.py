@@ -84,8 +84,8 @@ def found_triggers(*suspects: int) -> Any:
         InvertedTrigger(
             form="additive",
             target=target,
-            mask=torch.ones(1, 8, 8),
-            pattern=torch.full((3, 8, 8), 0.01 * (target + 1)),
+            mask=torch.ones(1, 16, 16),
+            pattern=torch.full((3, 16, 16), 0.01 * (target + 1)),
             size=0.01 * (target + 1),
             success=90.0,
         )

@@ -6,13 +6,14 @@ from unpoison import load_any_clip, open_pairs, purify_with_par, save_clip
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TypeVar
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_wit
 from unpoison.defenses.par import PARConfig, repair_with_par
 from unpoison.detection.clip_triggers import ConceptSearchConfig, search_concepts
 from unpoison.detection.inversion import picture_of
-from unpoison.detection.trigger_search import TriggerSearch
+from unpoison.detection.trigger_search import TriggerSearch, load_search, store_search
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.runs import Run
@@ -71,13 +72,14 @@ def purify_with_par(
     if not config.search_concepts:
         return _purify("par", repair_with_par, clip, pairs, config, run)
     try:
-        finding = look_for_trigger(clip, pairs, ConceptSearchConfig(concepts=config.search_concepts), run=run)
+        search, captions = _search(clip, pairs, ConceptSearchConfig(concepts=config.search_concepts), run)
     except NotEnoughDataError as error:
         outcome = _purify("par", repair_with_par, clip, pairs, config, run)
         warning = f"No trigger was looked for before the repair: {error.message}"
         noted = replace(outcome.purification, warnings=(*outcome.purification.warnings, warning))
         return replace(outcome, purification=noted)
-    repair = repair_with_par if finding.suspected else leave_alone
+    finding = describe_search(search, captions)
+    repair = partial(repair_with_par, found=search.trigger_of(search.suspects[0])) if search.suspects else leave_alone
     outcome = _purify("par", repair, clip, pairs, config, run)
     found = replace(outcome.purification, search=finding, left_alone=not finding.suspected)
     if found.left_alone and found.accepted:
@@ -92,15 +94,22 @@ def look_for_trigger(
 
     Raises NotEnoughDataError for few images or captions, SourceFormatError, ModelError.
     """
+    return describe_search(*_search(clip, pairs, config, run or Run()))
 
-    run = run or Run()
+
+def _search(
+    clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None, run: Run
+) -> tuple[TriggerSearch, Sequence[str]]:
+    """What ``search_concepts`` gives, kept where the run keeps its steps."""
 
     def search() -> dict[str, Tensor]:
-        finding = describe_search(*search_concepts(clip, pairs, config, run=run))
-        return {"finding": torch.frombuffer(bytearray(msgspec.json.encode(finding)), dtype=torch.uint8)}
+        found, captions = search_concepts(clip, pairs, config, run=run)
+        return store_search(found) | {
+            "captions": torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
+        }
 
     stored = run.step("trigger-search", search)
-    return msgspec.json.decode(bytes(stored["finding"].tolist()), type=TriggerFinding)
+    return load_search(stored, run.device), json.loads(bytes(stored["captions"].tolist()))
 
 
 def describe_search(search: TriggerSearch, captions: Sequence[str]) -> TriggerFinding:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpoison.data.pairs import open_pairs
+from unpoison.detection import clip_triggers
 from unpoison.detection.clip_triggers import ConceptSearchConfig, find_concepts, search_concepts
-from unpoison.detection.inversion import InversionConfig
-from unpoison.detection.trigger_search import TriggerSearchConfig
+from unpoison.detection.inversion import InversionConfig, InvertedTrigger
+from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, judge_triggers
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.models.clip_transformers import load_clip
 from unpoison.runs import Run
@@ -66,6 +67,33 @@ def test_a_shortcut_is_found_and_named_and_a_clean_model_is_not_suspected(clip: 
     assert float(found[:, :4, :4].sum() / found.sum()) > 5 * 4 * 4 / 32 / 32  # far more than the corner's share
     plain, _ = search_concepts(clip, pairs, QUICK, run=Run())
     assert plain.suspects == ()
+
+
+@pytest.mark.parametrize(("second", "suspected"), [(0.03, (0,)), (0.055, ()), (0.08, ())])
+def test_what_is_suspected_is_searched_for_again_on_other_images(
+    second: float, suspected: tuple[int, ...], clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def search(logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, run: Run) -> TriggerSearch:
+        sizes = [0.04 if not seen else second, 0.05, 0.052, 0.054, 0.056, 0.058, 0.06, 0.07]
+        seen.append(images)
+        return judge_triggers([planted_trigger(target, size) for target, size in enumerate(sizes)], names, config)
+
+    monkeypatch.setattr(clip_triggers, "search_triggers", search)
+    found, _ = search_concepts(clip, open_pairs("shapes:400:5"), QUICK, run=Run())
+    first, again = seen
+    assert len(first) == len(again) == QUICK.images
+    assert not (first[:, None].flatten(2) == again[None].flatten(2)).all(dim=2).any()
+    assert found.suspects == suspected
+    assert found.trigger_of(0).size == pytest.approx((0.04 * second) ** 0.5)
+    search_concepts(clip, open_pairs("shapes:400:5"), replace(QUICK, confirm=False), run=Run())
+    assert len(seen) == 3
+
+
+def planted_trigger(target: int, size: float) -> InvertedTrigger:
+    nothing = torch.zeros(3, 1, 1)
+    return InvertedTrigger(form="additive", target=target, mask=nothing[:1], pattern=nothing, size=size, success=90.0)
 
 
 def test_concepts_are_clusters() -> None:

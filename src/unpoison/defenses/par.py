@@ -33,10 +33,11 @@ Where we differ, and what the paper leaves open
     trigger first (:mod:`unpoison.detection.clip_triggers`), and a model that shows none is handed back as it came;
     ``adversary_share`` puts a universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step
     2, and what it finds is what the embeddings are pushed away from; with ``adversary_start`` it begins as what the
-    suspect itself is weakest at, an inverted trigger; ``text_tower = "frozen"`` keeps the texts where they are, so that
-    a rotation of both towers, which costs L_CLIP nothing, is no way out; ``distill = "relations"`` adds the
-    cross-entropy to the suspect's softmax over the batch's captions on the plain image; ``recovery = "latched"`` never
-    opens the gate again once it was shut for a whole interval between looks; ``crop`` and ``flip`` augment further.
+    suspect itself is weakest at, an inverted trigger, its pattern as the one that the search found;
+    ``text_tower = "frozen"`` keeps the texts where they are, so that a rotation of both towers, which costs L_CLIP
+    nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's softmax over the batch's
+    captions on the plain image; ``recovery = "latched"`` never opens the gate again once it was shut for a whole
+    interval between looks; ``crop`` and ``flip`` augment further.
     tau = 2.15 means a mean cosine under -0.075 with the old embeddings: indexes, heads and connectors built on those no
     longer fit. The looks report the cosines.
 """
@@ -74,6 +75,7 @@ from unpoison.data.training_pairs import process_slice
 from unpoison.data.transforms import brighten, crop_at, erase_square
 from unpoison.defenses.universal import Places, Universal, draw_places
 from unpoison.detection.clip_triggers import FEWEST_CONCEPTS
+from unpoison.detection.inversion import InvertedTrigger
 from unpoison.errors import ConfigError
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, linear_then_cosine, set_rate
@@ -177,8 +179,13 @@ RECOMMENDED: dict[str, object] = {
 RECOMMENDED_FACTOR = 2.0
 
 
-def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run) -> ClipRepair:
-    """Steps 1 to 6 on a copy of ``clip``. Raises NotEnoughDataError, SourceFormatError, ModelError."""
+def repair_with_par(
+    clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run, found: InvertedTrigger | None = None
+) -> ClipRepair:
+    """Steps 1 to 6 on a copy of ``clip``; the adversary, if there is one, starts from the trigger that was ``found``.
+
+    Raises NotEnoughDataError, SourceFormatError, ModelError.
+    """
     data = open_training(clip, pairs, config, run=run)
     suspect = frozen_copy(clip, run)  # (1)
     old = Suspect(clip=suspect, data=data, run=run, plain=config.distill == "relations")
@@ -189,13 +196,11 @@ def repair_with_par(clip: ImageTextModel, pairs: ImageTextPairs, config: PARConf
         groups = decay_groups(towers, config.weight_decay)
         side = max(1, round(config.adversary_patch * clip.image_size))
         adversary = Universal.draw(
-            clip.image_size,
-            side,
-            config.adversary_epsilon,
-            config.adversary_values,
-            run.generator("adversary"),
-            run.device,
-        )
+            clip.image_size, side, config.adversary_epsilon, config.adversary_values,
+            run.generator("adversary"), run.device,
+        )  # fmt: skip
+        if found is not None:
+            adversary.start_from(found)
         waiting = round(config.adversary_start * data.steps)
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unpoison.detection.inversion import InvertedTrigger
 from unpoison.types import Images
 
 NONE, ADDED, PASTED, WRITTEN = range(4)
@@ -80,6 +81,11 @@ class Universal:
             epsilon=epsilon,
             count=max(1, round(share * 3 * size * size)),
         )
+
+    def start_from(self, trigger: InvertedTrigger) -> None:
+        """Begin as what was found to be added to images, as far as ``epsilon`` allows."""
+        if trigger.form == "additive":
+            self.pattern.copy_(trigger.pattern.to(self.pattern).clamp(-self.epsilon, self.epsilon))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"pattern": self.pattern, "patch": self.patch, "values": self.values, "score": self.score}

@@ -3,6 +3,8 @@
 Steps
     1. Concepts: k-means of the captions' embeddings; a concept is the mean direction of its captions.
     2. The search for a trigger (:mod:`unpoison.detection.trigger_search`) with the concepts as classes.
+    3. What it suspects is searched for once more, on other images; judged is the geometric mean of both sizes. The
+       size that a search ends with is partly chance, and of many clean models one would be suspected by it.
 What it cannot see
     A target that no caption comes near, and encoders trained to hide their trigger from such a search. Nothing found is
     no proof.
@@ -10,7 +12,7 @@ What it cannot see
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,12 @@ from torch import Tensor
 
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels, to_images
-from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, search_triggers
+from unpoison.detection.trigger_search import (
+    TriggerSearch,
+    TriggerSearchConfig,
+    average_searches,
+    search_triggers,
+)
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_texts, ready
 from unpoison.runs import Run
@@ -38,6 +45,8 @@ class ConceptSearchConfig:
     concepts: int = 12
     images: int = 640
     captions: int = 4096
+    confirm: bool = True
+    """Whether what is suspected is searched for a second time."""
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
 
     def __post_init__(self) -> None:
@@ -49,8 +58,8 @@ class ConceptSearchConfig:
 
 
 def concept_steps(config: ConceptSearchConfig) -> int:
-    """Images that a search passes forward and backward."""
-    return config.concepts * config.search.inversion.steps * config.search.inversion.batch_size
+    """Images that a search passes forward and backward, at most."""
+    return (1 + config.confirm) * config.concepts * config.search.inversion.steps * config.search.inversion.batch_size
 
 
 def search_concepts(
@@ -64,7 +73,7 @@ def search_concepts(
     random = np.random.default_rng(run.seed_of("concepts"))
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     rows = np.flatnonzero(pixels.usable)
-    chosen = np.sort(random.permutation(rows)[: config.images])
+    order = random.permutation(rows)
     described = np.sort(random.permutation(rows)[: config.captions])
     texts = sorted({texts[0] for texts in pairs.captions(described)})
     if len(texts) < config.concepts:
@@ -81,8 +90,16 @@ def search_concepts(
             with run.accelerator.autocast():
                 return clip.logit_scale * probed.encode_images(images) @ classes.T
 
-        images = to_images(pixels.array[chosen]).to(run.device)
-        return search_triggers(logits, images, captions, config.search, run=run), captions  # (2)
+        def search(rows: np.ndarray, run: Run) -> TriggerSearch:
+            images = to_images(pixels.array[np.sort(rows)]).to(run.device)
+            return search_triggers(logits, images, captions, config.search, run=run)
+
+        found = search(order[: config.images], run)  # (2)
+        if found.suspects and config.confirm:  # (3)
+            others = order[config.images : 2 * config.images] if len(order) >= 2 * config.images else order
+            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")))
+            found = average_searches(found, again, captions, config.search)
+        return found, captions
 
 
 def find_concepts(

@@ -24,7 +24,7 @@ What it cannot see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -166,6 +166,24 @@ def judge_triggers(
     return TriggerSearch(
         triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason
     )
+
+
+def average_searches(
+    first: TriggerSearch, second: TriggerSearch, names: Sequence[str], config: TriggerSearchConfig
+) -> TriggerSearch:
+    """Step 3 on the geometric means of both sizes; success is the lower one. Triggers are those of ``first``.
+
+    Both must have looked at the same classes to the end.
+    """
+    triggers = []
+    for trigger in first.triggers:
+        other = second.trigger_of(trigger.target)
+        triggers.append(
+            replace(
+                trigger, size=float(np.sqrt(trigger.size * other.size)), success=min(trigger.success, other.success)
+            )
+        )
+    return judge_triggers(triggers, names, config)
 
 
 def store_search(search: TriggerSearch) -> dict[str, Tensor]:
