@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from unpoison.defenses.par import PARConfig, repair_with_par
-from unpoison.defenses.universal import ADDED, NONE, PASTED, WRITTEN, Places, Universal, draw_places
+from unpoison.defenses.universal import ADDED, FOUND, NONE, PASTED, WRITTEN, Places, Universal, draw_places
+from unpoison.detection.inversion import InvertedTrigger
 from unpoison.errors import ConfigError
 from unpoison.runs import Run
 
@@ -78,11 +79,27 @@ def test_a_step_climbs_along_the_sign(adversary: Universal, places: Places) -> N
     np.testing.assert_allclose(adversary.score, 0.9 * score + gain / np.abs(gain).mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_trigger_that_was_found_is_carried_as_it_is() -> None:
+    pattern = 0.5 * torch.randn(3, SIZE, SIZE, generator=seeded(3))
+    found = InvertedTrigger(
+        form="additive", target=0, mask=torch.ones(1, SIZE, SIZE), pattern=pattern, size=0.5, success=90.0
+    )
+    adversary = Universal.draw(SIZE, SIDE, 0.1, 0.05, seeded(0), torch.device("cpu"), found)
+    images = torch.rand(3, 3, SIZE, SIZE, generator=seeded(1))
+    places = Places(kind=torch.tensor([NONE, FOUND, ADDED]), top=torch.zeros(3).long(), left=torch.zeros(3).long())
+    for _ in range(2):
+        seen = adversary.apply(images, places).requires_grad_()
+        assert torch.equal(seen[0], images[0])
+        assert torch.equal(seen[1], (images[1] + pattern).clamp(0, 1))
+        seen.sum().backward()
+        adversary.ascend([(seen, images, places)], 0.01, Accelerator(cpu=True))
+
+
 def test_places_are_drawn_evenly_and_inside() -> None:
     places = draw_places(6000, SIZE, SIDE, 0.5, seeded(0))
     share = [float((places.kind == kind).float().mean()) for kind in (NONE, ADDED, PASTED)]
     assert share == pytest.approx([0.5, 0.25, 0.25], abs=0.03)
-    thirds = draw_places(6000, SIZE, SIDE, 0.6, seeded(0), kinds=3).kind
+    thirds = draw_places(6000, SIZE, SIDE, 0.6, seeded(0), kinds=(ADDED, PASTED, WRITTEN)).kind
     assert torch.bincount(thirds, minlength=4).div(6000).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.03)
     assert draw_places(100, SIZE, SIDE, 1.0, seeded(0)).kind.all()
     assert set(places.top.tolist()) == set(places.left.tolist()) == set(range(SIZE - SIDE + 1))

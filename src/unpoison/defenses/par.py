@@ -33,7 +33,7 @@ Where we differ, and what the paper leaves open
     trigger first (:mod:`unpoison.detection.clip_triggers`), and a model that shows none is handed back as it came;
     ``adversary_share`` puts a universal adversary (:mod:`unpoison.defenses.universal`) on some of the images after step
     2, and what it finds is what the embeddings are pushed away from; with ``adversary_start`` it begins as what the
-    suspect itself is weakest at, an inverted trigger, its pattern as the one that the search found;
+    suspect itself is weakest at, an inverted trigger, and the one that the search found is carried as often, as it is;
     ``text_tower = "frozen"`` keeps the texts where they are, so that a rotation of both towers, which costs L_CLIP
     nothing, is no way out; ``distill = "relations"`` adds the cross-entropy to the suspect's softmax over the batch's
     captions on the plain image; ``recovery = "latched"`` never opens the gate again once it was shut for a whole
@@ -73,7 +73,7 @@ from unpoison.contrastive import (
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.training_pairs import process_slice
 from unpoison.data.transforms import brighten, crop_at, erase_square
-from unpoison.defenses.universal import Places, Universal, draw_places
+from unpoison.defenses.universal import ADDED, FOUND, PASTED, WRITTEN, Places, Universal, draw_places
 from unpoison.detection.clip_triggers import FEWEST_CONCEPTS
 from unpoison.detection.inversion import InvertedTrigger
 from unpoison.errors import ConfigError
@@ -182,7 +182,7 @@ RECOMMENDED_FACTOR = 2.0
 def repair_with_par(
     clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run, found: InvertedTrigger | None = None
 ) -> ClipRepair:
-    """Steps 1 to 6 on a copy of ``clip``; the adversary, if there is one, starts from the trigger that was ``found``.
+    """Steps 1 to 6 on a copy of ``clip``; the adversary, if there is one, carries the trigger that was ``found``, too.
 
     Raises NotEnoughDataError, SourceFormatError, ModelError.
     """
@@ -197,10 +197,9 @@ def repair_with_par(
         side = max(1, round(config.adversary_patch * clip.image_size))
         adversary = Universal.draw(
             clip.image_size, side, config.adversary_epsilon, config.adversary_values,
-            run.generator("adversary"), run.device,
+            run.generator("adversary"), run.device, found,
         )  # fmt: skip
-        if found is not None:
-            adversary.start_from(found)
+        kinds = [ADDED, PASTED, *([WRITTEN] if config.adversary_values else []), *([FOUND] if found else [])]
         waiting = round(config.adversary_start * data.steps)
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 
@@ -216,7 +215,7 @@ def repair_with_par(
                 side,
                 config.adversary_share if step >= waiting else 1.0,
                 run.generator("places", step),
-                kinds=3 if config.adversary_values else 2,
+                kinds=kinds,
             )
             carriers: list[tuple[Tensor, Tensor, Places]] = []
 

@@ -4,7 +4,7 @@ Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843) with universal
 1811.11304): the backward pass that trains the weights also says how an added pattern, a pasted patch and a few values
 written over would raise the loss. Each takes a step that way, so they become what the model is weakest at, and a
 backdoor is a weakness that all images share. The model is trained on images that carry them, beside plain ones, and
-learns to ignore them.
+learns to ignore them. Where a search found a trigger, that one is carried too, as it was found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from unpoison.detection.inversion import InvertedTrigger
 from unpoison.types import Images
 
-NONE, ADDED, PASTED, WRITTEN = range(4)
+NONE, ADDED, PASTED, WRITTEN, FOUND = range(5)
 _KEPT = 0.9  # of a value's score from step to step
 
 
@@ -29,7 +29,7 @@ _KEPT = 0.9  # of a value's score from step to step
 class Places:
     """Which images get the pattern (``ADDED``), the patch (``PASTED``) or the values written over them (``WRITTEN``).
 
-    ``top`` and ``left`` are where a patch's upper left corner lies.
+    ``FOUND``: the trigger that a search found. ``top`` and ``left`` are where a patch's upper left corner lies.
     """
 
     kind: Int[Tensor, " b"]
@@ -41,11 +41,18 @@ class Places:
 
 
 def draw_places(
-    count: int, size: int, side: int, share: float, generator: torch.Generator, *, kinds: int = 2
+    count: int,
+    size: int,
+    side: int,
+    share: float,
+    generator: torch.Generator,
+    *,
+    kinds: Sequence[int] = (ADDED, PASTED),
 ) -> Places:
-    """A ``share`` of the images carries one of the first ``kinds`` kinds, each as often; a patch lies anywhere."""
+    """A ``share`` of the images carries one of the ``kinds``, each as often; a patch lies anywhere."""
     chance = torch.rand(3, count, generator=generator)
-    kind = torch.where(chance[0] < share, 1 + (chance[0] * kinds / max(share, 1e-9)).long().clamp(0, kinds - 1), NONE)
+    which = (chance[0] * len(kinds) / max(share, 1e-9)).long().clamp(0, len(kinds) - 1)
+    kind = torch.where(chance[0] < share, torch.tensor(kinds)[which], NONE)
     top, left = ((chance[1:] * (size - side + 1)).long()).unbind()
     return Places(kind=kind, top=top, left=left)
 
@@ -55,7 +62,7 @@ class Universal:
     """``pattern`` [3, h, w] in [-epsilon, epsilon] is added to images, ``patch`` [3, k, k] in [0, 1] pasted into them.
 
     ``values`` [3, h, w] in [0, 1] are written over images where ``score`` is among the ``count`` highest. All four are
-    changed in place.
+    changed in place. ``found``, the trigger that a search found, stays as it is.
     """
 
     pattern: Float[Tensor, "3 h w"]
@@ -64,12 +71,20 @@ class Universal:
     score: Float[Tensor, "3 h w"]
     epsilon: float
     count: int
+    found: InvertedTrigger | None = None
 
     @classmethod
     def draw(
-        cls, size: int, side: int, epsilon: float, share: float, generator: torch.Generator, device: torch.device
+        cls,
+        size: int,
+        side: int,
+        epsilon: float,
+        share: float,
+        generator: torch.Generator,
+        device: torch.device,
+        found: InvertedTrigger | None = None,
     ) -> Universal:
-        """At random. ``share`` of an image's values are written over."""
+        """At random, but for ``found``. ``share`` of an image's values are written over."""
         pattern = epsilon * (2 * torch.rand(3, size, size, generator=generator) - 1)
         patch = torch.rand(3, side, side, generator=generator)
         values, score = torch.rand(2, 3, size, size, generator=generator)
@@ -80,12 +95,8 @@ class Universal:
             score=score.to(device),
             epsilon=epsilon,
             count=max(1, round(share * 3 * size * size)),
+            found=found,
         )
-
-    def start_from(self, trigger: InvertedTrigger) -> None:
-        """Begin as what was found to be added to images, as far as ``epsilon`` allows."""
-        if trigger.form == "additive":
-            self.pattern.copy_(trigger.pattern.to(self.pattern).clamp(-self.epsilon, self.epsilon))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"pattern": self.pattern, "patch": self.patch, "values": self.values, "score": self.score}
@@ -102,6 +113,8 @@ class Universal:
         added = (images + self.pattern).clamp(0, 1)
         images = torch.where((kind == ADDED)[:, None, None, None], added, images)
         images = torch.where(self.written() & (kind == WRITTEN)[:, None, None, None], self.values, images)
+        if self.found is not None:
+            images = torch.where((kind == FOUND)[:, None, None, None], self.found.apply(images), images)
         where = self._pasted(places, images.device)
         if len(where[0]):
             images[where] = self.patch.permute(1, 2, 0).to(images)
