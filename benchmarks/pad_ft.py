@@ -161,11 +161,10 @@ CLASSIC_NAMES = ("ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
 for name in CLASSIC_NAMES:
     METHODS[name] = lambda setting, victim, run, name=name: classic(setting, victim, name, run)
 CLASSIC_VARIANTS = {
-    **{f"i-bau-rate-{rate}": ("i-bau", {"learning_rate": rate}) for rate in (1e-4, 3e-4)},
-    "i-bau-radius-1": ("i-bau", {"radius": 1.0, "ascent_rate": 0.2}),
-    "i-bau-radius-1-rate-1e-4": ("i-bau", {"radius": 1.0, "ascent_rate": 0.2, "learning_rate": 1e-4}),
-    "abl-split": ("abl", {"isolation": "split"}),
-    "abl-epochs-10": ("abl", {"isolation_epochs": 10}),
+    "i-bau-rate-0.0001": ("i-bau", {"radius": 2.5, "ascent_rate": 0.5}),
+    "i-bau-radius-1-rate-1e-4": ("i-bau", {}),
+    "abl-split": ("abl", {}),
+    "abl-epochs-10": ("abl", {"isolation": "own", "isolation_epochs": 10}),
 }
 for name, (kind, more) in CLASSIC_VARIANTS.items():
     METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -194,14 +196,16 @@ def test_the_smallest_losses_are_isolated() -> None:
         method="x", ids=[str(row) for row in range(30)], labels=clean.labels,
         region=np.where(np.arange(30) < 3, SUSPECT, CLEAN).astype(np.int8), class_names=NAMES,
     )  # fmt: skip
-    own = isolate(model, clean.pixels, split, clean.rows, ABLConfig(isolated=0.2), run())
+    own = isolate(model, clean.pixels, split, clean.rows, ABLConfig(isolation="own", isolated=0.2), run())
     with torch.no_grad(), torch.random.fork_rng():
         model.module.eval()
         images = torch.from_numpy(clean.pixels.array[clean.rows]).permute(0, 3, 1, 2) / 255
         loss = F.cross_entropy(model.logits(images), torch.from_numpy(clean.labels[clean.rows]), reduction="none")
     count = round(0.2 * len(clean.rows))
     assert set(own) == set(clean.rows[loss.argsort()[:count].numpy()])
-    assert isolate(model, clean.pixels, split, clean.rows, ABLConfig(isolation="split"), run()).tolist() == [0, 1, 2]
+    assert isolate(model, clean.pixels, split, clean.rows, ABLConfig(), run()).tolist() == [0, 1, 2]
+    nothing = replace(split, region=np.full(30, CLEAN, dtype=np.int8))
+    assert set(isolate(model, clean.pixels, nothing, clean.rows, ABLConfig(isolated=0.2), run())) == set(own)
 
 
 # ---- what is kept
