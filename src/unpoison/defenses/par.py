@@ -199,7 +199,10 @@ def repair_with_par(
             clip.image_size, side, config.adversary_epsilon, config.adversary_values,
             run.generator("adversary"), run.device, found,
         )  # fmt: skip
-        kinds = [ADDED, PASTED, *([WRITTEN] if config.adversary_values else []), *([FOUND] if found else [])]
+        kinds = [ADDED, PASTED, *([WRITTEN] if config.adversary_values else [])]
+        share = config.adversary_share
+        if found is not None:  # on as many images more as each of the others has
+            kinds, share = [*kinds, FOUND], min(1.0, share * (1 + 1 / len(kinds)))
         waiting = round(config.adversary_start * data.steps)
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 
@@ -213,7 +216,7 @@ def repair_with_par(
                 len(batch),
                 clip.image_size,
                 side,
-                config.adversary_share if step >= waiting else 1.0,
+                share if step >= waiting else 1.0,
                 run.generator("places", step),
                 kinds=kinds,
             )
