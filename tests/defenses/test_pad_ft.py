@@ -139,6 +139,11 @@ def test_disbelief_and_margins() -> None:
     disbelief(believed, labels[1:]).backward()
     assert believed.grad is not None
     assert float(believed.grad[0, 0]) == pytest.approx(1, abs=1e-6)  # it does not fade where a softmax saturates
+    doubted = torch.tensor([[-90.0, 0.0, 0.0], [2.0, 1.0, -1.0]], requires_grad=True)
+    disbelief(doubted, torch.tensor([0, 1])).backward()
+    assert doubted.grad is not None
+    assert not doubted.grad[0].any()  # no tiny numbers, which are slow to pass back
+    assert doubted.grad[1].abs().min() > 0.01
     torch.testing.assert_close(margins(logits.detach(), labels), torch.tensor([-1.0, 40.0]))
 
 

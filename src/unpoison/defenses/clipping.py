@@ -41,6 +41,7 @@ from unpoison.types import Bound, Classifier, Logits
 
 ClipRule = Literal["none", "quantile", "learned", "margin", "suspects"]
 _SAMPLED = 2**16  # values of a channel behind its quantile
+_NOT_BELIEVED = 1e-6  # probability of a label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,9 +244,14 @@ def _unlearn(
 
 
 def disbelief(logits: Logits, labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
-    """-mean log(1 - p_y): large while the label is believed, with a gradient that does not vanish there."""
+    """-mean log(1 - p_y): large while the label is believed, with a gradient that does not vanish there.
+
+    Where the label is not believed at all it is 0 without a gradient: what is left of one would be numbers so small that
+    processors take a hundred times as long to pass them back.
+    """
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return (logits.logsumexp(1) - others).mean()
+    believed = logits.detach().softmax(1).gather(1, labels[:, None])[:, 0] > _NOT_BELIEVED
+    return torch.where(believed, logits.logsumexp(1) - others, 0.0).mean()
 
 
 @contextmanager
