@@ -66,6 +66,8 @@ from unpoison.types import Classifier, ZeroShotModel
 
 SCORER_SAMPLES = 50_000
 """What the early models are trained on unless the config says more: as many as CIFAR-10 has, the paper's own set."""
+RETRIES = 3
+"""How often a part whose worker is lost is tried again: an image that kills every worker ends the run."""
 _SCHEMA, _VERSION = "scan-part", b"scan-part-1"  # raised when what a part holds, or how it is computed, changes
 
 
@@ -312,6 +314,8 @@ def _judged_on_ray(
             compute=ray.data.ActorPoolStrategy(size=min(workers or pool, len(missing))),
             num_cpus=1,
             num_gpus=int(on_gpus),
+            max_restarts=-1,
+            max_task_retries=RETRIES,
         )
         for row in parts.iter_rows():
             yield ray.cloudpickle.loads(row["part"])
