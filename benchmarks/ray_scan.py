@@ -5,8 +5,8 @@
 The rows are shards of 10,000 shapes pictures at 32 px, the same in each, 5 % of them with a patch and another label.
 Both scans run in processes of their own with one thread, from opening the files to writing the report; what training
 the early models takes is left out of both, since it does not grow with the rows. A row's time through Ray is that of
-all ``--workers`` cores together; on a machine that others use, ``per_row_processor_ratio``, of the processor time of all
-processes, says more. Memory is sampled twice a second: all resident pages of the driver and of each worker,
+all ``--workers`` cores together; on a machine that others use, ``per_row_processor_ratio``, of all processes' processor
+time, says more. Memory is sampled twice a second: all resident pages of the driver and of each worker,
 shared ones included. FOLDER then holds about 4.5 GB for a million rows; the shards are made once.
 """
 

@@ -30,7 +30,8 @@ from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import SeparationConfig
 from unpoison.distributed.cluster import count_workers
-from unpoison.distributed.scan import SCORER_SAMPLES, on_a_sample, portable, scan_dataset_on_ray
+from unpoison.distributed.parts import portable
+from unpoison.distributed.scan import SCORER_SAMPLES, on_a_sample, scan_dataset_on_ray
 from unpoison.errors import SourceFormatError, UsageError
 from unpoison.models.clip_transformers import load_clip
 from unpoison.runs import Run, RunFolder, Silent

@@ -11,87 +11,46 @@ The result is that of :func:`unpoison.scan_dataset` with the same ``scorer_sampl
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import datasets
-import msgspec
 import numpy as np
-import pyarrow as pa
 from accelerate import Accelerator
-from datasets.table import InMemoryTable
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Int
 
 from unpoison.api import ScanOutcome, check_classes, conclude_scan, describe_samples, split_of
-from unpoison.data.encoded import take
-from unpoison.data.pixels import Pixels, fit, load_pixels
+from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import (
     SeparationConfig,
     agreement,
-    apply_classifier,
-    first_choices,
     scores_of_losses,
     train_early_model,
     training_rows,
 )
-from unpoison.detection.ranks import label_cross_entropy
 from unpoison.distributed.cluster import LOCAL, cluster, pool_size
+from unpoison.distributed.parts import Judges, Part, judge, keep, key_of, portable, stored
 from unpoison.errors import ResultError
-from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import new_classifier
-from unpoison.models.zero_shot import (
-    CHUNK,
-    DEFAULT_TEMPLATES,
-    class_embeddings,
-    cosines_of,
-    cut_off,
-    read_ahead,
-    rows_at_once,
-)
+from unpoison.models.zero_shot import CHUNK, DEFAULT_TEMPLATES, class_embeddings, cut_off
 from unpoison.results import SampleScores, SkippedRow
 from unpoison.runs import Run
-from unpoison.storage import read_table, write_table
 from unpoison.types import Classifier, ZeroShotModel
 
 SCORER_SAMPLES = 50_000
 """What the early models are trained on unless the config says more: as many as CIFAR-10 has, the paper's own set."""
 RETRIES = 3
 """How often a part whose worker is lost is tried again: an image that kills every worker ends the run."""
-_SCHEMA, _VERSION = "scan-part", b"scan-part-1"  # raised when what a part holds, or how it is computed, changes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Judges:
-    """What every worker holds: CLIP, the early models, and the factor on CLIP's cosines."""
-
-    clip: ZeroShotModel
-    early: tuple[Classifier, ...]
-    clip_logit_scale: float
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """The rows from ``start`` on: losses against the given label (NaN where skipped), CLIP's choice (then -1).
-
-    ``skipped`` are places in the part with their reasons.
-    """
-
-    start: int
-    clip_loss: Float[np.ndarray, " k"]
-    early_loss: Float[np.ndarray, " k"]
-    choice: Int[np.ndarray, " k"]
-    skipped: tuple[tuple[int, str], ...]
 
 
 def scan_dataset_on_ray(
@@ -184,68 +143,41 @@ def score_on_ray(
     """The scores of all rows and CLIP's choices, from the parts in ``folder``; those that are not there are made."""
     clip_loss, early_loss = np.full((2, len(source)), np.nan)
     choices = np.full(len(source), -1, dtype=np.int64)
-    skipped: dict[int, str] = {}
+    skipped: list[tuple[int, SkippedRow]] = []
     parts = _all_parts(ray, source, judges, folder, run, workers, part)
     for found in run.progress.track(parts, total=len(source), what="CLIP and early models", weight=part, unit="images"):
         rows = slice(found.start, found.start + len(found.choice))
         clip_loss[rows], early_loss[rows], choices[rows] = found.clip_loss, found.early_loss, found.choice
-        skipped |= {found.start + place: reason for place, reason in found.skipped}
-        check_skips(_rows(source, skipped), len(source), source.name)
+        places = [(found.start + place, reason) for place, reason in found.skipped]
+        skipped += [(row, SkippedRow(id=source.ids[row], reason=reason)) for row, reason in places]
+        check_skips([row for _, row in skipped], len(source), source.name)
+    skipped.sort(key=lambda entry: entry[0])
     scores = scores_of_losses(
         source,
         clip_loss,
         early_loss,
         config.separation,
-        skipped=(*source.skipped, *_rows(source, skipped)),
+        skipped=(*source.skipped, *(row for _, row in skipped)),
         agreement=agreement(choices, source.labels),
     )
     return scores, choices
 
 
-def judge(judges: Judges, texts: Any, source: LabelledImages, start: int, run: Run) -> Part:
-    """One part: each image is decoded once, for CLIP and for the early models."""
-    clip, size = judges.clip, judges.early[0].image_size
-    cosines = np.full((len(source), len(source.class_names)), np.nan, dtype=np.float32)
-    array = np.zeros((len(source), size, size, 3), dtype=np.uint8)
-    usable = np.zeros(len(source), dtype=bool)
-    skipped: list[tuple[int, str]] = []
+class Tries:
+    """How often each part was begun: Ray Data itself would try one that kills every worker for ever."""
 
-    def decoded() -> Iterator[tuple[np.ndarray, Any]]:
-        for first in range(0, len(source), rows_at_once(clip)):
-            rows = np.arange(first, min(first + rows_at_once(clip), len(source)))
-            good, images = [], []
-            for row, picture in zip(rows.tolist(), source.decode(rows), strict=True):
-                if isinstance(picture, Image.Image):
-                    good.append(row)
-                    images.append(picture)
-                    array[row] = np.asarray(fit(picture, size))
-                else:
-                    skipped.append((row, picture.reason))
-            if good:
-                yield np.array(good), clip.preprocess(images)
+    def __init__(self) -> None:
+        self.begun: Counter[int] = Counter()
 
-    for rows, images in read_ahead(decoded()):
-        cosines[rows] = cosines_of(clip, images, texts)
-        usable[rows] = True
-    pixels = Pixels(array=array, usable=usable, skipped=())
-    logits = np.zeros(cosines.shape, dtype=np.float64)
-    rows = np.flatnonzero(usable)
-    for early in judges.early if len(rows) else ():
-        logits[rows] += apply_classifier(early, pixels, rows, run=run)
-    logits[~usable] = np.nan
-    return Part(
-        start=start,
-        clip_loss=label_cross_entropy(judges.clip_logit_scale * cosines, source.labels),
-        early_loss=label_cross_entropy(logits / len(judges.early), source.labels),
-        choice=first_choices(cosines),
-        skipped=tuple(skipped),
-    )
+    def begin(self, start: int) -> int:
+        self.begun[start] += 1
+        return self.begun[start]
 
 
 class Worker:
-    """One process of the pool: Ray Data makes it once, hands it messages and takes its answers."""
+    """One process of the pool: Ray Data makes it, hands it messages, takes its answers and replaces it when it dies."""
 
-    def __init__(self, judges: Any, class_names: tuple[str, ...]) -> None:
+    def __init__(self, judges: Any, tries: Any, class_names: tuple[str, ...]) -> None:
         import ray
         import ray.cloudpickle
         import torch
@@ -254,50 +186,42 @@ class Worker:
         if not on_gpu:
             torch.set_num_threads(1)  # there is one of these for each core
         self.run = Run(accelerator=Accelerator(cpu=not on_gpu))
+        self.get, self.tries = ray.get, tries
         self.pickle: Any = ray.cloudpickle
         self.judges: Judges = ray.get(judges[0])
         self.judges.clip.module.to(self.run.device).eval()
         self.texts = class_embeddings(self.judges.clip, class_names)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        found = [
-            judge(self.judges, self.texts, self.pickle.loads(rows), int(start), self.run)
-            for start, rows in zip(batch["start"], batch["rows"], strict=True)
-        ]
+        found = [self.judge(int(start), rows) for start, rows in zip(batch["start"], batch["rows"], strict=True)]
         return {"part": [self.pickle.dumps(each) for each in found]}
+
+    def judge(self, start: int, rows: bytes) -> Part:
+        tries: Any = self.get(self.tries.begin.remote(start))
+        if tries > 1 + RETRIES:
+            raise RuntimeError(f"{RETRIES + 1} workers died of the rows from {start} on")
+        return judge(self.judges, self.texts, self.pickle.loads(rows), start, self.run)
 
 
 def _all_parts(
     ray: Any, source: LabelledImages, judges: Judges, folder: Path, run: Run, workers: int | None, size: int
 ) -> Iterator[Part]:
     """Those that are in the folder, then the others as the workers hand them back, each kept before it is told."""
-    key = _key(judges, source)
+    key = key_of(judges, source)
     missing = []
     for start in range(0, len(source), size):
         rows = slice(start, min(start + size, len(source)))
-        stored = _stored(_file(folder, rows), source, rows, key, run)
-        if stored is None:
+        found = stored(folder, source, rows, key, run)
+        if found is None:
             missing.append(rows)
         else:
-            yield stored
+            yield found
     if not missing:
         return
     with _quiet_data():
-        yield from _kept(_judged_on_ray(ray, source, judges, missing, workers), source, folder, key)
-
-
-def _kept(parts: Iterator[Part], source: LabelledImages, folder: Path, key: str) -> Iterator[Part]:
-    for found in parts:
-        rows = slice(found.start, found.start + len(found.choice))
-        columns = {
-            "id": source.ids[rows],
-            "label": source.labels[rows],
-            "clip_loss": found.clip_loss,
-            "early_loss": found.early_loss,
-            "clip_label": found.choice,
-        }
-        write_table(_file(folder, rows), _SCHEMA, columns, {"key": key, "skipped": found.skipped})
-        yield found
+        for found in _judged_on_ray(ray, source, judges, missing, workers):
+            keep(folder, found, source, key)
+            yield found
 
 
 def _judged_on_ray(
@@ -305,37 +229,32 @@ def _judged_on_ray(
 ) -> Iterator[Part]:
     pool, on_gpus = pool_size(ray)
     held = ray.put(judges)  # for as long as a worker may have to be replaced
+    tries = ray.remote(num_cpus=0)(Tries).remote()
     messages = [{"start": rows.start, "rows": ray.cloudpickle.dumps(portable(source, rows))} for rows in missing]
     try:
         parts = ray.data.from_items(messages, override_num_blocks=len(messages)).map_batches(
             Worker,
-            fn_constructor_args=([held], source.class_names),
+            fn_constructor_args=([held], tries, source.class_names),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers or pool, len(missing))),
             num_cpus=1,
             num_gpus=int(on_gpus),
-            max_restarts=-1,
-            max_task_retries=RETRIES,
         )
         for row in parts.iter_rows():
             yield ray.cloudpickle.loads(row["part"])
     except ray.exceptions.RayError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ResultError(
-            f"the workers cannot judge {source.name}: {reason}",
+            f"the workers cannot judge {source.name}: {_reason(error)}.",
             hint="Every node needs this version of unpoison, and a source in files at the same path as here. Parts "
             "that were judged are kept: the same command goes on after them.",
         ) from error
 
 
-def portable(source: LabelledImages, rows: slice) -> LabelledImages:
-    """These rows for another process. What is in files is named, what is in memory goes along, these rows of it."""
-    part = replace(source.select(np.arange(rows.start, rows.stop)), skipped=())
-    if part.dataset.cache_files:
-        return part
-    table = take(part.dataset.with_format("arrow"), np.arange(len(part)))
-    copied = table.take(pa.array(np.arange(len(part)))).combine_chunks()  # a slice would carry the whole along
-    return replace(part, dataset=datasets.Dataset(InMemoryTable(copied), info=part.dataset.info))
+def _reason(error: Exception) -> str:
+    """The error behind Ray's, which quotes whole tracebacks and adds advice."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]+(Error|Exception): ", line)]
+    return (named or lines or [type(error).__name__])[-1].rstrip(".")
 
 
 @contextmanager
@@ -364,48 +283,6 @@ def _parts_folder(run: Run) -> Iterator[Path]:
     folder = run.folder.path / "parts"
     folder.mkdir(exist_ok=True)
     yield folder
-
-
-def _file(folder: Path, rows: slice) -> Path:
-    return folder / f"{rows.start:010d}-{rows.stop:010d}.parquet"
-
-
-def _key(judges: Judges, source: LabelledImages) -> str:
-    """What a part's numbers depend on beside its rows."""
-    parts = (
-        judges.clip.fingerprint,
-        judges.clip_logit_scale,
-        source.class_names,
-        [(hash_weights(early.weights()), early.image_size) for early in judges.early],
-        None if source.overlay is None else source.overlay.fingerprint,
-    )
-    return hashlib.blake2b(_VERSION + msgspec.json.encode(parts), digest_size=16).hexdigest()
-
-
-def _stored(path: Path, source: LabelledImages, rows: slice, key: str, run: Run) -> Part | None:
-    """A part that an earlier run left; None where there is none, or it is damaged or of something else."""
-    if not path.exists():
-        return None
-    try:
-        table, header = read_table(path, _SCHEMA)
-        found = Part(
-            start=rows.start,
-            clip_loss=table["clip_loss"].to_numpy(),
-            early_loss=table["early_loss"].to_numpy(),
-            choice=table["clip_label"].to_numpy(),
-            skipped=msgspec.convert(header["skipped"], tuple[tuple[int, str], ...]),
-        )
-        same = table["id"].to_pylist() == source.ids[rows] and np.array_equal(table["label"], source.labels[rows])
-    except (ResultError, KeyError, msgspec.ValidationError):
-        same, found, header = False, None, {}
-    if same and header.get("key") == key:
-        return found
-    run.progress.log(f"{path.name} is damaged or of another set, and is computed again")
-    return None
-
-
-def _rows(source: LabelledImages, skipped: dict[int, str]) -> tuple[SkippedRow, ...]:
-    return tuple(SkippedRow(id=source.ids[row], reason=skipped[row]) for row in sorted(skipped))
 
 
 __all__ = ["SCORER_SAMPLES", "scan_dataset_on_ray"]
