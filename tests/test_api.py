@@ -163,17 +163,16 @@ def hand_made(source: LabelledImages, regions: list[int], ranks: list[float]) ->
 
 def test_the_described_samples(source: LabelledImages) -> None:
     few = source.select(range(6))
-    cosines = np.eye(len(source.class_names), dtype=np.float32)[few.labels]
-    cosines[5] = np.nan
+    choices = np.where(np.arange(6) == 5, -1, few.labels)
     ranks = [0.2, 0.9, 0.4, 1.0, 0.6, np.nan]
     flagged, split = hand_made(few, [CLEAN, SUSPECT, CLEAN, SUSPECT, CLEAN, SKIPPED], ranks)
-    samples = describe_samples(few, flagged, split, cosines, suspects=5, clean=2)
+    samples = describe_samples(few, flagged, split, choices, suspects=5, clean=2)
     assert [sample["id"] for sample in samples] == [few.ids[row] for row in (3, 1, 0, 2)]
     assert samples[0]["region"] == "suspect"
     assert samples[0]["label"] == samples[0]["clip_label"] == few.class_names[few.labels[3]]
     # without a suspect the highest ranks are shown, and nobody twice
     scores, nobody = hand_made(few, [CLEAN] * 5 + [SKIPPED], ranks)
-    samples = describe_samples(few, scores, nobody, cosines, suspects=4, clean=4)
+    samples = describe_samples(few, scores, nobody, choices, suspects=4, clean=4)
     assert [sample["id"] for sample in samples] == [few.ids[row] for row in (3, 1, 4, 2, 0)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 from unpoison.data.pixels import Pixels
 from unpoison.data.shapes import SHAPES_CLASSES, make_shapes
 from unpoison.defenses.cgd import CGDConfig, Repair, repair_with_cgd
-from unpoison.detection.cgd import SeparationConfig, apply_classifier, early_model_logits
+from unpoison.detection.cgd import (
+    SeparationConfig,
+    apply_classifier,
+    early_model_logits,
+    train_early_model,
+    training_rows,
+)
 from unpoison.errors import DivergedError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.image_classifier import ImageClassifier
@@ -137,6 +144,27 @@ def test_early_logits_are_a_mean_over_usable_rows(
     one = SeparationConfig(scorers=1, scorer_epochs=2, scorer_batch_size=64, scorer_learning_rate=1e-2)
     alone = early_model_logits(classifier, pixels, labels, one, run=make_run())
     assert not np.allclose(np.nan_to_num(alone), np.nan_to_num(found))
+
+
+def test_early_models_of_a_sample_judge_every_row(
+    classifier: ImageClassifier, pixels: Pixels, labels: np.ndarray
+) -> None:
+    config = replace(SEPARATION, scorers=1, scorer_samples=100)
+    run = make_run()
+    drawn = training_rows(240, config, run)
+    assert len(np.unique(drawn)) == 100
+    assert (np.diff(drawn) > 0).all()
+    found = early_model_logits(classifier, pixels, labels, config, run=run)
+    assert np.flatnonzero(np.isnan(found[:, 0])).tolist() == [3, 77]
+    sample = Pixels(array=pixels.array[drawn], usable=pixels.usable[drawn], skipped=())
+    rows = np.flatnonzero(sample.usable)
+    alone = train_early_model(classifier, sample, labels[drawn], rows, config, 0, run=run)
+    usable = np.flatnonzero(pixels.usable)
+    np.testing.assert_array_equal(found[usable], apply_classifier(alone, pixels, usable, run=run))
+    whole = early_model_logits(classifier, pixels, labels, replace(config, scorer_samples=None), run=run)
+    assert not np.allclose(whole[usable], found[usable])
+    more = early_model_logits(classifier, pixels, labels, replace(config, scorer_samples=5_000), run=run)
+    np.testing.assert_array_equal(more, whole)
 
 
 def test_the_history_of_a_repair(classifier: ImageClassifier, pixels: Pixels, split: Split) -> None:

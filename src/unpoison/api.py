@@ -19,7 +19,7 @@ from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
 from unpoison.defenses.repair import Repair
-from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, score_with_cgd
+from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, first_choices, score_with_cgd
 from unpoison.detection.thresholds import split_as_published, split_by_evidence
 from unpoison.errors import DataError, NotEnoughDataError, ResultError
 from unpoison.models.checkpoints import hash_weights
@@ -94,29 +94,55 @@ def scan_dataset(
     begun = time.monotonic()
     early = new_classifier(arch, source.class_names, image_size=image_size)
     evidence = _gather(early, source, clip, replace(config, odd_labels="leave-out"), run)
-    split = evidence.split
-    estimate = _required(split.estimate)
+    return conclude_scan(
+        source,
+        evidence.scores,
+        evidence.split,
+        evidence.samples,
+        clip=clip,
+        arch=arch,
+        config=config,
+        truncated=evidence.zero_shot.truncated,
+        seconds=time.monotonic() - begun,
+        seed=run.seed,
+    )
+
+
+def conclude_scan(
+    source: LabelledImages,
+    scores: SampleScores,
+    split: Split,
+    samples: list[dict[str, Any]],
+    *,
+    clip: ZeroShotModel,
+    arch: str,
+    config: CGDConfig,
+    truncated: tuple[str, ...],
+    seconds: float,
+    seed: int,
+) -> ScanOutcome:
+    """What CGD's scores and split say about the set; ``truncated`` are the class names that CLIP cuts off."""
     flagged = Counter(source.class_names[label] for label in split.labels[split.suspect])
     scan = DatasetScan(
         source=source.name,
         method="cgd",
         samples=len(source),
         class_names=source.class_names,
-        estimate=estimate,
+        estimate=_required(split.estimate),
         flagged=len(split.suspect),
         flagged_per_class={name: flagged.get(name, 0) for name in source.class_names},
-        skipped=evidence.scores.skipped,
+        skipped=scores.skipped,
         clip=clip.fingerprint,
-        clip_agreement=evidence.scores.details["clip_agreement"],
+        clip_agreement=scores.details["clip_agreement"],
         chance_agreement=100.0 / len(source.class_names),
-        warnings=_warnings(evidence, source),
+        warnings=_warnings(source, scores, truncated),
         not_covered=SCAN_LIMITS,
-        seconds=time.monotonic() - begun,
-        seed=run.seed,
+        seconds=seconds,
+        seed=seed,
         config=asdict(config),
         inputs={"clip": clip.fingerprint, "early_model": arch},
     )
-    return ScanOutcome(scan=scan, scores=evidence.scores, split=split, samples=evidence.samples)
+    return ScanOutcome(scan=scan, scores=scores, split=split, samples=samples)
 
 
 def purify_with_cgd(
@@ -203,26 +229,30 @@ def _gather(
     pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
     if scores is None:
         scores = score_with_cgd(classifier, source, pixels, zero_shot, config.separation, run=run)
-    if config.regions == "published":
-        split = split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
-    else:
-        split = split_by_evidence(scores, odd=config.odd_labels)
-    samples = describe_samples(source, scores, split, zero_shot.cosines)
+    split = split_of(scores, config)
+    samples = describe_samples(source, scores, split, first_choices(zero_shot.cosines))
     return _Evidence(pixels=pixels, zero_shot=zero_shot, scores=scores, split=split, samples=samples)
+
+
+def split_of(scores: SampleScores, config: CGDConfig) -> Split:
+    """CGD's scores as the regions that the config asks for."""
+    if config.regions == "published":
+        return split_as_published(scores, sigma1=config.sigma1, sigma2=config.sigma2)
+    return split_by_evidence(scores, odd=config.odd_labels)
 
 
 def describe_samples(
     source: LabelledImages,
     scores: SampleScores,
     split: Split,
-    cosines: np.ndarray | None,
+    choices: np.ndarray | None,
     *,
     suspects: int = 48,
     clean: int = 12,
 ) -> list[dict[str, Any]]:
     """What the report shows: the most suspicious samples and a few clean ones, with thumbnails of at most 64 px.
 
-    ``cosines`` [n, c] are CLIP's, for the label that it would give; None where no CLIP was asked.
+    ``choices`` [n] are the labels that CLIP would give (-1: skipped); None where no CLIP was asked.
     """
     chosen = choose_examples(scores, split, suspects=suspects, clean=clean)
     entries = []
@@ -236,8 +266,8 @@ def describe_samples(
             "thumbnail": thumbnail(image),
             "score": float(scores.suspicion[row]),
         }
-        if cosines is not None:
-            entry["clip_label"] = source.class_names[int(np.nanargmax(cosines[row]))]
+        if choices is not None:
+            entry["clip_label"] = source.class_names[int(choices[row])]
         entry |= {name: float(scores.axes[name][row]) for name in (CLIP_AXIS, EARLY_AXIS) if name in scores.axes}
         entries.append(entry)
     return entries
@@ -270,16 +300,16 @@ def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
     return fall <= config.bound, sentence
 
 
-def _warnings(evidence: _Evidence, source: LabelledImages) -> tuple[str, ...]:
+def _warnings(source: LabelledImages, scores: SampleScores, truncated: tuple[str, ...]) -> tuple[str, ...]:
     warnings = []
-    agreement, chance = evidence.scores.details["clip_agreement"], 100.0 / len(source.class_names)
+    agreement, chance = scores.details["clip_agreement"], 100.0 / len(source.class_names)
     if clip_too_weak(agreement, chance):
         warnings.append(
             f"CLIP agrees with {agreement:.1f} percent of the given labels, chance is {chance:.1f}: it hardly knows "
             "these classes. Give a larger one with --clip, or class names as people would say them."
         )
-    if evidence.zero_shot.truncated:
-        names = ", ".join(evidence.zero_shot.truncated)
+    if truncated:
+        names = ", ".join(truncated)
         warnings.append(f"CLIP's tokenizer cut these class names off: {names}.")
     counts = np.bincount(source.labels, minlength=len(source.class_names))
     rare = [name for name, count in zip(source.class_names, counts, strict=True) if 0 < count < 20]

@@ -29,6 +29,7 @@ from unpoison.detection.cgd import (
     EARLY_AXIS,
     SeparationConfig,
     apply_classifier,
+    first_choices,
     score_with_cgd,
     with_mean_rank,
 )
@@ -67,11 +68,11 @@ def purify_with_pad_ft(
     run, config = run or Run(), config or PADFTConfig()
     begun, classifier = time.monotonic(), classifier.copy()
     known = _open(classifier, source, run)
-    estimate, cosines, suspect = None, None, np.zeros(0, dtype=np.int64)
+    estimate, choices, suspect = None, None, np.zeros(0, dtype=np.int64)
     if scores is None and clip is not None and config.scores_share > 0:
         zero_shot = zero_shot_logits(clip, source, run=run)
         scores = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
-        cosines = zero_shot.cosines
+        choices = first_choices(zero_shot.cosines)
     if scores is not None and {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys():
         separated = split_by_evidence(scores, odd=config.odd_labels)
         estimate, suspect, scores = separated.estimate, separated.suspect, with_mean_rank(scores)
@@ -93,7 +94,7 @@ def purify_with_pad_ft(
         )),
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
-    samples = describe_samples(source, shown, split, cosines)
+    samples = describe_samples(source, shown, split, choices)
     return PurifyOutcome(
         classifier=repair.classifier, purification=purification, scores=shown, split=split, samples=samples
     )
@@ -131,7 +132,7 @@ def purify_with_classic(
     run, config = run or Run(), config or kind()
     begun, classifier = time.monotonic(), classifier.copy()
     known = _open(classifier, source, run)
-    scores, cosines = known.own, None
+    scores, choices = known.own, None
     if split is None:
         if clip is None:
             raise DataError(
@@ -139,7 +140,7 @@ def purify_with_classic(
             )
         zero_shot = zero_shot_logits(clip, source, run=run)
         scores = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
-        split, cosines = split_by_evidence(scores), zero_shot.cosines
+        split, choices = split_by_evidence(scores), first_choices(zero_shot.cosines)
     elif split.ids != list(source.ids):
         raise ResultError(
             f"the split is of another set ({len(split.ids)} samples, {source.name} has {len(source)}).",
@@ -156,7 +157,7 @@ def purify_with_classic(
         warnings=known.warnings,
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
-    samples = describe_samples(source, scores, split, cosines)
+    samples = describe_samples(source, scores, split, choices)
     return PurifyOutcome(
         classifier=repair.classifier, purification=purification, scores=scores, split=split, samples=samples
     )

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -87,12 +87,23 @@ def probe(source: LabelledImages, clip: ZeroShotModel | None, classifier: ImageC
     return Rates(decode=decode, clip=clip_rate, forward=_rate(forward, _BATCH), train=_rate(train, _BATCH))
 
 
-def plan_scan(samples: int, size: int, rates: Rates, *, scorers: int, scorer_epochs: int, classes: int) -> Plan:
-    """The steps of ``scan dataset`` with CGD on ``samples`` images at ``size`` pixels."""
+def plan_scan(
+    samples: int,
+    size: int,
+    rates: Rates,
+    *,
+    scorers: int,
+    scorer_epochs: int,
+    classes: int,
+    trained: int | None = None,
+) -> Plan:
+    """The steps of ``scan dataset`` with CGD on ``samples`` images at ``size`` pixels, ``trained`` of them (None: all)
+    for the scorers."""
+    trained = min(trained or samples, samples)
     steps = (
         _step("decode the images", samples, rates.decode),
         _step("CLIP's opinion of every label", samples, rates.clip),
-        _step(f"train {scorers} scorers, {scorer_epochs} epochs each", samples * scorers * scorer_epochs, rates.train),
+        _step(f"train {scorers} scorers, {scorer_epochs} epochs each", trained * scorers * scorer_epochs, rates.train),
         _step("score with them", samples * scorers, rates.forward),
     )
     files = ("run.json", "scores.parquet", "split.parquet", "scan.json", "samples.json", "report.html")
@@ -102,6 +113,18 @@ def plan_scan(samples: int, size: int, rates: Rates, *, scorers: int, scorer_epo
         disk=samples * (3 * size * size + classes * 4 + 200),
         files=files,
     )
+
+
+def on_workers(plan: Plan, samples: int, size: int, workers: int) -> Plan:
+    """A scan's plan with all but the training spread over ``workers`` processes, of as many cores as were probed.
+
+    Memory is that of one process; nothing in it but a few numbers a row and class grows with the images.
+    """
+    steps = tuple(
+        step if "train" in step.what else replace(step, seconds=step.seconds / workers) for step in plan.steps
+    )
+    files = (*plan.files[:1], "parts/", *plan.files[1:])
+    return replace(plan, steps=steps, memory=resident() + samples * 512, disk=samples * 200, files=files)
 
 
 def plan_detection(samples: int, size: int, rates: Rates, *, epochs: int, passes: int) -> Plan:

@@ -17,7 +17,8 @@ from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.store import Store
-from unpoison.distributed.cells import check_answers, run_grid_on_ray
+from unpoison.distributed.cells import run_grid_on_ray
+from unpoison.distributed.cluster import check_answers
 from unpoison.errors import UsageError
 from unpoison.storage import from_json
 

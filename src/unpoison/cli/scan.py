@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from unpoison.cli.options import READING, Planned, Reading, run_path
+from unpoison.cli.options import READING, RUNNING, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -90,8 +90,24 @@ def dataset(
     scorer_epochs: Annotated[
         int | None, Parameter(group=METHOD, show_default=False, help="Epochs of each scorer. [default: 5]")
     ] = None,
+    scorer_samples: Annotated[
+        int | None,
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="Samples, drawn at random, that scorers are trained on. [default: all, with --ray 50,000]",
+        ),
+    ] = None,
     config: Annotated[
         Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        Parameter(
+            group=RUNNING,
+            show_default=False,
+            help="For cgd: spread the images over the Ray cluster at this address; 'local' starts one on this machine.",
+        ),
     ] = None,
     exit_zero: Annotated[
         bool, Parameter(negative="", show_default=False, help="Exit with 0 whatever is found.")
@@ -123,11 +139,19 @@ def dataset(
         from unpoison.errors import UsageError
         from unpoison.models.clip_transformers import load_clip
 
+        if ray is not None and (pairs or method not in (None, "cgd")):
+            raise UsageError(
+                f"--ray is for cgd, not for {method or 'pairs'}: only cgd judges each image on its own.",
+                hint="Leave --ray away, or scan labelled images with cgd.",
+            )
         if pairs or method in OF_PAIRS:
             from unpoison.cli.scan_pairs import scan
 
-            foreign = {"--model": model, "--scorers": scorers, "--scorer-epochs": scorer_epochs,
-                       "--label-column": reading.label_column, "--class-names": reading.class_names}  # fmt: skip
+            foreign = {
+                "--model": model, "--scorers": scorers, "--scorer-epochs": scorer_epochs,
+                "--scorer-samples": scorer_samples, "--label-column": reading.label_column,
+                "--class-names": reading.class_names,
+            }  # fmt: skip
             code = scan(
                 console, source, method, clip, reference, assumed_rate, config, caption_column, reading, options,
                 foreign=[name for name, value in foreign.items() if value is not None],
@@ -143,14 +167,21 @@ def dataset(
             return 0 if exit_zero else code
         if model is not None or assumed_rate is not None:
             raise UsageError("--model and --assumed-rate are not for cgd.", hint="Name another --method with them.")
-        given = {"separation": {"scorers": scorers, "scorer_epochs": scorer_epochs}}
-        table = merge(read_config(config) if config is not None else {}, given)
+        early = {"scorers": scorers, "scorer_epochs": scorer_epochs, "scorer_samples": scorer_samples}
+        table = merge(read_config(config) if config is not None else {}, {"separation": early})
         settings = make_config(CGDConfig, table, where=str(config or "options"))
+        if ray is not None:
+            from unpoison.distributed.cluster import check_answers
+            from unpoison.distributed.scan import on_a_sample
+
+            check_answers(ray)
+            settings = on_a_sample(settings)
+            table = merge(table, {"separation": {"scorer_samples": settings.separation.scorer_samples}})
         images = open_source(source, reading, limit=options.limit, seed=options.seed)
         path = run_path(options.output, "scan", source)
         surrogate = load_clip(clip)
         if options.dry_run:
-            plan = _plan(images, surrogate, arch, image_size, settings, run_without_folder(console, options))
+            plan = _plan(images, surrogate, arch, image_size, settings, ray, run_without_folder(console, options))
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
@@ -159,7 +190,7 @@ def dataset(
             image_size=image_size, config=table,
         )  # fmt: skip
         run = begin(console, options, path, inputs)
-        scan, scores, split = _scan(images, surrogate, arch, image_size, settings, run, path)
+        scan, scores, split = _scan(images, surrogate, arch, image_size, settings, ray, run, path)
         from unpoison.results import to_json
 
         console.answer(to_json(scan), lambda out: _show(out, scan, scores, split, path))
@@ -231,14 +262,20 @@ def _detect(
 
 
 def _scan(
-    images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, run: Any, path: Path
+    images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, ray: str | None, run: Any, path: Path
 ) -> tuple[DatasetScan, SampleScores, Split]:
     from unpoison.api import scan_dataset
     from unpoison.outputs import save_scan
     from unpoison.results import DatasetScan, SampleScores, Split
 
     if not run.folder.finished:
-        outcome = scan_dataset(images, clip=clip, arch=arch, image_size=image_size, config=config, run=run)
+        how: dict[str, Any] = {"clip": clip, "arch": arch, "image_size": image_size, "config": config, "run": run}
+        if ray is None:
+            outcome = scan_dataset(images, **how)
+        else:
+            from unpoison.distributed.scan import scan_dataset_on_ray
+
+            outcome = scan_dataset_on_ray(images, address=ray, **how)
         save_scan(outcome.scan, outcome.scores, outcome.split, outcome.samples, path)
         run.folder.finish()
     return (
@@ -248,19 +285,26 @@ def _scan(
     )
 
 
-def _plan(images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, run: Any) -> Any:
+def _plan(images: Any, clip: Any, arch: str, image_size: int, config: CGDConfig, ray: str | None, run: Any) -> Any:
     from unpoison.models.classifier import new_classifier
-    from unpoison.planning import plan_scan, probe
+    from unpoison.planning import on_workers, plan_scan, probe
 
     classifier = new_classifier(arch, images.class_names, image_size=image_size)
-    return plan_scan(
+    separation = config.separation
+    plan = plan_scan(
         len(images),
         classifier.image_size,
         probe(images, clip, classifier, run=run),
-        scorers=config.separation.scorers,
-        scorer_epochs=config.separation.scorer_epochs,
+        scorers=separation.scorers,
+        scorer_epochs=separation.scorer_epochs,
         classes=len(images.class_names),
+        trained=separation.scorer_samples,
     )
+    if ray is None:
+        return plan
+    from unpoison.distributed.cluster import count_workers
+
+    return on_workers(plan, len(images), classifier.image_size, count_workers(ray))
 
 
 def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, split: Split, path: Path) -> None:

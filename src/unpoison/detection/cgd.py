@@ -18,7 +18,8 @@ Steps
 Where we differ, and what the paper leaves open
     The paper trains PreActResNet-18 scorers for every model; ours have the suspicious model's own architecture.
     The released code ranks raw cosines; ``clip_logit_scale`` and ``rank_within`` are ours. Five epochs are few steps on
-    a small set: there the early models train longer.
+    a small set: there the early models train longer. Five epochs are long on a huge
+    one: there ``scorer_samples``, ours, says how many samples they are trained on.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.data.pixels import Pixels, to_images
-from unpoison.data.sources import LabelledImages
+from unpoison.data.sources import LabelledImages, draw
 from unpoison.detection.ranks import label_cross_entropy, rank_normalise
 from unpoison.errors import ConfigError, DivergedError
 from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.models.zero_shot import ZeroShot
-from unpoison.results import SampleScores
+from unpoison.results import SampleScores, SkippedRow
 from unpoison.runs import Run
 from unpoison.types import Classifier
 
@@ -64,9 +65,12 @@ class SeparationConfig:
     scorer_weight_decay: float = 5e-4
     scorer_batch_size: int | None = None
     """None: 256 (the paper's) from 10,000 samples on, less in a smaller set, see :meth:`batch_size` (ours)."""
+    scorer_samples: int | None = None
+    """Samples, drawn at random, that the early models are trained on; all are judged. None: all (the paper). Ours."""
 
     def __post_init__(self) -> None:
-        for name in ("clip_logit_scale", "scorers", "scorer_epochs", "scorer_learning_rate", "scorer_batch_size"):
+        positive = ("clip_logit_scale", "scorers", "scorer_epochs", "scorer_learning_rate", "scorer_batch_size")
+        for name in (*positive, "scorer_samples"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, got {value}.", hint=f"Raise {name}.")
@@ -102,8 +106,28 @@ def score_with_cgd(
     clip_loss = label_cross_entropy(config.clip_logit_scale * zero_shot.cosines, source.labels)  # (1), (3)
     early_logits = early_model_logits(classifier, pixels, source.labels, config, run=run)  # (2)
     early_loss = label_cross_entropy(early_logits, source.labels)  # (3)
-    usable = ~np.isnan(clip_loss) & ~np.isnan(early_loss)
-    clip_loss[~usable] = early_loss[~usable] = np.nan
+    return scores_of_losses(
+        source,
+        clip_loss,
+        early_loss,
+        config,
+        skipped=merged_skips(source, zero_shot, pixels),
+        agreement=agreement(first_choices(zero_shot.cosines), source.labels),
+    )
+
+
+def scores_of_losses(
+    source: LabelledImages,
+    clip_loss: Float[np.ndarray, " n"],
+    early_loss: Float[np.ndarray, " n"],
+    config: SeparationConfig,
+    *,
+    skipped: tuple[SkippedRow, ...],
+    agreement: float,
+) -> SampleScores:
+    """Step 4 for losses, NaN where a row was skipped, however they were come by; ``agreement`` in percent."""
+    unusable = np.isnan(clip_loss) | np.isnan(early_loss)
+    clip_loss, early_loss = (np.where(unusable, np.nan, loss) for loss in (clip_loss, early_loss))
     groups = source.labels if config.rank_within == "class" else None
     clip_rank = rank_normalise(clip_loss, groups)  # (4)
     early_rank = rank_normalise(-early_loss, groups)
@@ -120,8 +144,8 @@ def score_with_cgd(
             "early_ease": -early_loss,
         },
         primary=JOINT_AXIS,
-        skipped=merged_skips(source, zero_shot, pixels),
-        details={"clip_agreement": agreement(zero_shot.cosines, source.labels)},
+        skipped=skipped,
+        details={"clip_agreement": agreement},
     )
 
 
@@ -140,28 +164,54 @@ def early_model_logits(
     *,
     run: Run,
 ) -> Float[np.ndarray, "n c"]:
-    """Mean logits of ``config.scorers`` fresh models after a few epochs on the whole set; NaN where unusable."""
+    """Mean logits of ``config.scorers`` fresh models after a few epochs on the set; NaN where unusable."""
     total = np.zeros((len(labels), len(classifier.class_names)), dtype=np.float64)
     rows = np.flatnonzero(pixels.usable)
-    work = config.scorer_epochs * len(rows)
+    drawn = training_rows(len(labels), config, run)
+    drawn = drawn[pixels.usable[drawn]]
     for index in range(config.scorers):
 
         def train_and_apply(index: int = index) -> dict[str, Tensor]:
-            scorer = classifier.fresh(run.seed_of("scorer", index))
-            track = run.progress.track(
-                range(config.scorer_epochs),
-                total=work,
-                what=f"early model {index + 1} of {config.scorers}",
-                weight=len(rows),
-                unit="images",
-            )
-            _train_early(scorer, pixels, labels, rows, config, track, run, index)
+            scorer = train_early_model(classifier, pixels, labels, drawn, config, index, run=run)
             return {"logits": torch.from_numpy(apply_classifier(scorer, pixels, rows, run=run))}
 
-        with run.seeded("scorer", index):
-            total[rows] += run.step(f"scorer-{index}", train_and_apply)["logits"].numpy()
+        total[rows] += run.step(f"scorer-{index}", train_and_apply)["logits"].numpy()
     total[~pixels.usable] = np.nan
     return total / config.scorers
+
+
+def training_rows(total: int, config: SeparationConfig, run: Run) -> Int[np.ndarray, " k"]:
+    """The rows, in order, that the early models are trained on: all, or ``config.scorer_samples`` drawn at random."""
+    if config.scorer_samples is None or config.scorer_samples >= total:
+        return np.arange(total)
+    return draw(total, config.scorer_samples, run.seed_of("scorer samples"))
+
+
+def train_early_model(
+    classifier: Classifier,
+    pixels: Pixels,
+    labels: Int[np.ndarray, " n"],
+    rows: Int[np.ndarray, " k"],
+    config: SeparationConfig,
+    index: int,
+    *,
+    run: Run,
+) -> Classifier:
+    """The early model number ``index`` (from 0): a fresh network after a few epochs on ``rows``. Raises DivergedError.
+
+    ``rows`` point into ``pixels`` and ``labels``; where these begin does not change the result.
+    """
+    with run.seeded("scorer", index):
+        scorer = classifier.fresh(run.seed_of("scorer", index))
+        track = run.progress.track(
+            range(config.scorer_epochs),
+            total=config.scorer_epochs * len(rows),
+            what=f"early model {index + 1} of {config.scorers}",
+            weight=len(rows),
+            unit="images",
+        )
+        _train_early(scorer, pixels, labels, rows, config, track, run, index)
+    return scorer
 
 
 def _train_early(
@@ -204,12 +254,18 @@ def apply_classifier(
     return torch.cat(parts).numpy()
 
 
-def agreement(cosines: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> float:
-    """Share, in percent, of usable samples whose given label is CLIP's first choice."""
+def first_choices(cosines: Float[np.ndarray, "n c"]) -> Int[np.ndarray, " n"]:
+    """The class that CLIP would give each sample, -1 where it was skipped."""
     usable = ~np.isnan(cosines).any(axis=1)
-    if not usable.any():
-        return 0.0
-    return 100.0 * float((cosines[usable].argmax(axis=1) == labels[usable]).mean())
+    choices = np.full(len(cosines), -1, dtype=np.int64)
+    choices[usable] = cosines[usable].argmax(axis=1)
+    return choices
+
+
+def agreement(choices: Int[np.ndarray, " n"], labels: Int[np.ndarray, " n"]) -> float:
+    """Share, in percent, of usable samples whose given label is CLIP's first choice."""
+    usable = choices >= 0
+    return 100.0 * float((choices[usable] == labels[usable]).mean()) if usable.any() else 0.0
 
 
 def merged_skips(source: LabelledImages, zero_shot: ZeroShot, pixels: Pixels) -> tuple:

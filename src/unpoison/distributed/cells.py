@@ -7,10 +7,8 @@ node is lost is tried again. Nothing but the cell's settings goes out and nothin
 
 from __future__ import annotations
 
-import logging
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from unpoison.benchmark.cell import Cell, CellResult
@@ -19,13 +17,13 @@ from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.process import Worker
 from unpoison.benchmark.runner import Summary, describe, finish, select_cells, summary, to_run, unfit
 from unpoison.benchmark.store import Store, cell_message, read_message
-from unpoison.errors import MissingExtraError, UsageError
+from unpoison.distributed.cluster import cluster
+from unpoison.errors import UsageError
 from unpoison.runs import Progress, Silent
 from unpoison.storage import from_json, to_json
 
-LOCAL = "local"
 RETRIES = 3
-_POLL, _CONNECT = 1.0, 5.0
+_POLL = 1.0
 
 
 def run_grid_on_ray(
@@ -129,46 +127,4 @@ def result_of(ray: Any, future: Any, cell: Cell) -> CellResult:
         return failed(cell, "crashed", f"Ray lost it {RETRIES + 1} times: {str(error).strip().splitlines()[0]}")
 
 
-@contextmanager
-def cluster(address: str, processors: int | None = None) -> Iterator[Any]:
-    """The ray module, connected. Raises MissingExtraError, UsageError."""
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtraError("--ray", "ray") from error
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == LOCAL:
-        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
-    else:
-        check_answers(address)
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise no_answer(address, str(error).strip().splitlines()[0] if str(error).strip() else "") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def check_answers(address: str) -> None:
-    """Raises UsageError where nothing listens at HOST:PORT; "auto" is left to Ray."""
-    if address == "auto":
-        return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdigit() or not host:
-        raise UsageError(f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.", hint="For example 10.0.0.1:6379.")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
-    except (OSError, OverflowError) as error:
-        raise no_answer(address, str(error)) from error
-
-
-def no_answer(address: str, why: str) -> UsageError:
-    return UsageError(
-        f"no Ray cluster answers at {address} ({why}).",
-        hint="Start one with `ray start --head`, or run on this machine: --ray local.",
-    )
-
-
-__all__ = ["cluster", "compute_message", "run_grid_on_ray"]
+__all__ = ["compute_message", "run_grid_on_ray"]

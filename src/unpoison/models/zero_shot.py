@@ -89,7 +89,7 @@ def zero_shot_logits(
     module.eval()
     try:
         texts = class_embeddings(clip, source.class_names, templates)
-        size = batch_size or max(8, min(256, _PIXELS_PER_BATCH // clip.image_size**2))
+        size = batch_size or rows_at_once(clip)
         key = b"" if run.cache is None else _key_of_scorer(clip, source, templates, texts)
         result = np.full((len(source), len(source.class_names)), np.nan, dtype=np.float32)
         skipped: list[SkippedRow] = []
@@ -98,7 +98,7 @@ def zero_shot_logits(
             if batch.cosines is not None:
                 result[batch.start : batch.stop] = batch.cosines
             elif batch.images is not None:
-                result[batch.start + np.flatnonzero(batch.usable)] = _cosines(clip, batch.images, texts)
+                result[batch.start + np.flatnonzero(batch.usable)] = cosines_of(clip, batch.images, texts)
             skipped += batch.skipped
             if batch.chunk is not None:
                 _store(batch.chunk, result, batch.stop, skipped, source)
@@ -107,6 +107,11 @@ def zero_shot_logits(
         for part, mode in modes.items():
             part.training = mode
     return ZeroShot(cosines=result, skipped=tuple(skipped), truncated=cut_off(clip, source.class_names, templates))
+
+
+def rows_at_once(clip: ZeroShotModel) -> int:
+    """How many images one forward pass takes, by their size."""
+    return max(8, min(256, _PIXELS_PER_BATCH // clip.image_size**2))
 
 
 def class_embeddings(
@@ -183,7 +188,8 @@ def _read(clip: ZeroShotModel, source: LabelledImages, start: int, stop: int, *,
 
 
 @torch.inference_mode()
-def _cosines(clip: ZeroShotModel, images: Tensor, texts: Tensor) -> np.ndarray:
+def cosines_of(clip: ZeroShotModel, images: Tensor, texts: Tensor) -> Float[np.ndarray, "b c"]:
+    """Cosines of preprocessed images [b, 3, h, w] with class embeddings [c, d], both unit vectors to this CLIP."""
     embeddings = clip.encode_images(images.to(texts.device, non_blocking=True))
     return (embeddings @ texts.T).float().cpu().numpy()
 

@@ -1,0 +1,81 @@
+"""Connecting to a Ray cluster, or starting one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from unpoison.errors import MissingExtraError, UsageError
+
+LOCAL = "local"
+_CONNECT = 5.0
+
+
+@contextmanager
+def cluster(address: str, processors: int | None = None) -> Iterator[Any]:
+    """The ray module, connected. Raises MissingExtraError, UsageError."""
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtraError("--ray", "ray") from error
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == LOCAL:
+        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
+    else:
+        check_answers(address)
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise no_answer(address, str(error).strip().splitlines()[0] if str(error).strip() else "") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def pool_size(ray: Any) -> tuple[int, bool]:
+    """How many workers the connected cluster holds, and whether each has a GPU: one for each GPU, else for each core.
+
+    Raises UsageError for a cluster without cores.
+    """
+    gpus, cores = (int(ray.cluster_resources().get(name, 0)) for name in ("GPU", "CPU"))
+    if not cores:
+        raise UsageError("the Ray cluster has no core to spare.", hint="Add a node with --num-cpus of at least 1.")
+    return gpus or cores, bool(gpus)
+
+
+def count_workers(address: str) -> int:
+    """:func:`pool_size` of the cluster at ``address``; for "local" nothing is started."""
+    if address == LOCAL:
+        return torch.cuda.device_count() or os.cpu_count() or 1
+    with cluster(address) as ray:
+        return pool_size(ray)[0]
+
+
+def check_answers(address: str) -> None:
+    """Raises UsageError where nothing listens at HOST:PORT; "auto" is left to Ray, "local" needs none."""
+    if address in ("auto", LOCAL):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit() or not host:
+        raise UsageError(f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.", hint="For example 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise no_answer(address, str(error)) from error
+
+
+def no_answer(address: str, why: str) -> UsageError:
+    return UsageError(
+        f"no Ray cluster answers at {address} ({why}).",
+        hint="Start one with `ray start --head`, or run on this machine: --ray local.",
+    )
+
+
+__all__ = ["LOCAL", "check_answers", "cluster", "count_workers", "pool_size"]
