@@ -143,7 +143,7 @@ def test_disbelief_and_margins() -> None:
     disbelief(doubted, torch.tensor([0, 1])).backward()
     assert doubted.grad is not None
     assert not doubted.grad[0].any()  # no tiny numbers, which are slow to pass back
-    assert doubted.grad[1].abs().min() > 0.01
+    assert doubted.grad[1].abs().min() > 1e-3
     torch.testing.assert_close(margins(logits.detach(), labels), torch.tensor([-1.0, 40.0]))
 
 
