@@ -246,8 +246,8 @@ def _unlearn(
 def disbelief(logits: Logits, labels: Int[Tensor, " b"]) -> Float[Tensor, ""]:
     """-mean log(1 - p_y): large while the label is believed, with a gradient that does not vanish there.
 
-    Where the label is not believed at all it is 0 without a gradient: what is left of one would be numbers so small that
-    processors take a hundred times as long to pass them back.
+    Where the label is not believed at all it is 0 without a gradient: what is left of one would be numbers so small
+    that processors take a hundred times as long to pass them back.
     """
     others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
     believed = logits.detach().softmax(1).gather(1, labels[:, None])[:, 0] > _NOT_BELIEVED
