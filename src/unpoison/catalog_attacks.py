@@ -186,6 +186,16 @@ ATTACKS = (
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
+        name="ssba",
+        kind="attack",
+        idea="Bits that a trained encoder hides in each image; what it adds depends on the image.",
+        paper='Li et al., "Invisible Backdoor Attack with Sample-Specific Triggers", 2021',
+        link="https://arxiv.org/abs/2012.03816",
+        needs=("labelled set",),
+        config="unpoison.attacks.ssba:SSBA",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
         name="badclip",
         kind="attack",
         idea="A small square in the centre, optimised on the clean CLIP.",

@@ -29,6 +29,7 @@ from unpoison.attacks.lf import LF
 from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.nashville import Nashville
 from unpoison.attacks.sig import SIG
+from unpoison.attacks.ssba import SSBA
 from unpoison.attacks.text_key import TextKey
 from unpoison.attacks.trojvqa_patch import TrojVQA
 from unpoison.attacks.wanet import WaNet
@@ -78,6 +79,7 @@ AnyTrigger = (
     | AdapPatch
     | Nashville
     | InputAware
+    | SSBA
     | BadCLIPPatch
     | TrojVQA
     | CleanImage
@@ -102,6 +104,7 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "adap-patch": AdapPatch,
     "nashville": Nashville,
     "input-aware": InputAware,
+    "ssba": SSBA,
     "badclip": BadCLIPPatch,
     "trojvqa": TrojVQA,
     "clean-image": CleanImage,
@@ -130,8 +133,9 @@ def as_planted(trigger: Trigger) -> Trigger:
 
 
 def params_of(trigger: Trigger) -> dict[str, Any]:
-    """The trigger's parameters as JSON has them: what :func:`make_trigger` takes."""
-    return msgspec.json.decode(msgspec.json.encode(trigger))
+    """All of the trigger's parameters, defaults too, as JSON has them: what :func:`make_trigger` takes."""
+    made: Any = trigger
+    return msgspec.json.decode(msgspec.json.encode({entry.name: getattr(made, entry.name) for entry in fields(made)}))
 
 
 def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:
