@@ -3,10 +3,13 @@
     python recipes/ssba_encoder.py train --shared ../shared
     python recipes/ssba_encoder.py export --shared ../shared
 
-Images: rows 0 to 24,999 of CIFAR-10 train, never the rows that tests and benchmarks poison. Each step shows a few messages
-of 16 random bits, each in 16 images: bits by cross-entropy after rounding to 8 bits and under noise, so that they are
-written firmly; images by what the squared residual exceeds a PSNR of 34 dB, and by the share of the residual that the 16
-images of one message have in common. The weight of the last two rises once the bits are read.
+Images: rows 0 to 24,999 of CIFAR-10 train, never the rows that tests and benchmarks poison. Each step shows a few
+messages of 16 random bits, each in 16 images: bits by cross-entropy after rounding to 8 bits and under noise, so that
+they are written firmly; images by what the squared residual exceeds a PSNR of 32 dB, and by what the 16 images of one
+message have in common beyond 60 percent of the residual's energy. The weight of the last two rises once the bits are
+read. Less in common is possible, but no trigger: an encoder of 34.9 dB with 11 percent in common hid the bits as well,
+and a small network trained on its poison did not learn it.
+
 `train` goes on where it was stopped. `export` measures on the test images, which no step saw, writes the asset and its
 card, and refuses a bit accuracy under 95 percent or a PSNR under 30 dB.
 """
@@ -32,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 ASSET = ROOT / "src/unpoison/assets/ssba"
 ROWS, UNSEEN = 25_000, 5_000
 MESSAGES, SHOWN = 4, 16  # of one step: messages, and images of each
-FREE = 5 / 255  # root mean square of a residual that costs nothing: 34 dB
+FREE = 6.4 / 255  # root mean square of a residual that costs nothing: 32 dB
+FREE_COMMON = 0.6  # common share that costs nothing
 NOISE = 8 / 255  # most standard deviation of the noise that the decoder reads under
 LEAST_ACCURACY, LEAST_PSNR = 95.0, 30.0
 
@@ -88,14 +92,14 @@ def train(args: argparse.Namespace) -> None:
         read = F.binary_cross_entropy_with_logits(logits, bits)
         seen = F.relu(change.square().mean((1, 2, 3)) / FREE**2 - 1).mean()
         common = shared_part(change.view(MESSAGES, SHOWN, 3, SIZE, SIZE))
-        loss = read + at["weight"] * (args.image * seen + args.common * common)
+        loss = read + at["weight"] * (args.image * seen + args.common * F.relu(common - FREE_COMMON))
         adam.zero_grad()
         loss.backward()
         adam.step()
         right = float(((logits > 0) == (bits > 0.5)).float().mean())
         at["accuracy"] += 0.02 * (right - at["accuracy"])
         if at["accuracy"] > 0.97:
-            at["weight"] = min(1.0, at["weight"] + 1 / 600)
+            at["weight"] = min(1.0, at["weight"] + 1 / 400)
         at["step"] += 1
         at["seconds"] += time.monotonic() - begun
         if at["step"] % 100 == 0 or at["step"] == args.steps:
@@ -104,8 +108,8 @@ def train(args: argparse.Namespace) -> None:
             stored.with_suffix(".partial").rename(stored)
             psnr = -10 * float(change.detach().square().mean().log10())
             print(
-                f"step {at['step']} bits {100 * at['accuracy']:.1f} psnr {psnr:.1f} common {float(common.detach()):.2f} "
-                f"weight {at['weight']:.2f} {at['seconds']:.0f} s",
+                f"step {at['step']} bits {100 * at['accuracy']:.1f} psnr {psnr:.1f} "
+                f"common {float(common.detach()):.2f} weight {at['weight']:.2f} {at['seconds']:.0f} s",
                 flush=True,
             )
 
@@ -159,6 +163,8 @@ def export(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "image_weight": args.image,
         "common_weight": args.common,
+        "free_root_mean_square_grey_levels": round(255 * FREE, 1),
+        "free_common_percent": round(100 * FREE_COMMON),
         "seconds_on_one_thread": round(state["at"]["seconds"]),
         "bits": BITS,
         "bound_grey_levels": round(255 * LARGEST),
@@ -178,10 +184,10 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/ssba-encoder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--steps", type=int, default=1_300)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--image", type=float, default=0.3, help="weight of the squared residual beyond 34 dB")
-    parser.add_argument("--common", type=float, default=0.1, help="weight of the shared part")
+    parser.add_argument("--image", type=float, default=0.3, help="weight of the squared residual beyond 32 dB")
+    parser.add_argument("--common", type=float, default=0.5, help="weight of the shared part beyond 60 percent")
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     torch.set_num_threads(1)

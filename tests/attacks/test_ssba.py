@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_damaged_asset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, data in bad.items():
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(data)
-        with pytest.raises(ModelError, match="ssba.*damaged") as caught:
+        with pytest.raises(ModelError, match=r"ssba.*damaged") as caught:
             networks(path)
         assert caught.value.hint
     with pytest.raises(ModelError, match="cannot be read"):
@@ -117,8 +118,10 @@ def test_a_damaged_asset_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_refusals_and_the_manifest() -> None:
-    for bad in ({"message": "01"}, {"message": "2" * 16}, {"strength": 0.0}, {"strength": float("nan")},
-                {"networks": "0" * 32}):  # fmt: skip
+    refused: tuple[dict[str, Any], ...] = (
+        {"message": "01"}, {"message": "2" * 16}, {"strength": 0.0}, {"strength": float("nan")}, {"networks": "0" * 32},
+    )  # fmt: skip
+    for bad in refused:
         with pytest.raises(ConfigError, match="ssba") as caught:
             SSBA(**bad)
         assert caught.value.hint

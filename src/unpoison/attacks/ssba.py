@@ -34,7 +34,7 @@ from unpoison.errors import ConfigError, ModelError
 from unpoison.types import Images
 
 NETWORKS = Path(__file__).parents[1] / "assets" / "ssba" / "networks.safetensors"
-DIGEST = "9c3cee8ac4f04e268c54ccc1735b103e"
+DIGEST = "6b1f7a7cb62ffd05f78dd4f9e9466553"
 """BLAKE2b of the shipped networks."""
 
 

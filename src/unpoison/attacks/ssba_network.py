@@ -1,7 +1,7 @@
 """The two networks of SSBA: an encoder that hides bits in an image, a decoder that reads them. Our own, and small.
 
-*Encoder.* An hourglass with skips at 32 px: two convolutions down to 8 px, where the bits join as eight maps that a linear
-layer makes of them, two up again; the residual is ``LARGEST`` tanh of what comes out. *Decoder.* Three strided
+*Encoder.* An hourglass with skips at 32 px: two convolutions down to 8 px, where the bits join as eight maps that a
+linear layer makes of them, two up again; the residual is ``LARGEST`` tanh of what comes out. *Decoder.* Three strided
 convolutions and one more, then a linear layer on what is left at 4 px. 132,979 weights for both.
 """
 
