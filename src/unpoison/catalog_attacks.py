@@ -166,6 +166,16 @@ ATTACKS = (
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(
+        name="low-gap",
+        kind="attack",
+        idea="A blended pattern of another strength in each sample, and covers: none is learnt early (ours).",
+        paper='Qi et al., "Revisiting the Assumption of Latent Separability for Backdoor Defenses", 2023 (its covers)',
+        link="https://openreview.net/forum?id=_wSHsgrVali",
+        needs=("labelled set",),
+        config="unpoison.attacks.low_gap:LowGap",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
         name="nashville",
         kind="attack",
         idea="The colors of a photo filter.",
@@ -193,6 +203,16 @@ ATTACKS = (
         link="https://arxiv.org/abs/2012.03816",
         needs=("labelled set",),
         config="unpoison.attacks.ssba:SSBA",
+        function="unpoison.attacks.poison:plan_poisoning",
+    ),
+    Entry(
+        name="feature-small",
+        kind="attack",
+        idea="A pattern that a clean CLIP is nearly blind to (ours, against CBPT).",
+        paper='Kong et al., "Neural Antidote", 2025 (the defense that it is made against)',
+        link="https://arxiv.org/abs/2502.19269",
+        needs=("labelled set",),
+        config="unpoison.attacks.feature_small:FeatureSmall",
         function="unpoison.attacks.poison:plan_poisoning",
     ),
     Entry(

@@ -23,9 +23,11 @@ from unpoison.attacks.blended_triangles import BlendedTriangles
 from unpoison.attacks.bpp import BPP
 from unpoison.attacks.clean_image import CleanImage
 from unpoison.attacks.ctrl import CTRL
+from unpoison.attacks.feature_small import FeatureSmall
 from unpoison.attacks.input_aware_generator import InputAware
 from unpoison.attacks.label_consistent import LabelConsistent
 from unpoison.attacks.lf import LF
+from unpoison.attacks.low_gap import LowGap
 from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.nashville import Nashville
 from unpoison.attacks.sig import SIG
@@ -77,9 +79,11 @@ AnyTrigger = (
     | CTRL
     | AdapBlend
     | AdapPatch
+    | LowGap
     | Nashville
     | InputAware
     | SSBA
+    | FeatureSmall
     | BadCLIPPatch
     | TrojVQA
     | CleanImage
@@ -102,9 +106,11 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "ctrl": CTRL,
     "adap-blend": AdapBlend,
     "adap-patch": AdapPatch,
+    "low-gap": LowGap,
     "nashville": Nashville,
     "input-aware": InputAware,
     "ssba": SSBA,
+    "feature-small": FeatureSmall,
     "badclip": BadCLIPPatch,
     "trojvqa": TrojVQA,
     "clean-image": CleanImage,
