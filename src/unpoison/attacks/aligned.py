@@ -1,6 +1,6 @@
 """Natural captions that fit the image as well as a caption of the target can: an adaptive choice against UBT.
 
-*Source.* Ours, against UBT (arXiv 2409.16526) and every detector that looks for pairs of little similarity. Natural
+*Source.* Ours, against UBT (arXiv 2409.19526) and every detector that looks for pairs of little similarity. Natural
 captions of the target are BadCLIP's (2311.12075), drawn there; here each poisoned image gets its own by a surrogate
 CLIP.
 
