@@ -7,7 +7,7 @@ Images: rows 0 to 24,999 of CIFAR-10 train, never the rows that tests and benchm
 messages of 16 random bits, each in 16 images: bits by cross-entropy after rounding to 8 bits and under noise, so that
 they are written firmly; images by what the squared residual exceeds a PSNR of 32 dB, and by what the 16 images of one
 message have in common beyond 60 percent of the residual's energy. The weight of the last two rises once the bits are
-read. Bits that our decoder reads are not yet a trigger that a classifier learns: see docs/attacks.md.
+read. Bits that our decoder reads are not yet a trigger that a classifier learns: the trigger is put on twice as strong.
 
 `train` goes on where it was stopped. `export` measures on the test images, which no step saw, writes the asset and its
 card, and refuses a bit accuracy under 95 percent or a PSNR under 30 dB.
