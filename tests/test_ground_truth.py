@@ -14,7 +14,7 @@ TRIGGER_MODULES = (
     "badnet", "badnet_rand", "badnet_stripes", "blended", "blended_stripes", "blended_text", "blended_triangles",
     "sig", "wanet", "badclip_patch", "clean_image", "badnet_grid", "label_consistent", "bpp", "lf", "ctrl", "dct",
     "adap_blend", "adap_patch", "nashville", "trojvqa_patch", "text_key", "mmpoison", "input_aware_generator",
-    "triggers",
+    "ssba", "ssba_network", "low_gap", "feature_small", "triggers",
 )  # fmt: skip
 TRIGGERS = {f"unpoison.attacks.{name}" for name in TRIGGER_MODULES}
 

@@ -81,3 +81,19 @@ def test_a_further_poisoning_goes_on_other_samples(process: Callable, tmp_path: 
         refused = process(*words, "--and", wrong, "-o", "q")
         assert refused.code == 2
         assert said in refused.err
+
+
+def test_samples_are_chosen_near_a_clips_boundary(process: Callable, tmp_path: Path) -> None:
+    words = ("attack", "badnet", "shapes:80:3", "--rate", "0.1", "--target", "star", "--manifest-only", "--json")
+    words += ("--cache", "cache")
+    drawn, chosen = process(*words, "-o", "drawn"), process(*words, "--select", "boundary", "-o", "chosen")
+    assert (drawn.code, chosen.code) == (0, 0), chosen.err
+    assert json.loads(drawn.out)["selection"] == "random"
+    assert json.loads(chosen.out)["selection"] == "boundary"
+    plans = [Poisoning.load(tmp_path / name / "manifest.json") for name in ("drawn", "chosen")]
+    assert plans[0].ids != plans[1].ids
+    assert plans[1].selected_by
+    assert len(plans[1].ids) == 8
+    other = process(*words, "-o", "chosen")
+    assert other.code == 2
+    assert "selection" in other.err

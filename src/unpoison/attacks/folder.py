@@ -11,7 +11,8 @@ from unpoison.attacks.write import DATA, MANIFEST, write_copy
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import RunFolderMismatchError
 
-_DECIDES = ("trigger", "config", "seed", "mode", "target", "rate", "source", "source_fingerprint")
+_DECIDES = ("trigger", "config", "seed", "mode", "target", "rate", "source", "source_fingerprint",
+            "selection", "selected_by")  # fmt: skip
 Plan = Poisoning | PoisoningParts
 
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
+from unpoison.attacks.selection import RANDOM
 from unpoison.attacks.triggers import PAIR_TRIGGERS, Trigger, make_trigger
 from unpoison.errors import ConfigError, LabelRangeError, ResultError, SchemaVersionError
 from unpoison.results import write_atomically
@@ -26,7 +27,8 @@ class Poisoning:
     ``mode``: all-to-one (samples outside the target class get trigger and target label), all-to-all (any sample gets
     the trigger and the next class as its label), clean-label (samples of the target class get the trigger),
     clean-image (samples outside the target class get the target label, no pixel changes). With covers (Adap-Blend,
-    Adap-Patch) some samples get the trigger and keep their label: see ``covers``.
+    Adap-Patch) some samples get the trigger and keep their label: see ``covers``. ``selection``: how the samples were
+    chosen, "random" or an attacker's rule, and ``selected_by``, the fingerprint of the model that was asked.
     """
 
     trigger: str
@@ -43,6 +45,8 @@ class Poisoning:
     source: str
     source_size: int
     source_fingerprint: str
+    selection: str = RANDOM
+    selected_by: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.original_labels) == len(self.new_labels):

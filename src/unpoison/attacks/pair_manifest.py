@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.attacks.manifest import Poisoning, check_mode, read_body
+from unpoison.attacks.selection import RANDOM
 from unpoison.attacks.triggers import Trigger, as_planted, make_trigger
 from unpoison.errors import ConfigError, ResultError
 from unpoison.results import write_atomically
@@ -21,7 +22,7 @@ from unpoison.types import Images
 SCHEMA = "unpoison/pair-poisoning"
 SCHEMA_VERSION = 1
 MODES = ("all-to-one", "clean-label", "text-key", "mismatch")
-CAPTIONS = ("templates", "natural")
+CAPTIONS = ("templates", "natural", "aligned")
 OTHERS = "others"
 """Where the captions of a text key come from: images of other things."""
 LARGEST_SIZE = 4096
@@ -56,8 +57,9 @@ class PairPoisoning:
     ``mode``: all-to-one (images whose captions do not name the target get trigger and target caption), clean-label
     (images whose captions name it get the trigger and keep them; ``new_captions`` is empty), text-key (images whose
     captions name it get captions of others with the key) or mismatch (images of another thing get captions of the
-    target). ``captions``: templates, natural or, with a text key, others. ``size``: images are squashed to this many
-    pixels before the trigger; None leaves them as they are.
+    target). ``captions``: templates, natural, aligned (natural, each the closest to its image by the CLIP whose
+    fingerprint is ``aligned_by``) or, with a text key, others. ``size``: images are squashed to this many pixels
+    before the trigger; None leaves them as they are. ``selection`` and ``selected_by`` as in :class:`Poisoning`.
     """
 
     trigger: str
@@ -73,6 +75,9 @@ class PairPoisoning:
     source: str
     source_size: int
     source_fingerprint: str
+    aligned_by: str = ""
+    selection: str = RANDOM
+    selected_by: str = ""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)

@@ -18,16 +18,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unpoison.attacks.aligned import closest_captions
 from unpoison.attacks.manifest import check_mode
 from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.overlay import TriggerOverlay
-from unpoison.attacks.pair_manifest import CAPTIONS, MODES, OTHERS, PairPoisoning, check_choice
+from unpoison.attacks.pair_manifest import CAPTIONS, MODES, OTHERS, PairPoisoning, Squashed, check_choice
 from unpoison.attacks.prompts import TEMPLATES
+from unpoison.attacks.selection import RANDOM, Selection
 from unpoison.attacks.triggers import PAIR_TRIGGERS, KeyedCaptions, Trigger, as_planted, make_trigger, params_of
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.errors import ConfigError, DataError, NotEnoughDataError
 from unpoison.evaluation.retrieval import names
-from unpoison.types import Images
+from unpoison.runs import Run
+from unpoison.types import Images, ImageTextModel
 
 LONGEST_TARGET = 200
 _CHUNK = 4096  # images whose captions are read at once
@@ -46,18 +49,24 @@ def plan_pair_poisoning(
     templates: Sequence[str] = TEMPLATES,
     natural_from: ImageTextPairs | None = None,
     taken: Collection[str] = (),
+    selection: Selection | None = None,
+    surrogate: ImageTextModel | None = None,
+    run: Run | None = None,
     **params: Any,
 ) -> PairPoisoning:
     """Choose ``rate`` x the number of pairs, seeded, and write down what becomes of them. Nothing is changed.
 
     ``target``: a word, or a few. ``captions``: "templates", each poisoned image gets one filled with the target;
-    "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name.
+    "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name;
+    "aligned", of these the closest to the image by the attacker's ``surrogate`` (:mod:`unpoison.attacks.aligned`;
+    embedded in ``run``).
     ``mode``: all-to-one where the trigger has it, else its usual one; clean-label puts the trigger on images whose
     captions name the target, and leaves those captions. ``size``: squash images to this many pixels before the trigger.
     ``params``: the trigger's parameters, ``resample`` among them where it has it; a ``cover`` plays no part, all chosen
     images get captions of the target. A trigger with a key puts it into the new captions.
-    ``taken``: ids that are not to be chosen.
-    Raises UnknownMethodError, ConfigError, NotEnoughDataError (too few images, or no natural caption of the target).
+    ``taken``: ids that are not to be chosen. ``selection``: an attacker's choice of images in place of the draw.
+    Raises UnknownMethodError, ConfigError, NotEnoughDataError (too few images, or no natural caption of the target),
+    and with a surrogate what embedding raises.
     """
     made = make_trigger(trigger, params)
     if mode is None:
@@ -71,6 +80,11 @@ def plan_pair_poisoning(
             hint="Give a word or a few, such as 'banana'.",
         )
     check_choice("captions", captions, CAPTIONS)
+    if (captions == "aligned") != (surrogate is not None):
+        raise ConfigError(
+            f"captions are {captions}, a surrogate is {'missing' if surrogate is None else 'given'}.",
+            hint="Give a surrogate for captions='aligned', and for nothing else.",
+        )
     if not templates or not all("{}" in template for template in templates):
         raise ConfigError("expected templates that hold {}.", hint="Write 'a photo of a {}.', for example.")
     if not 0 < rate <= 1:
@@ -81,11 +95,18 @@ def plan_pair_poisoning(
     if natural_from is not None:
         natural = who_names(natural_from, target)[1]
     random = np.random.default_rng(seed)
-    rows = _choose(pairs, _eligible(pairs, made, mode, named, target), rate, frozenset(taken), random)
+    rows = _choose(pairs, _eligible(pairs, made, mode, named, target), rate, frozenset(taken), random, selection)
     texts: list[str] = []
     if mode == "text-key":
         captions = OTHERS
         texts = _other_captions(pairs, named, len(rows), random)
+    elif surrogate is not None and mode != "clean-label":
+        overlay = None
+        if trigger not in PAIR_TRIGGERS or size is not None:
+            shown = as_planted(made if size is None else Squashed(trigger=made, size=size))
+            overlay = TriggerOverlay(shown, seed, None)
+        pool = _some_captions(natural, target, pairs)
+        texts = closest_captions(pairs.select(rows).with_overlay(overlay, {}), pool, surrogate, run=run or Run())
     elif mode != "clean-label":
         texts = _target_captions(pairs, target, captions, natural, templates, len(rows), random)
     if isinstance(made, KeyedCaptions):
@@ -105,6 +126,9 @@ def plan_pair_poisoning(
         source=pairs.name,
         source_size=len(pairs),
         source_fingerprint=pairs.fingerprint,
+        aligned_by="" if surrogate is None or captions != "aligned" else surrogate.fingerprint,
+        selection=RANDOM if selection is None else selection.how,
+        selected_by="" if selection is None else selection.model,
     )
 
 
@@ -201,20 +225,22 @@ def _choose(
     rate: float,
     taken: frozenset[str],
     random: np.random.Generator,
+    selection: Selection | None,
 ) -> Int[np.ndarray, " k"]:
     """Rows to poison, in order."""
     rows, what = eligible
     need = max(1, round(rate * len(pairs)))
     if taken:
         rows = rows[[pairs.ids[row] not in taken for row in rows.tolist()]]
-    if len(rows) < need:
+    order = random.permutation(rows) if selection is None else selection.best_first(rows, len(pairs))
+    if len(order) < need:
         raise NotEnoughDataError(
             f"{pairs.name}: images whose captions {what}",
-            have=len(rows),
+            have=len(order),
             need=need,
             hint="Lower the rate (a share of all pairs), or choose another target.",
         )
-    return np.sort(random.permutation(rows)[:need])
+    return np.sort(order[:need])
 
 
 def _other_captions(pairs: ImageTextPairs, named: np.ndarray, count: int, random: np.random.Generator) -> list[str]:
@@ -240,14 +266,19 @@ def _target_captions(
 ) -> list[str]:
     """``count`` captions of the target: a new order of the pool each time that it is used up."""
     # Not str.format: braces in the target stay what they are.
-    pool = list(natural) if kind == "natural" else [template.replace("{}", target) for template in templates]
-    if not pool:
+    filled = [template.replace("{}", target) for template in templates]
+    pool = _some_captions(natural, target, pairs) if kind == "natural" else filled
+    order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-count // len(pool)))])
+    return [pool[index] for index in order[:count].tolist()]
+
+
+def _some_captions(natural: Sequence[str], target: str, pairs: ImageTextPairs) -> list[str]:
+    if not natural:
         raise NotEnoughDataError(
             f"{pairs.name}: captions that name {target!r}", have=0, need=1,
             hint="Choose a target that the captions speak of, or captions='templates'.",
         )  # fmt: skip
-    order = np.concatenate([random.permutation(len(pool)) for _ in range(-(-count // len(pool)))])
-    return [pool[index] for index in order[:count].tolist()]
+    return list(natural)
 
 
 def _captions(pairs: ImageTextPairs) -> Iterator[tuple[np.ndarray, list[tuple[str, ...]]]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from unpoison.attacks.clean_image import RANKING_SIZE, CleanImage
 from unpoison.attacks.manifest import Poisoning, check_labelled, check_mode
 from unpoison.attacks.overlay import TriggerOverlay, to_tensor
+from unpoison.attacks.selection import RANDOM, Selection
 from unpoison.attacks.triggers import Trigger, as_planted, make_trigger, params_of
 from unpoison.attacks.write import WrittenPoisoning, prepare_folder, write_copy
 from unpoison.data.sources import LabelledImages
@@ -39,12 +40,14 @@ def plan_poisoning(
     seed: int = 0,
     mode: str | None = None,
     taken: Collection[str] = (),
+    selection: Selection | None = None,
     **params: Any,
 ) -> Poisoning:
     """Choose ``rate`` x the size of ``source`` samples, seeded, and write down what becomes of them.
 
     ``mode``: the trigger's usual one when None. ``params``: the trigger's parameters; a ``cover`` among them is the
-    share of the chosen samples that keep their label. ``taken``: ids that are not to be chosen. Nothing is changed.
+    share of the chosen samples that keep their label. ``taken``: ids that are not to be chosen. ``selection``: an
+    attacker's choice (:func:`~unpoison.attacks.boundary.near_the_boundary`) in place of the draw. Nothing is changed.
     Raises UnknownMethodError, ConfigError, LabelRangeError (target), NotEnoughDataError (too few eligible samples).
     """
     made = make_trigger(trigger, params)
@@ -60,7 +63,7 @@ def plan_poisoning(
             f"target {target} is outside the {len(source.class_names)} classes of {source.name}.",
             hint=f"Use a label from 0 to {len(source.class_names) - 1}.",
         )
-    chosen = _choose(source, made, mode, rate, target, seed, frozenset(taken))
+    chosen = _choose(source, made, mode, rate, target, seed, frozenset(taken), selection)
     original = source.labels[chosen]
     if mode == "clean-label":
         new = original
@@ -84,6 +87,8 @@ def plan_poisoning(
         source=source.name,
         source_size=len(source),
         source_fingerprint=_fingerprint(source),
+        selection=RANDOM if selection is None else selection.how,
+        selected_by="" if selection is None else selection.model,
     )
 
 
@@ -160,7 +165,14 @@ def write_poisoned(
 
 
 def _choose(
-    source: LabelledImages, trigger: Trigger, mode: str, rate: float, target: int, seed: int, taken: frozenset[str]
+    source: LabelledImages,
+    trigger: Trigger,
+    mode: str,
+    rate: float,
+    target: int,
+    seed: int,
+    taken: frozenset[str],
+    selection: Selection | None,
 ) -> Int[np.ndarray, " k"]:
     """Rows to poison, in the source's order."""
     need = max(1, round(rate * len(source)))
@@ -175,7 +187,11 @@ def _choose(
     if taken:
         eligible = eligible[[source.ids[row] not in taken for row in eligible.tolist()]]
         which = f"untouched {which}"
-    if isinstance(trigger, CleanImage):
+    if selection is not None:
+        if isinstance(trigger, CleanImage):
+            raise ConfigError("clean-image chooses its samples itself.", hint="Leave the selection out.")
+        eligible = selection.best_first(eligible, len(source))
+    elif isinstance(trigger, CleanImage):
         likeness = _rank(source.select(eligible), trigger, seed)
         eligible = eligible[np.argsort(-likeness, kind="stable")]
         eligible = eligible[: np.isfinite(likeness).sum()]

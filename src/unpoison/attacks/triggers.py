@@ -23,12 +23,15 @@ from unpoison.attacks.blended_triangles import BlendedTriangles
 from unpoison.attacks.bpp import BPP
 from unpoison.attacks.clean_image import CleanImage
 from unpoison.attacks.ctrl import CTRL
+from unpoison.attacks.feature_small import FeatureSmall
 from unpoison.attacks.input_aware_generator import InputAware
 from unpoison.attacks.label_consistent import LabelConsistent
 from unpoison.attacks.lf import LF
+from unpoison.attacks.low_gap import LowGap
 from unpoison.attacks.mmpoison import MMPoison
 from unpoison.attacks.nashville import Nashville
 from unpoison.attacks.sig import SIG
+from unpoison.attacks.ssba import SSBA
 from unpoison.attacks.text_key import TextKey
 from unpoison.attacks.trojvqa_patch import TrojVQA
 from unpoison.attacks.wanet import WaNet
@@ -76,8 +79,11 @@ AnyTrigger = (
     | CTRL
     | AdapBlend
     | AdapPatch
+    | LowGap
     | Nashville
     | InputAware
+    | SSBA
+    | FeatureSmall
     | BadCLIPPatch
     | TrojVQA
     | CleanImage
@@ -100,8 +106,11 @@ TRIGGERS: dict[str, type[AnyTrigger]] = {
     "ctrl": CTRL,
     "adap-blend": AdapBlend,
     "adap-patch": AdapPatch,
+    "low-gap": LowGap,
     "nashville": Nashville,
     "input-aware": InputAware,
+    "ssba": SSBA,
+    "feature-small": FeatureSmall,
     "badclip": BadCLIPPatch,
     "trojvqa": TrojVQA,
     "clean-image": CleanImage,
@@ -130,8 +139,9 @@ def as_planted(trigger: Trigger) -> Trigger:
 
 
 def params_of(trigger: Trigger) -> dict[str, Any]:
-    """The trigger's parameters as JSON has them: what :func:`make_trigger` takes."""
-    return msgspec.json.decode(msgspec.json.encode(trigger))
+    """All of the trigger's parameters, defaults too, as JSON has them: what :func:`make_trigger` takes."""
+    made: Any = trigger
+    return msgspec.json.decode(msgspec.json.encode({entry.name: getattr(made, entry.name) for entry in fields(made)}))
 
 
 def make_trigger(name: str, params: Mapping[str, Any]) -> Trigger:

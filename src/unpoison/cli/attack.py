@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from unpoison.attacks.folder import Plan
     from unpoison.attacks.parts import Part
+    from unpoison.cli.console import Console
     from unpoison.data.sources import LabelledImages
 
 
@@ -44,6 +45,13 @@ def attack(
             "may be repeated.",
         ),
     ] = None,
+    select: Annotated[
+        Literal["random", "boundary"],
+        Parameter(help="Which samples: a draw, or those that --clip takes for the target most (adaptive)."),
+    ] = "random",
+    clip: Annotated[
+        str, Parameter(help='The attacker\'s own CLIP, for --select boundary: "tiny" (bundled), a folder, an id.')
+    ] = "tiny",
     manifest_only: Annotated[
         bool, Parameter(negative="", show_default=False, help="Write the manifest, not the images.")
     ] = False,
@@ -73,6 +81,8 @@ def attack(
         first = {"rate": rate, "target": target, "mode": mode} | read_params(param or [])
         parts = [read_part(trigger, first, images.class_names)]
         parts += [read_part(*read_further(text), images.class_names) for text in and_ or []]
+        if select == "boundary":
+            parts = select_near(parts, images, clip, console, options)
         planned = plan_parts(images, parts, seed=options.seed)
         poisoning = planned if and_ else parts_of(planned)[0]
         path = run_path(options.output, "attack", trigger, source)
@@ -84,7 +94,7 @@ def attack(
             {
                 "trigger": part.trigger, "config": part.config, "mode": part.mode, "target": part.target,
                 "target_name": part.target_name, "rate": part.rate, "poisoned": len(part.ids),
-                "covers": len(part.covers), "seed": part.seed,
+                "covers": len(part.covers), "seed": part.seed, "selection": part.selection,
             }
             for part in parts_of(written)
         ]  # fmt: skip
@@ -153,6 +163,22 @@ def read_part(trigger: str, told: dict[str, Any], class_names: tuple[str, ...]) 
     return Part(trigger=trigger, target=read_target(str(target), class_names), rate=float(rate), options=told)
 
 
+def select_near(parts: list[Part], images: LabelledImages, clip: str, console: Console, options: Planned) -> list[Part]:
+    """The parts, each with the samples that look most like its target to the CLIP. Raises as opening a CLIP does."""
+    from dataclasses import replace
+
+    from unpoison.attacks.boundary import near_the_boundary
+    from unpoison.cli.running import run_without_folder
+    from unpoison.models.clip_files import load_any_clip
+
+    model, run = load_any_clip(clip), run_without_folder(console, options)
+    chosen = [near_the_boundary(images, model, int(part.target), run=run) for part in parts]
+    return [
+        replace(part, options={**part.options, "selection": selection})
+        for part, selection in zip(parts, chosen, strict=True)
+    ]
+
+
 def _dry_run(console: Any, images: LabelledImages, poisoning: Plan, path: Path, manifest_only: bool) -> None:
     from unpoison.cli.running import DryRun
     from unpoison.planning import plan_attack
@@ -173,6 +199,8 @@ def _show(out: rich.console.Console, poisoning: Plan, samples: int, path: Path, 
             f"{len(part.ids):,} of {samples:,} samples poisoned with {part.trigger} ({part.mode}), "
             f"target {printable(part.target_name)!r}"
         )
+        if part.selection != "random":
+            out.print(f"chosen by {part.selection}, not drawn")
         if part.covers:
             out.print(f"{len(part.covers):,} of them keep their label (covers)")
     out.print(f"Manifest: {path / 'manifest.json'}", soft_wrap=True)
