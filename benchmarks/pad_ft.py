@@ -73,6 +73,7 @@ VARIANTS = {
         f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, suspect_batch=size))
         for steps, size in ((80, 200), (40, 200), (80, 100), (60, 128))
     },
+    "suspect-weight-1": PADFTConfig(clip=clips(rule="suspects", suspect_weight=1.0)),
     "reset-head": PADFTConfig(reset_head=True),
     "share-0.5": PADFTConfig(scores_share=0.5),
     "own-rule": PADFTConfig(scores_share=0.0),
