@@ -73,7 +73,9 @@ VARIANTS = {
         f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, suspect_batch=size))
         for steps, size in ((80, 200), (40, 200), (80, 100), (60, 128))
     },
-    "suspect-weight-1": PADFTConfig(clip=clips(rule="suspects", suspect_weight=1.0)),
+    "suspect-weight-0.25": PADFTConfig(clip=clips(rule="suspects", suspect_weight=0.25)),
+    "suspect-epsilon-1e-8": PADFTConfig(clip=clips(rule="suspects", suspect_epsilon=1e-8)),
+    "odd-left-out": PADFTConfig(odd_labels="leave-out"),
     "reset-head": PADFTConfig(reset_head=True),
     "share-0.5": PADFTConfig(scores_share=0.5),
     "own-rule": PADFTConfig(scores_share=0.0),

@@ -88,16 +88,24 @@ def purify_with_pad_ft(
         seconds=time.monotonic() - begun,
         protects="the classifier's last layer, behind clipped activations",
         limits=PAD_FT_LIMITS,
-        warnings=known.warnings + (() if scores is not None else (
-            "The samples to tune on were chosen by the model's own losses alone: where it was poisoned, many of the "
-            "target class are poison. Give a CLIP or the scores of a scan.",
-        )),
+        warnings=known.warnings + _warnings(scores, split),
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
     samples = describe_samples(source, shown, split, choices)
     return PurifyOutcome(
         classifier=repair.classifier, purification=purification, scores=shown, split=split, samples=samples
     )
+
+
+def _warnings(scores: SampleScores | None, split: Split) -> tuple[str, ...]:
+    if scores is None:
+        return (
+            "The samples to tune on were chosen by the model's own losses alone: where it was poisoned, many of the "
+            "target class are poison. Give a CLIP or the scores of a scan.",
+        )
+    if len(split.suspect) and split.estimate is not None and not split.estimate.poisoned:
+        return ("Poisoning was not proved: the doubtful samples of odd labels were unlearnt (odd_labels).",)
+    return ()
 
 
 RepairFunction = Callable[..., Repair]

@@ -53,8 +53,8 @@ class PADFTConfig:
     """n_c: samples of each class in D_c."""
     scores_share: float = 1.0
     """Weight of the given scores' rank in the choice of D_c; the rest is the paper's rule. Ours."""
-    odd_labels: OddLabels = "leave-out"
-    """Whether the doubtful samples of labels that are odd but not proved poisoned are suspect too. Ours."""
+    odd_labels: OddLabels = "unlearn"
+    """Whether the doubtful samples of labels that are odd but not proved poisoned are suspect too, as in CGD. Ours."""
     clip: ClippingConfig = field(default_factory=lambda: ClippingConfig(rule="suspects"))
     reset_head: bool = False
     """Draw the head anew before it is tuned."""
