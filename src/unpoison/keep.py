@@ -20,6 +20,7 @@ from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, ResultError, UsageError
 from unpoison.results import CLEAN, MIXED, SKIPPED, SUSPECT, SkippedRow, Split
 from unpoison.runs import Progress, Silent
+from unpoison.storage import partial_of
 
 KEEP, DROP = "keep", "drop"
 _ROWS = 1000  # written at once: bounds memory
@@ -155,7 +156,7 @@ def write_clean_copy(
         else {"label": ClassLabel(names=list(source.class_names))}
     )
     features = Features({"image": Image(), **told, "id": Value("string")})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     skipped: list[SkippedRow] = []
     chunks = [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
     try:

@@ -67,13 +67,18 @@ def from_json(data: bytes, kind: type[Result], *, name: str = "result") -> Resul
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write the whole file or nothing: readers and killed runs never see half of it."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")  # threads and machines may share a process number
+    partial = partial_of(path)
     try:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside ``path`` for a half-written file, which no other thread, process or machine has."""
+    return path.with_name(f".{path.name}.{uuid4().hex}.partial")
 
 
 def remove_partials(*folders: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.errors import UsageError
 from unpoison.results import SkippedRow
+from unpoison.storage import partial_of
 
 DATA, MANIFEST = "data.parquet", "manifest.json"
 ROW_GROUP = 256
@@ -62,7 +63,7 @@ def write_copy(
         poisoning.save(manifest)
         return WrittenPoisoning(manifest=manifest, data=None, rows=0, poisoned=len(poisoning.ids), skipped=())
     skipped: list[SkippedRow] = []
-    partial = folder / f".{DATA}.{os.getpid()}.partial"
+    partial = partial_of(data)
     try:
         rows = _write_rows(poisoned, set(poisoned.ids) if overlaid else set(poisoning.changed), partial, skipped)
         check_skips(skipped, len(poisoned), poisoned.name)

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from unpoison.clip_results import ClipPurification, FoundTrigger, PairExposure, TriggerFinding
 from unpoison.report import charts
-from unpoison.report.page import RunView, Step, Tile, arrow, provenance
+from unpoison.report.page import RunView, Step, Tile, provenance, repair_summary
 from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
 from unpoison.report.runs import ReportRun, redraw_picture
 from unpoison.report.text import count, counted, duration, percent
@@ -46,16 +46,7 @@ def clip_view(run: ReportRun, result: ClipPurification, anchor: str) -> RunView:
         not_covered=list(result.not_covered),
         warnings=[*result.warnings, *run.notes],
         provenance=provenance(run, result),
-        summary={
-            "found": result.reason,
-            "accuracy": arrow(
-                before.c_acc.value if before else result.held_out_before,
-                after.c_acc.value if after else result.held_out_after,
-            ),
-            "excess": arrow(
-                excess_of(before) if before and before.asr else None, excess_of(after) if after and after.asr else None
-            ),
-        },
+        summary=repair_summary(result),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from unpoison import __version__
 from unpoison.clip_results import ClipPurification
 from unpoison.model_results import ModelScan
-from unpoison.report.rates import RateRow
+from unpoison.report.rates import RateRow, excess_of
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import duration, percent
 from unpoison.report.views import Figure, ScanView, Verdict, facts
@@ -63,6 +63,21 @@ class RunView:
 def arrow(before: float | None, after: float | None) -> str:
     """``96.6 % → 0.3 %``; of what is not known nothing."""
     return " → ".join(percent(value) for value in (before, after) if value is not None)
+
+
+def repair_summary(result: ClipPurification | ZeroShotPurification) -> dict[str, str]:
+    """A CLIP's repair in the table of runs: what was found, accuracy (held-out where there is no test), excess ASR."""
+    before, after = result.before, result.after
+    return {
+        "found": result.reason,
+        "accuracy": arrow(
+            before.c_acc.value if before else result.held_out_before,
+            after.c_acc.value if after else result.held_out_after,
+        ),
+        "excess": arrow(
+            excess_of(before) if before and before.asr else None, excess_of(after) if after and after.asr else None
+        ),
+    }
 
 
 def provenance(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from unpoison.report.page import RunView, Step, Tile, arrow, provenance
+from unpoison.report.page import RunView, Step, Tile, provenance, repair_summary
 from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
 from unpoison.report.runs import ReportRun, redraw_picture
 from unpoison.report.text import count, counted, duration, percent
@@ -32,16 +32,7 @@ def zero_shot_view(run: ReportRun, result: ZeroShotPurification, anchor: str) ->
         not_covered=list(result.not_covered),
         warnings=[*result.warnings, *run.notes],
         provenance=provenance(run, result),
-        summary={
-            "found": result.reason,
-            "accuracy": arrow(
-                before.c_acc.value if before else result.held_out_before,
-                after.c_acc.value if after else result.held_out_after,
-            ),
-            "excess": arrow(
-                excess_of(before) if before and before.asr else None, excess_of(after) if after and after.asr else None
-            ),
-        },
+        summary=repair_summary(result),
     )
 
 

@@ -19,8 +19,8 @@ Steps
 Where we differ, and what the paper leaves open
     H has -``decay``/2 ||delta||^2 added, so that Phi contracts. Images are in [0, 1] and the radius in their units. One
     batch a step; delta starts anew in each. BatchNorm keeps its statistics. Part of the clean samples is held out, and
-    judges what is kept. Radius and rate are ours, for small images and nets: with a radius of 2.5 or a rate of 1e-3
-    the small net loses its accuracy before its backdoor (benchmarks/pad_ft.py).
+    judges what is kept. Radius and rate are ours, for small images and nets: at a radius of 2.5 the small net loses
+    its accuracy before its backdoor (benchmarks/pad_ft.py).
 """
 
 from __future__ import annotations
