@@ -25,6 +25,12 @@ TINY: dict[str, Any] = {
             "method": ["ft", "cgd"], "seed": [0, 1],
         }
     ],
+    "reported": [
+        {
+            "method": "ft", "setting": "a large net", "source": "Doe | 2024", "asr": {"badnet": 7.5},
+            "c_acc": {"clean": 93.0},
+        }
+    ],
 }  # fmt: skip
 
 

@@ -95,12 +95,44 @@ def test_all_that_is_wrong_is_said_at_once(tables: dict[str, Any]) -> None:
         ({"attack": ["text-key"]}, "text-key needs image-caption pairs, which the classifier net has not."),
         ({"attack": ["clean-image"], "model": ["tiny"], "method": ["par"]}, "clean-image works on labels"),
         ({"attack": ["badclip"]}, "badclip is trained on a CLIP; net is none."),
+        ({"attack": ["low-gap"], "model": ["tiny"], "method": ["par"]}, "low-gap is trained on a classifier"),
+        ({"model": ["tiny"], "method": ["cbpt"]}, "cbpt needs clean labelled shots, which the CLIP tiny has not. Give"),
+        ({"attack": ["near"], "model": ["tiny"], "method": ["par"]}, "select = 'boundary' is for a classifier"),
         ({"attack": ["input-aware"], "model": ["tiny"], "method": ["par"]}, "input-aware is trained on a classifier"),
     ],
 )
 def test_cells_that_cannot_be_are_refused(tables: dict[str, Any], change: dict[str, Any], sentence: str) -> None:
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
     tables["cells"][0] |= change
     assert any(sentence in problem for problem in problems_of(tables))
+
+
+def test_trainings_and_choices_that_no_trigger_has_are_refused(tables: dict[str, Any]) -> None:
+    tables["attack"] = {
+        "a": {"trigger": "badnet", "through_par": True},
+        "b": {"trigger": "badnet", "prepare": {"epochs": 1}},
+        "c": {"trigger": "badclip", "through_par": True, "prepare": {"epocs": 1}},
+        "d": {"trigger": "badnet", "select": "nearest"},
+    }
+    found = "\n".join(problems_of(tables))
+    assert "[attack.a]: badnet is not trained through PAR." in found
+    assert "[attack.b]: badnet is not trained beforehand." in found
+    assert "[attack.c]: prepare: there is no key 'epocs'." in found
+    assert "[attack.d]: Invalid enum value 'nearest'" in found
+
+
+def test_figures_of_papers_are_of_methods_and_attacks_of_the_grid(tables: dict[str, Any]) -> None:
+    reported = {"method": "ft", "setting": "another net", "source": "a paper", "asr": {"badnet": 12.0}}
+    tables["reported"] = [reported]
+    assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"badnet": 12.0}
+    tables["reported"] = [reported | {"method": "cgdd"}, reported | {"c_acc": {"badnte": 101.0}}, {"method": "ft"}]
+    found = "\n".join(problems_of(tables))
+    assert "[[reported]] 1: no cell has the method 'cgdd'. Did you mean 'cgd'?" in found
+    assert "[[reported]] 2: no cell has the attack 'badnte'. Did you mean 'badnet'?" in found
+    assert "[[reported]] 2: a rate is 0 to 100 percent, got 101." in found
+    assert "[[reported]] 3:" in found
+    tables["reported"] = {"method": "ft"}
+    assert any("expected tables [[reported]]" in problem for problem in problems_of(tables))
 
 
 def test_files_that_are_not_there_are_named(tables: dict[str, Any]) -> None:
@@ -141,7 +173,6 @@ def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
     assert grid.not_run
     assert len({cell.names.attack for cell in grid.cells if cell.model.kind == "clip"}) >= 9
     assert len({cell.names.attack for cell in grid.cells if cell.model.kind == "classifier"}) >= 9
-    zero_shot = {"cbpt", "rvpt", "linear-probe"}  # not in grids yet: they repair a classifier that is no checkpoint
-    wanted = {entry.name for entry in DEFENSES} - zero_shot
+    wanted = {entry.name for entry in DEFENSES}
     assert wanted <= {cell.method.method for cell in grid.cells if cell.method is not None}
     assert {cell.names.seed for cell in grid.cells} == {0, 1, 2}

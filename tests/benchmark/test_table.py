@@ -82,9 +82,11 @@ def test_markdown_and_latex_hold_every_row(table: Table) -> None:
     assert "| badnet 10 % | cgd | 1 |" in text
     assert "2.0 (1.3 to 3.1)" in text
     assert "unpoison bench run tiny.toml --cell CELL" in text
-    assert sum(line.startswith("| ") for line in text.splitlines()) == len(table.rows) + 1
+    assert "| badnet | ft | 7.5 |  | 2.5 ± 0.7 | 89.0 ± 0.1 | a large net | Doe \\| 2024 |" in text
+    assert "| clean | ft |  | 93 |  | 89.0 ± 0.1 | a large net |" in text
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(table.rows) + 1 + 3
     drawn = latex(table)
-    assert drawn.count("\\\\") == len(table.rows) + 1
+    assert drawn.count("\\\\") == len(table.rows) + 1 + 3
     assert "badnet 10 \\%" in drawn
     assert "$\\pm$" in drawn
 

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
 from unpoison.benchmark.settings import GIVEN
-from unpoison.benchmark.table import Failure, Row, Table, Value
+from unpoison.benchmark.table import Comparison, Failure, Row, Table, Value
 from unpoison.report.leaderboard import render_leaderboard
 
 pytestmark = pytest.mark.browser
@@ -46,6 +46,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     table = Table(
         title="planted <b>grid</b>", rows=rows, failures=(failure,), missing=1, cells=9, notes=("g: not run",),
         pictures={"badnet": DOT},
+        reported=(
+            Comparison(attack="badnet", method="cgd", asr=0.5, c_acc=None, our_asr=value(11.0), our_c_acc=value(88.0),
+                       setting="<i>large</i>", source="Doe, 2024"),
+        ),
     )  # fmt: skip
     file = tmp_path_factory.mktemp("board") / "leaderboard.html"
     file.write_text(render_leaderboard(table), encoding="utf-8")
@@ -120,6 +124,12 @@ def test_attacks_have_pictures_and_nothing_of_the_data_is_markup(page: Page) -> 
     assert page.locator("figure svg").count() >= 1
     page.locator("#all-rows details summary").first.click()
     assert page.get_by_text("unpoison bench run g.toml --cell aaaaaaaaaaaaaaaa -o out").first.is_visible()
+
+
+def test_what_papers_report_stands_beside_ours(page: Page) -> None:
+    shown = page.get_by_role("region", name="What papers report of badnet")
+    assert shown.locator("tbody td").all_inner_texts() == ["0.5", "11.0", "–", "88.0", "<i>large</i>", "Doe, 2024"]  # noqa: RUF001
+    assert page.locator("[id$='-papers']").count() == 1
 
 
 def test_the_page_fits_a_phone(page: Page) -> None:

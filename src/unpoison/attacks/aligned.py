@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from unpoison.attacks.selection import Selection
 from unpoison.data.pairs import ImageTextPairs
+from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
@@ -57,9 +58,11 @@ def near_the_captions(pairs: ImageTextPairs, captions: list[str], clip: ImageTex
     """(3) The largest cosine of each image with a caption of the target, for
     :func:`~unpoison.attacks.pairs.plan_pair_poisoning`.
 
-    ``captions``: at least one; those that name the target are ``who_names(pairs, target)[1]``. Raises as
+    Those that name the target are ``who_names(pairs, target)[1]``. Raises NotEnoughDataError for no caption, and as
     :func:`closest_captions` does.
     """
+    if not captions:
+        raise NotEnoughDataError(f"{pairs.name}: captions of the target", have=0, need=1, hint="Choose another target.")
     (seen,) = embed_images([clip], pairs, run=run)
     texts = embed_texts(clip, captions, run=run)
     values = np.full(len(pairs), np.nan)

@@ -13,9 +13,10 @@ import numpy as np
 from unpoison.api import PurifyOutcome
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning, trigger_test_source
+from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import labelled_params
+from unpoison.benchmark.prepare import fitted, labelled_params, labelled_selection
 from unpoison.benchmark.settings import MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -95,17 +96,17 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     if attack is None:
         return Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=inputs)
     inputs |= {"attack": asdict(attack), "rate": cell.names.rate, "target": target}
+    if attack.select != RANDOM:
+        inputs["attackers"] = cell.model.clip
 
     def plan(place: RunFolder) -> None:
         made = Run(seed=seed, progress=progress, cache=folder / "cache", folder=place)
         params = labelled_params(attack, clean, target, run=made)
-        if attack.resample:
-            params["resample"] = True
-        rate = cell.names.rate
         poisoning = plan_poisoning(
-            clean, attack.trigger, rate=rate, target=target, seed=seed, mode=attack.mode, **params
-        )
-        poisoning.save(place.path / "manifest.json")
+            clean, attack.trigger, rate=cell.names.rate, target=target, seed=seed, mode=attack.mode,
+            selection=labelled_selection(attack, clean, target, cell.model.clip, run=made), **params,
+        )  # fmt: skip
+        fitted(attack, clean, poisoning, run=made).save(place.path / "manifest.json")
 
     step = shared(folder / "shared", "poisoning", inputs, plan)
     poisoning = Poisoning.load(step.path / "manifest.json")

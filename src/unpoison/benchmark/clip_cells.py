@@ -1,4 +1,7 @@
-"""Cells of CLIPs: one fine-tuned on poisoned pairs, and a defense that gets it with clean pairs or with those."""
+"""Cells of CLIPs: one fine-tuned on poisoned pairs, and a defense that gets it with clean pairs or with those.
+
+Defenses that repair a zero-shot classifier get a few clean labelled images instead and leave the weights alone.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from unpoison.api_clip import ClipPurifyOutcome, count_parameters
+from unpoison.api_zero_shot import ZeroShotOutcome
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
 from unpoison.attacks.poison import TriggerOverlay
@@ -19,8 +23,8 @@ from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import pair_params
-from unpoison.benchmark.settings import MethodSettings
+from unpoison.benchmark.prepare import pair_params, pair_selection
+from unpoison.benchmark.settings import SHOTS, MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
@@ -35,7 +39,7 @@ from unpoison.runs import Progress, Run, RunFolder
 from unpoison.types import ImageTextModel
 
 LABELLED, CAPTIONED = "labelled", "captioned"
-CLEAN_PAIRS, OWN_PAIRS = "clean pairs", "suspicious pairs"
+OWN_PAIRS = "suspicious pairs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +77,17 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
             cost=Cost(seconds=victim_step.seconds), picture=_picture(setting),
         )  # fmt: skip
     outcome, seconds = _repair(setting, victim, cell.method)
+    repaired_clip, classes = _parts(outcome)
     after = evaluate_clip(
-        outcome.clip, setting.test, poisoning=setting.poisoning, retrieval=setting.retrieval, run=setting.run
-    )
+        repaired_clip, setting.test, classes=classes, poisoning=setting.poisoning, retrieval=setting.retrieval,
+        run=setting.run,
+    )  # fmt: skip
     found = outcome.purification
     repaired = Repaired(
         accepted=found.accepted,
         reason=found.reason,
         protects=found.protects,
-        changed_share=changed_share(victim.module.state_dict(), outcome.clip.module.state_dict()),
+        changed_share=changed_share(victim.module.state_dict(), repaired_clip.module.state_dict()),
         left_alone=found.left_alone,
         der=_der(figures(before), figures(after)),
         config=found.config,
@@ -119,10 +125,12 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     def plan(place: RunFolder) -> None:
         made = replace(run, folder=place)
         params = pair_params(attack, base, clean, target, run=made)
+        selection = pair_selection(attack, base, clean, captioned, target, run=made)
         poisoning = plan_pair_poisoning(
             clean, attack.trigger, rate=cell.names.rate, target=target, captions=attack.captions, seed=seed,
             mode=attack.mode, size=None if attack.trigger in PAIR_TRIGGERS else base.image_size,
-            natural_from=captioned, **params,
+            natural_from=captioned, selection=selection, surrogate=base if attack.captions == "aligned" else None,
+            run=made, **params,
         )  # fmt: skip
         poisoning.save(place.path / "manifest.json")
 
@@ -163,25 +171,39 @@ def _evaluation(setting: Setting, step: Step, victim: ImageTextModel) -> ClipEva
     return ClipEvaluation.load(shared(setting.shared, "evaluation", inputs, measure).path / "evaluation.json")
 
 
-def _repair(setting: Setting, victim: ImageTextModel, method: MethodSettings) -> tuple[ClipPurifyOutcome, float]:
-    """What the method made of the victim, and its seconds. It gets clean pairs, or the victim's own, as it needs."""
+def _repair(
+    setting: Setting, victim: ImageTextModel, method: MethodSettings
+) -> tuple[ClipPurifyOutcome | ZeroShotOutcome, float]:
+    """What the method made of the victim, and its seconds. It gets the victim's own pairs, clean ones or shots."""
     entry, cell = find(method.method, DEFENSES), setting.cell
-    pairs = setting.pairs if OWN_PAIRS in entry.needs else setting.repair
-    config = method_config(method, victim, len(pairs))
+    data = setting.pairs if OWN_PAIRS in entry.needs else setting.repair
+    if SHOTS in entry.needs:
+        data = open_images(cell.data.shots or "")
+    config = method_config(method, victim, len(data))
     run = replace(setting.run, folder=RunFolder.open(setting.folder / "work" / cell.key, cell.inputs))
     offered = {
         "reference": load_any_clip(cell.model.clip), "class_names": setting.test.class_names, "config": config,
         "run": run,
     }  # fmt: skip
     began = time.monotonic()
-    outcome = call_with(resolve(entry.function), victim, pairs, offered=offered)
+    outcome = call_with(resolve(entry.function), victim, data, offered=offered)
     return outcome, time.monotonic() - began
+
+
+def _parts(outcome: ClipPurifyOutcome | ZeroShotOutcome) -> tuple[ImageTextModel, np.ndarray | None]:
+    """The repaired CLIP, and the classes' embeddings where they are not what it makes of their names."""
+    if isinstance(outcome, ZeroShotOutcome):
+        return outcome.classifier.clip, outcome.classifier.classes.numpy()
+    return outcome.clip, None
 
 
 def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) -> Any:
     """The defense's settings for this model and these pairs, and the grid's over them."""
     kind = resolve(find(method.method, DEFENSES).config)
     where = f"method {method.method}"
+    if not hasattr(kind, "scaled"):
+        start = kind.as_published() if method.published and hasattr(kind, "as_published") else kind()
+        return make_config(kind, merge(asdict(start), method.config), where=where)
     checked = make_config(kind, method.config, where=where)
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in method.config}
     make = kind.scaled if method.published else kind.recommended
@@ -189,7 +211,7 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
     return make_config(kind, merge(asdict(start), method.config), where=where)
 
 
-def _detection(setting: Setting, outcome: ClipPurifyOutcome) -> dict[str, float | None]:
+def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -> dict[str, float | None]:
     """How the pairs that the method suspected meet the manifest, in percent; empty where it suspected none."""
     suspicious = getattr(outcome, "suspicious", None)
     if suspicious is None:

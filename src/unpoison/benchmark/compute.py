@@ -6,6 +6,7 @@ import base64
 import importlib.metadata
 import inspect
 import io
+import os
 import platform
 import resource
 import time
@@ -90,9 +91,11 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The processor's architecture and the accelerator; no name of a host."""
+    """The processor's architecture, the accelerator, and the precision that training was asked for; no host's name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{platform.system()} {platform.machine()}, {device}"
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked = "" if precision == "no" else f", {precision}"
+    return f"{platform.system()} {platform.machine()}, {device}{asked}"
 
 
 def figures(found: Evaluation | ClipEvaluation) -> Figures:

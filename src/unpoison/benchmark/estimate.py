@@ -12,8 +12,9 @@ from unpoison.benchmark.classifier_cells import method_config
 from unpoison.benchmark.clip_cells import method_config as clip_config
 from unpoison.benchmark.clip_victims import Settings
 from unpoison.benchmark.runner import to_run
-from unpoison.benchmark.settings import GIVEN
+from unpoison.benchmark.settings import GIVEN, SHOTS
 from unpoison.benchmark.store import Plan, Store
+from unpoison.catalog import DEFENSES, find
 from unpoison.configs import make_config
 from unpoison.data.pairs import open_pairs
 from unpoison.data.sources import LabelledImages, open_images
@@ -22,6 +23,7 @@ from unpoison.models.classifier import new_classifier
 from unpoison.models.clip_files import load_any_clip
 from unpoison.planning import Rates, probe
 from unpoison.planning_clip import plan_clip_training
+from unpoison.planning_zero_shot import plan_zero_shot
 from unpoison.runs import Run
 
 _LIKE_TRAINING = 1.5  # passes of a repair whose config says nothing of steps or epochs, in trainings of the victim
@@ -140,6 +142,9 @@ def _guess_clip(cell: Cell, known: Probe) -> float:
     pairs = open_pairs(cell.data.captioned or "shapes:200:0", limit=200)
     settings = make_config(Settings, cell.model.victim, where="victim")
     config = cell.method
+    if config is not None and SHOTS in find(config.method, DEFENSES).needs:
+        shots, settings = open_images(cell.data.shots or ""), clip_config(config, known.clip, 0)
+        return plan_zero_shot(known.clip, shots, settings, run=Run(), tested=known.tested).seconds
     made = clip_config(config, known.clip, len(known.train)) if config is not None else None
     if made is None:
         from unpoison.clip_training import PairTrainingConfig

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
 import msgspec
 
 from unpoison.benchmark.settings import CLEAN
-from unpoison.benchmark.table import COLUMNS, Row, Table, Value
+from unpoison.benchmark.table import COLUMNS, Comparison, Row, Table, Value
 from unpoison.storage import SCHEMA_VERSION
 
 SPREAD = (
     "Rates in percent: mean ± standard deviation over seeds; of one seed the 95 % interval (Wilson). ASR and floor "
     "leave the target class out; excess = ASR - floor. n: clean / attacked test images of each seed. Rows of "
     "the method none are the models as given, rows of the attack clean the control."
+)
+COMPARED = (
+    "Papers use other models and data: their figures say what a method is known to do, not what it should do here."
+)
+COMPARISON = (
+    "attack",
+    "method",
+    "ASR, paper",
+    "C-Acc, paper",
+    "ASR, ours",
+    "C-Acc, ours",
+    "the paper's setting",
+    "source",
 )
 _SHORT = 8
 
@@ -65,6 +78,17 @@ def markdown(table: Table) -> str:
             keys = " ".join(f"`{key[:_SHORT]}`" for key in row.keys)
             lines.append("| " + " | ".join([*map(_no_bars, cells_of(row)), keys]) + " |")
         lines.append("")
+    if table.reported:
+        lines += [
+            "### What papers report",
+            "",
+            COMPARED,
+            "",
+            f"| {' | '.join(COMPARISON)} |",
+            "|---" * len(COMPARISON) + "|",
+        ]
+        lines += ["| " + " | ".join(map(_no_bars, compared(entry))) + " |" for entry in table.reported]
+        lines.append("")
     if table.rows:
         head = table.rows[0].command.partition(" --cell ")[0]
         folder = table.rows[0].command.rpartition(" -o ")[2]
@@ -73,6 +97,20 @@ def markdown(table: Table) -> str:
         lines += ["\\* not accepted by the method itself in one seed or more.", ""]
     lines += _endings(table, "- {}")
     return "\n".join(lines)
+
+
+def compared(entry: Comparison) -> list[str]:
+    """A paper's figures and ours, in the order of COMPARISON."""
+    theirs = ("" if value is None else f"{value:g}" for value in (entry.asr, entry.c_acc))
+    return [
+        entry.attack,
+        entry.method,
+        *theirs,
+        shown(entry.our_asr),
+        shown(entry.our_c_acc),
+        entry.setting,
+        entry.source,
+    ]
 
 
 def as_csv(table: Table) -> str:
@@ -109,18 +147,23 @@ def as_csv(table: Table) -> str:
 def latex(table: Table) -> str:
     lines = [f"% {SPREAD}"]
     for heading, rows in sections(table):
-        lines += [
-            f"% {heading}",
-            "\\begin{tabular}{ll" + "r" * (len(HEADINGS) - 2) + "}",
-            "\\toprule",
-            " & ".join(map(_escaped, HEADINGS)) + " \\\\",
-            "\\midrule",
-            *(" & ".join(map(_escaped, cells_of(row))) + " \\\\" for row in rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-            "",
-        ]
+        lines += [f"% {heading}", *_tabular("ll" + "r" * (len(HEADINGS) - 2), HEADINGS, map(cells_of, rows))]
+    if table.reported:
+        lines += [f"% {COMPARED}", *_tabular("llrrrrll", COMPARISON, map(compared, table.reported))]
     return "\n".join([*lines, *_endings(table, "% {}")])
+
+
+def _tabular(columns: str, headings: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    return [
+        f"\\begin{{tabular}}{{{columns}}}",
+        "\\toprule",
+        " & ".join(map(_escaped, headings)) + " \\\\",
+        "\\midrule",
+        *(" & ".join(map(_escaped, row)) + " \\\\" for row in rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "",
+    ]
 
 
 def as_json(table: Table) -> str:

@@ -20,16 +20,18 @@ from unpoison.attacks.triggers import make_trigger
 from unpoison.benchmark.cell import Cell, Names
 from unpoison.benchmark.clip_victims import Settings as ClipVictim
 from unpoison.benchmark.contents import looks_local, path_content, source_content
-from unpoison.benchmark.prepare import PREPARED, PREPARED_WITH
+from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
 from unpoison.benchmark.settings import (
     CLEAN,
     GIVEN,
+    SHOTS,
     AttackSettings,
     DataSettings,
     Limits,
     MethodSettings,
     ModelSettings,
     Product,
+    Reported,
 )
 from unpoison.catalog import ATTACKS, DEFENSES, Entry, find, resolve
 from unpoison.configs import make_config, read_config
@@ -40,8 +42,8 @@ T = TypeVar("T")
 TABLES: dict[str, type] = {
     "data": DataSettings, "model": ModelSettings, "attack": AttackSettings, "method": MethodSettings,
 }  # fmt: skip
-KEYS = ("description", "not_run", "least_asr", "limits", "cells", *TABLES)
-OFFERED = {
+KEYS = ("description", "not_run", "least_asr", "limits", "cells", "reported", *TABLES)
+OFFERED: dict[str, set[str]] = {
     "classifier": {"labelled set", "victim model", "poisoned training set", "reference CLIP", "class names"},
     "clip": {
         *("labelled set", "image-caption pairs", "suspicious CLIP", "suspicious pairs", "clean pairs"),
@@ -57,7 +59,7 @@ class Grid:
     """A checked grid. ``cells`` are in the order of the file, each victim as given before its repairs.
 
     ``not_run``: why no results of this grid are kept with it, "" where they are. ``least_asr``: a victim whose ASR in
-    percent is below is refused.
+    percent is below is refused. ``reported``: figures of papers, shown beside ours.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Grid:
     description: str
     not_run: str
     cells: tuple[Cell, ...]
+    reported: tuple[Reported, ...] = ()
 
 
 def read_grid(path: Path) -> Grid:
@@ -95,13 +98,36 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
         if entry is not None:
             found = _cells(entry, tables, f"[[cells]] {at}", limits, float(least), problems)
             cells |= {cell.names: cell for cell in found if cell.names not in cells}
+    reported = _reported(values.get("reported", []), cells, problems)
     _check_files(cells.values(), problems)
     if problems:
         raise GridError(path, dict.fromkeys(problems))
     return Grid(
         name=name, path=path, description=values.get("description", ""), not_run=values.get("not_run", ""),
-        cells=tuple(_with_contents(cell) for cell in cells.values()),
+        cells=tuple(_with_contents(cell) for cell in cells.values()), reported=reported,
     )  # fmt: skip
+
+
+def _reported(values: Any, cells: Mapping[Names, Cell], problems: list[str]) -> tuple[Reported, ...]:
+    """Figures of papers, of methods and attacks that the grid has."""
+    if not isinstance(values, list):
+        problems.append("reported: expected tables [[reported]].")
+        return ()
+    methods, attacks = (sorted({getattr(names, key) for names in cells}) for key in ("method", "attack"))
+    found = []
+    for at, value in enumerate(values, start=1):
+        where = f"[[reported]] {at}"
+        entry = _one(value, Reported, where, problems)
+        if entry is None:
+            continue
+        found.append(entry)
+        if entry.method not in methods:
+            problems.append(f"{where}: no cell has the method {entry.method!r}.{_closest(entry.method, methods)}")
+        unknown = [name for name in (*entry.asr, *entry.c_acc) if name not in attacks]
+        problems += [f"{where}: no cell has the attack {name!r}.{_closest(name, attacks)}" for name in unknown]
+        figures = (*entry.asr.values(), *entry.c_acc.values())
+        problems += [f"{where}: a rate is 0 to 100 percent, got {rate:g}." for rate in figures if not 0 <= rate <= 100]
+    return tuple(found)
 
 
 def _tables(values: Any, kind: type[T], key: str, problems: list[str]) -> dict[str, T]:
@@ -171,10 +197,14 @@ def _check_attack(attack: AttackSettings) -> None:
     find(attack.trigger, ATTACKS)
     params = attack.params | ({"resample": True} if attack.resample else {})
     make_trigger(attack.trigger, params)
-    if attack.prepare and attack.trigger not in PREPARED:
-        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {', '.join(PREPARED)}.")
-    if attack.prepare:
-        make_config(PREPARED[attack.trigger], attack.prepare, where="prepare")
+    if attack.through_par and attack.trigger != THROUGH_PAR:
+        raise ConfigError(f"{attack.trigger} is not trained through PAR.", hint=f"through_par is for {THROUGH_PAR}.")
+    kind = training_of(attack)
+    if kind is not None:
+        make_config(kind, attack.prepare, where="prepare")
+    elif attack.prepare:
+        known = ", ".join(PREPARED_WITH)
+        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {known}.")
 
 
 def _said(check: Any, where: str) -> list[str]:
@@ -206,8 +236,11 @@ def _cells(
         problems += [f"{where}: {sentence}" for sentence in impossible]
         methods = {GIVEN: (None, None)} | {name: pair for name, pair in usable["method"].items() if pair is not None}
         for name, (_, found) in methods.items():
-            if found is not None and (lacking := _lacking(found, model[1].kind)):
-                problems.append(f"{where}: {name} needs {lacking}, which the {_kind(model[1])} {model[0]} has not.")
+            if found is not None and (lacking := _lacking(found, model[1].kind, data[1])):
+                hint = f" Give [data.{data[0]}] shots." if lacking == SHOTS else ""
+                problems.append(
+                    f"{where}: {name} needs {lacking}, which the {_kind(model[1])} {model[0]} has not.{hint}"
+                )
         rates = (0.0,) if attack[0] == CLEAN else entry.rate
         for rate, seed, method in product(rates, entry.seed, methods):
             names = Names(data=data[0], model=model[0], attack=attack[0], rate=rate, method=method, seed=seed)
@@ -258,14 +291,20 @@ def _impossible_attack(name: str, known: Any, model: str, settings: ModelSetting
         return [f"{name} works on labels ({', '.join(made.modes)}); {model} is a CLIP and learns from captions."]
     if attack.mode is not None:
         return [f"{name}: {error}" for error in _said(lambda: check_mode(name, made, attack.mode), model)]
+    chosen = SELECTED_WITH.get(attack.select, settings.kind)
+    if chosen != settings.kind:
+        return [
+            f"{name}: select = {attack.select!r} is for a {'CLIP' if chosen == 'clip' else 'classifier'}, not {model}."
+        ]
     wanted = PREPARED_WITH.get(attack.trigger, settings.kind)
     if wanted != settings.kind:
         return [f"{name} is trained on a {'CLIP' if wanted == 'clip' else 'classifier'}; {model} is none."]
     return []
 
 
-def _lacking(entry: Entry, kind: str) -> str:
-    return ", ".join(need for need in entry.needs if need not in OFFERED[kind])
+def _lacking(entry: Entry, kind: str, data: DataSettings | None = None) -> str:
+    offered = OFFERED[kind] | ({SHOTS} if kind == "clip" and data is not None and data.shots is not None else set())
+    return ", ".join(need for need in entry.needs if need not in offered)
 
 
 def _kind(settings: ModelSettings) -> str:

@@ -13,6 +13,9 @@ CLEAN = "clean"
 GIVEN = "none"
 """The method that is none: the victim as it is given, before any defense."""
 
+SHOTS = "clean labelled shots"
+"""What the catalog calls the images that ``shots`` gives."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
@@ -21,7 +24,8 @@ class DataSettings:
     ``train``: labelled images to be poisoned; a CLIP gets them with captions from templates. ``test``: clean labelled
     images for every rate. ``target``: the attack's class, by name or number. For a CLIP also: ``captioned``,
     image-caption pairs that join ``train`` or stand in for it; ``clean``, labelled images, and ``clean_captioned``,
-    pairs, to repair it on (without either: what it was trained on, before the poisoning); ``retrieval``, pairs for R@k.
+    pairs, to repair it on (without either: what it was trained on, before the poisoning); ``retrieval``, pairs for R@k;
+    ``shots``, labelled images, of which the methods that repair a zero-shot classifier get a few of each class.
     """
 
     test: str
@@ -31,10 +35,11 @@ class DataSettings:
     clean: str | None = None
     clean_captioned: str | None = None
     retrieval: str | None = None
+    shots: str | None = None
 
     def sources(self) -> dict[str, str]:
         """Every source by its key."""
-        keys = ("train", "test", "captioned", "clean", "clean_captioned", "retrieval")
+        keys = ("train", "test", "captioned", "clean", "clean_captioned", "retrieval", "shots")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 
@@ -71,14 +76,18 @@ class AttackSettings:
     """A trigger of the catalog; ``params`` are its own, ``mode`` the labeling, ``captions`` the target's captions.
 
     ``resample``: a new pattern for each image, where the trigger can. ``prepare``: settings of the training that some
-    triggers need first (badclip, trojvqa, input-aware).
+    triggers have first (`unpoison.benchmark.prepare`). ``through_par``: badclip's patch is trained through PAR.
+    ``select``: what is poisoned is chosen with the attacker's own clean CLIP, the model's ``clip`` for a classifier and
+    its ``model`` for a CLIP: "boundary" for labelled images, "captions" for pairs; "aligned" captions ask it too.
     """
 
     trigger: str
     params: dict[str, Any] = field(default_factory=dict)
     mode: str | None = None
     resample: bool = False
-    captions: Literal["templates", "natural"] = "templates"
+    captions: Literal["templates", "natural", "aligned"] = "templates"
+    select: Literal["random", "boundary", "captions"] = "random"
+    through_par: bool = False
     prepare: dict[str, Any] = field(default_factory=dict)
 
 
@@ -118,3 +127,17 @@ class Product:
     rate: tuple[float, ...] = (0.05,)
     method: tuple[str, ...]
     seed: tuple[int, ...] = (0, 1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """What a paper reports of a method of the grid, in percent by the grid's names of the attacks.
+
+    ``setting``: its models and data in a few words; ``source``: the paper, and where in it.
+    """
+
+    method: str
+    setting: str
+    source: str
+    asr: dict[str, float] = field(default_factory=dict)
+    c_acc: dict[str, float] = field(default_factory=dict)

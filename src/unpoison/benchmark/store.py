@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from unpoison.benchmark.cell import Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.settings import Reported
 from unpoison.errors import ResultError, SchemaVersionError, UsageError
 from unpoison.storage import SCHEMA_VERSION, write_atomically
 
@@ -43,13 +44,14 @@ class Planned:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a grid has: enough to say what is done and what is left, without the grid's file."""
+    """What a grid has: enough to say what is done and what is left, and to show it, without the grid's file."""
 
     grid: str
     path: str
     description: str
     not_run: str
     cells: tuple[Planned, ...]
+    reported: tuple[Reported, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,8 @@ class Store:
                     kind=cell.model.kind)
             for cell in grid.cells
         )  # fmt: skip
-        plan = Plan(grid=grid.name, path=grid.path, description=grid.description, not_run=grid.not_run, cells=cells)
+        plan = Plan(grid=grid.name, path=grid.path, description=grid.description, not_run=grid.not_run, cells=cells,
+                    reported=grid.reported)  # fmt: skip
         body = msgspec.json.format(msgspec.json.encode(plan), indent=1)
         file = self.path / "plans" / f"{grid.name}.json"
         if not file.exists() or file.read_bytes() != body:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from unpoison.benchmark.cell import CellResult, Names
-from unpoison.benchmark.settings import CLEAN, GIVEN
+from unpoison.benchmark.settings import CLEAN, GIVEN, Reported
 from unpoison.benchmark.store import Plan, Store
 from unpoison.evaluation.intervals import mean_over_seeds
 from unpoison.results import Interval
@@ -68,6 +68,23 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a paper reports of a method under an attack, in percent in its own ``setting``, and our ASR and C-Acc.
+
+    None where a paper does not say it, or our cells have not run.
+    """
+
+    attack: str
+    method: str
+    asr: float | None
+    c_acc: float | None
+    our_asr: Value | None
+    our_c_acc: Value | None
+    setting: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """All rows, in the order of the grids, and the cells that have none: failed, or still to run."""
 
@@ -79,6 +96,7 @@ class Table:
     notes: tuple[str, ...]
     pictures: dict[str, str] = field(default_factory=dict)
     """A picture of each attack's trigger, as a PNG in base64."""
+    reported: tuple[Comparison, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +172,23 @@ def make_table(store: Store) -> Table:
         cells=len(planned),
         notes=tuple(f"{plan.grid}: {plan.not_run}" for plan in plans if plan.not_run and not results),
         pictures=pictures,
+        reported=compare([entry for plan in plans for entry in plan.reported], rows),
     )
+
+
+def compare(reported: Sequence[Reported], rows: Sequence[Row]) -> tuple[Comparison, ...]:
+    """Each figure of a paper beside our row of that attack and method, the first where there are several."""
+    ours = {(row.attack, row.method): row.values for row in reversed(rows)}
+    return tuple(
+        Comparison(
+            attack=attack, method=entry.method, asr=entry.asr.get(attack), c_acc=entry.c_acc.get(attack),
+            our_asr=ours.get((attack, entry.method), {}).get("asr"),
+            our_c_acc=ours.get((attack, entry.method), {}).get("c_acc"),
+            setting=entry.setting, source=entry.source,
+        )
+        for entry in reported
+        for attack in dict.fromkeys((*entry.asr, *entry.c_acc))
+    )  # fmt: skip
 
 
 def make_row(found: Sequence[CellResult], kind: str) -> Row:

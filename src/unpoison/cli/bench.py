@@ -243,7 +243,7 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
 
 
 def _show_table(out: rich.console.Console, made: Table) -> None:
-    from unpoison.benchmark.formats import SPREAD, cells_of, sections
+    from unpoison.benchmark.formats import COMPARED, COMPARISON, SPREAD, cells_of, compared, sections
     from unpoison.benchmark.table import COLUMNS
     from unpoison.cli.console import printable
     from unpoison.cli.tables import plain_table
@@ -260,6 +260,13 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
         out.print()
     if made.rows:
         out.print(SPREAD)
+    if made.reported:
+        shown = plain_table(*COMPARISON, right=COMPARISON[2:6])
+        for entry in made.reported:
+            shown.add_row(*(_stacked(printable(text)) for text in compared(entry)))
+        out.print()
+        out.print(shown)
+        out.print(COMPARED)
     if any(row.refused for row in made.rows):
         out.print("* not accepted by the method itself in one seed or more")
     for entry in made.failures:

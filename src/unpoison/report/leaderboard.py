@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unpoison import __version__
+from unpoison.benchmark.formats import COMPARED
 from unpoison.benchmark.settings import CLEAN, GIVEN
-from unpoison.benchmark.table import COLUMNS, Column, MethodSummary, Row, Table, Value, summarise
+from unpoison.benchmark.table import COLUMNS, Column, Comparison, MethodSummary, Row, Table, Value, summarise
 from unpoison.report import charts
 from unpoison.report.html import asset, content_policy, make_environment
 from unpoison.report.text import count
@@ -19,12 +20,13 @@ _KINDS = {"classifier": "Classifiers", "clip": "CLIP models"}
 
 @dataclass(frozen=True, kw_only=True)
 class AttackView:
-    """One attack: the trigger's picture (a PNG in base64, "" where no pixel changes) and its rows."""
+    """One attack: the trigger's picture (a PNG in base64, "" where no pixel changes), its rows, figures of papers."""
 
     anchor: str
     name: str
     picture: str
     rows: list[Row]
+    reported: list[Comparison]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,14 @@ class Board:
 def render_leaderboard(table: Table) -> str:
     """The whole page as text."""
     environment = make_environment()
-    environment.filters |= {"figure": figure_text, "range": range_text}
+    environment.filters |= {"figure": figure_text, "range": range_text, "value": value_text}
     script = asset(environment, "sort.js")
     return environment.get_template("leaderboard.html.j2").render(
         table=table,
         boards=[board for kind in _KINDS if (board := make_board(kind, table)).methods],
         attacks=attack_views(table),
         columns=COLUMNS,
+        compared=COMPARED,
         tiles=[
             (count(table.cells - table.missing - len(table.failures)), "cells done", f"of {count(table.cells)}"),
             (count(len(table.failures)), "cells failed", "listed below with reasons"),
@@ -95,6 +98,7 @@ def attack_views(table: Table) -> list[AttackView]:
             name=name,
             picture=table.pictures.get(name, ""),
             rows=[row for row in table.rows if row.attack == name],
+            reported=[entry for entry in table.reported if entry.attack == name],
         )
         for at, name in enumerate(names, start=1)
     ]
@@ -102,8 +106,13 @@ def attack_views(table: Table) -> list[AttackView]:
 
 def figure_text(row: Row, column: Column) -> str:
     """``93.1``, or a dash."""
-    value = row.values.get(column.name)
-    return "–" if value is None else f"{value.mean:.1f}"  # noqa: RUF001
+    return value_text(row.values.get(column.name))
+
+
+def value_text(value: Value | float | None) -> str:
+    """The mean, ``93.1``; a dash where there is none."""
+    mean = value.mean if isinstance(value, Value) else value
+    return "–" if mean is None else f"{mean:.1f}"  # noqa: RUF001
 
 
 def range_text(value: Value | None) -> str:

@@ -1,0 +1,112 @@
+"""Cells that are computed here: attacks with a choice or a training first, repairs of a zero-shot classifier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from unpoison.attacks.low_gap import LowGap
+from unpoison.benchmark import classifier_cells, clip_cells
+from unpoison.benchmark.compute import try_cell
+from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.models.clip_files import load_any_clip
+from unpoison.runs import Silent
+
+LOW = {"epochs": 1, "rounds": 1, "grid": 2}
+
+
+def grid_of(small_folder: Path, kind: str, attack: dict[str, Any], methods: dict[str, dict[str, Any]]) -> Grid:
+    clip = str(small_folder)
+    models = {
+        "net": {"kind": "classifier", "epochs": 1, "clip": clip},
+        "clip": {"kind": "clip", "model": clip, "clip": clip, "victim": {"steps": 4, "batch": 16, "warm_up": 1}},
+    }
+    data = {"train": "shapes:160:0", "test": "shapes:80:1", "target": "star"}
+    if kind == "clip":
+        data |= {"captioned": "shapes:120:2", "shots": "shapes:100:4", "retrieval": "shapes:40:3"}
+    tables = {
+        "least_asr": 0,
+        "data": {"shapes": data},
+        "model": {kind: models[kind]},
+        "attack": {"mine": attack},
+        "method": methods,
+        "cells": [{"data": ["shapes"], "model": [kind], "attack": ["mine"], "rate": [0.1],
+                   "method": list(methods) or ["none"], "seed": [3]}],
+    }  # fmt: skip
+    return make_grid(tables, name="g", path="g.toml")
+
+
+def test_samples_near_the_boundary_are_chosen_with_the_models_clip(small_folder: Path, tmp_path: Path) -> None:
+    cell = grid_of(small_folder, "net", {"trigger": "badnet", "select": "boundary"}, {}).cells[0]
+    found = classifier_cells.open_setting(cell, tmp_path, Silent()).poisoning
+    assert found is not None
+    assert (found.selection, found.selected_by) == ("boundary", load_any_clip(small_folder).fingerprint)
+    assert len(found.ids) == 16
+
+
+def test_strengths_of_low_gap_are_fitted_to_the_samples(small_folder: Path, tmp_path: Path) -> None:
+    cell = grid_of(small_folder, "net", {"trigger": "low-gap", "prepare": LOW}, {}).cells[0]
+    found = classifier_cells.open_setting(cell, tmp_path, Silent()).poisoning
+    assert found is not None
+    trigger = found.make_trigger()
+    assert isinstance(trigger, LowGap)
+    assert trigger.strengths
+    assert set(trigger.strengths) <= set(found.ids) - set(found.covers)
+
+
+def test_captions_and_images_are_chosen_with_the_clean_clip(small_folder: Path, tmp_path: Path) -> None:
+    attack = {"trigger": "badnet-rand", "captions": "aligned", "select": "captions"}
+    cell = grid_of(small_folder, "clip", attack, {}).cells[0]
+    found = clip_cells.open_setting(cell, tmp_path, Silent()).poisoning
+    assert found is not None
+    clip = load_any_clip(small_folder)
+    assert (found.captions, found.aligned_by) == ("aligned", clip.fingerprint)
+    assert (found.selection, found.selected_by) == ("near captions", clip.fingerprint)
+    assert all("star" in caption for caption in found.new_captions)
+
+
+@pytest.mark.parametrize(
+    ("attack", "fitted"),
+    [
+        ({"trigger": "feature-small", "prepare": {"epochs": 1}}, "pattern"),
+        ({"trigger": "badclip", "through_par": True, "prepare": {"epochs": 1, "batch_size": 16}}, "patch"),
+    ],
+)
+def test_patterns_are_trained_on_the_clean_clip(
+    small_folder: Path, tmp_path: Path, attack: dict[str, Any], fitted: str
+) -> None:
+    cell = grid_of(small_folder, "clip", attack, {}).cells[0]
+    found = clip_cells.open_setting(cell, tmp_path, Silent()).poisoning
+    assert found is not None
+    assert found.config[fitted]
+
+
+def test_repairs_of_a_zero_shot_classifier_leave_the_weights(small_folder: Path, tmp_path: Path) -> None:
+    methods = {
+        "linear-probe": {"config": {"shots": 4}},
+        "rvpt": {"config": {"shots": 4, "epochs": 1, "prompts": 2}},
+        "cbpt": {"config": {"shots": 4}},
+    }
+    attack = {"trigger": "badnet-rand", "resample": True, "params": {"share": 0.5}}
+    grid = grid_of(small_folder, "clip", attack, methods)
+    results = {cell.names.method: try_cell(cell, tmp_path) for cell in grid.cells}
+    assert {name: (result.status, result.reason) for name, result in results.items()} == dict.fromkeys(
+        ("none", *methods), ("done", "")
+    )
+    for name in methods:
+        result = results[name]
+        assert result.repaired is not None
+        assert result.after is not None
+        assert result.before is not None
+        assert result.repaired.changed_share == 0
+        assert result.repaired.config["shots"] == 4
+        assert result.after.image_to_text is not None
+        assert np.isfinite(result.after.c_acc.value)
+    probe = results["linear-probe"]
+    assert probe.after is not None
+    assert probe.before is not None
+    assert probe.after.c_acc != probe.before.c_acc  # the probe's rows are measured, not the names' embeddings
+    assert probe.after.image_to_text == probe.before.image_to_text
