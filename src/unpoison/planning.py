@@ -139,13 +139,18 @@ def plan_detection(samples: int, size: int, rates: Rates, *, epochs: int, passes
 
 
 def plan_purification(
-    samples: int, size: int, rates: Rates, *, scorers: int, scorer_epochs: int, classes: int, repaired: int
-) -> Plan:
-    """:func:`plan_scan` and ``repaired`` images of further training."""
+    samples: int, size: int, rates: Rates, *, scorers: int, scorer_epochs: int, classes: int, repaired: int,
+    passed: int = 0,
+) -> Plan:  # fmt: skip
+    """:func:`plan_scan`, then ``repaired`` images of further training and ``passed`` ones that are only looked at."""
     scan = plan_scan(samples, size, rates, scorers=scorers, scorer_epochs=scorer_epochs, classes=classes)
+    repair = PlannedStep(
+        what="repair the model", amount=repaired + passed, unit="images",
+        seconds=repaired / rates.train + passed / rates.forward,
+    )  # fmt: skip
     files = ("run.json", "scores.parquet", "split.parquet", "samples.json", "purification.json", "model/", "card.md")
     return Plan(
-        steps=(*scan.steps, _step("repair the model", repaired, rates.train)),
+        steps=(*scan.steps, repair),
         memory=scan.memory,
         disk=scan.disk,
         files=(*files, "report.html"),

@@ -166,6 +166,7 @@ def _purify(
         from unpoison.models.clip_transformers import load_clip
         from unpoison.outputs import save_purification
         from unpoison.planning import plan_purification, probe
+        from unpoison.planning_repairs import repair_work
         from unpoison.results import Purification, to_json
 
         if manifest is not None and test is None:
@@ -185,6 +186,7 @@ def _purify(
         if options.dry_run:
             run = run_without_folder(console, options)
             separation = not alone
+            repaired, passed = repair_work(settings, len(images), len(images.class_names))
             plan = plan_purification(
                 len(images),
                 classifier.image_size,
@@ -192,7 +194,8 @@ def _purify(
                 scorers=3 if separation else 0,
                 scorer_epochs=5 if separation else 0,
                 classes=len(images.class_names),
-                repaired=getattr(settings, "steps", 0) * settings.batch_size,
+                repaired=repaired,
+                passed=passed,
             )
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)

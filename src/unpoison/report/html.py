@@ -294,7 +294,7 @@ def _purification_steps(run: ReportRun, accepted: bool, separation: ScanView | N
         steps = [Step(text=f"Use the purified model in {model}; it loads wherever the original did."), test]
     else:
         steps = [Step(text="Keep the original model out of use: it was found suspicious and could not be repaired.")]
-    return [*steps, keep] if separation is not None else steps
+    return [*steps, keep] if separation is not None and separation.flagged else steps
 
 
 def _evaluation_views(run: ReportRun) -> list[EvaluationView]:
