@@ -30,7 +30,8 @@ from unpoison.models.open_clip_files import PREFIX, locate_open_clip
 from unpoison.runs import Run
 
 NOT_COVERED = (
-    "Small patches in networks that a change spread over the image fools as easily: such a victim was missed in tests.",
+    "Patches larger than a fifth of the image's side, or in several places, in networks that a change spread over the "
+    "image fools as easily.",
     "Triggers that depend on the image (input-aware, strong warps) or appear only in texts.",
     "Backdoors whose target is none of the classes that were searched, or that wait for a later fine-tuning.",
     "Models trained to hide their trigger from inversion, such as BadCLIP's.",
@@ -142,7 +143,8 @@ def plan_model_scan(
     if file.word == "accepted":
         steps += [
             f"weights: {search.steps} steps of {search.inversion.batch_size} images for {shown} in each of "
-            f"{len(search.forms)} forms ({search.first_steps} first where there are more than {search.finalists}); "
+            f"{len(search.forms)} forms (squares: {search.square_steps}; {search.first_steps} first of more than "
+            f"{search.finalists} classes); "
             "an encoder without class names by DECREE",
             *([f"the same for {references} clean references"] if references else []),
         ]

@@ -70,12 +70,12 @@ class DataVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassTrigger:
-    """The least change found that sends images to one class. ``form``: "patch" (mask + pattern) or "additive".
+    """The least change found that sends images to one class. ``form``: "square", "patch" (a mask) or "additive".
 
     ``size`` in [0, 1]: share of the image that is covered, or root mean square of what is added. ``success``: percent
-    of unseen images. ``index``: deviations of log size under the median of the classes; ``reference_index``: under the
-    classes of the clean references, None without any. ``finished``: all steps were taken; a class that the search gave
-    up early, or had no time for, has fewer.
+    of unseen images. ``index``: deviations of log size under the median of the classes, 0 at most where the trigger
+    works on too few images; ``reference_index``: under the classes of the clean references, None without any.
+    ``finished``: all steps were taken; a class that the search gave up early, or had no time for, has fewer.
     """
 
     name: str

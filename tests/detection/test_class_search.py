@@ -85,7 +85,7 @@ def test_a_planted_backdoor_is_found_with_its_target(found: WeightsVerdict) -> N
     assert found.asr_floor is not None
     assert found.asr.value > 80 > 20 > found.asr_floor.value
     assert found.picture
-    assert len(found.classes) == 2 * CLASSES
+    assert len(found.classes) == 3 * CLASSES
     assert found.covered == 100
 
 
@@ -94,7 +94,7 @@ def test_the_clean_control_is_left_alone_with_and_without_references() -> None:
     alone = judge_weights(clean, probe(), config=CONFIG, run=Run())
     assert alone.word == "no evidence", alone.reason
     sizes = reference_sizes(clean, probe(), CONFIG, run=Run())
-    assert set(sizes) == {"patch", "additive"}
+    assert set(sizes) == {"square", "patch", "additive"}
     beside = judge_weights(clean, probe(), [("clean", sizes)], CONFIG, run=Run())
     assert beside.word == "no evidence"
     assert beside.references == ("clean",)
@@ -161,6 +161,8 @@ def test_an_index_is_deviations_of_logs_with_a_floor() -> None:
     logs = log_sizes([0.01, 0.1, 0.1, 0.1, 0.1], [100.0] * 5)
     assert deviations_under(logs, logs, 0.5)[0] == pytest.approx(np.log(10) / 0.5)
     assert deviations_under(logs[:1], logs[1:], 0.25)[0] == pytest.approx(np.log(10) / 0.25)
+    squares = log_sizes([0.1, 0.1, 0.1], [100.0, 20.0, 4.0], form="square")
+    assert squares[1] == squares[2] == pytest.approx(squares[0] + np.log(4))  # how far one fails says nothing
     half = log_sizes([0.1, 0.1], [100.0, 50.0])
     assert half[1] - half[0] == pytest.approx(np.log(2))
     found = index_with_interval(logs, 0, 0.5, np.random.default_rng(0))

@@ -53,7 +53,8 @@ def class_triggers_table(classes: Sequence[ClassTrigger], count: int = 6) -> Tab
     table = plain_table("class", "form", "size", "works on", "index", "beside references",
                         right=("size", "works on", "index", "beside references"))  # fmt: skip
     for row in classes[:count]:
-        size = f"{100 * row.size:.1f} % of the image" if row.form == "patch" else f"{255 * row.size:.1f} of 255 levels"
+        added = row.form == "additive"
+        size = f"{255 * row.size:.1f} of 255 levels" if added else f"{100 * row.size:.1f} % of the image"
         second = "" if row.reference_index is None else f"{row.reference_index:.1f}"
         table.add_row(printable(row.name), row.form, size, f"{row.success:.0f} %", f"{row.index:.1f}", second)
     return table

@@ -22,6 +22,7 @@ from unpoison.model_results import AnomalyIndex, WeightsWord
 
 _SMALLEST = 1e-6
 _RESAMPLED = 2_000
+_LEAST, _LEAST_SQUARE = 0.05, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,20 +34,30 @@ class AnomalyConfig:
     suspicious: float = 2.2
     """...and suspicious."""
     success: float = 60.0
-    """Percent of unseen images that the trigger must send to its class to count at all."""
+    """Percent of unseen images that a trigger must send to its class to count at all."""
+    square_success: float = 80.0
+    """The same for squares: in clean models the largest one sends up to half of the images to some class."""
     floor: float = 0.25
     """Least deviation of a log size: sizes that differ by a quarter are nearly equal."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.suspicious <= self.backdoored or not 0 <= self.success <= 100 or not self.floor > 0:
+        shares = (self.success, self.square_success)
+        if not 0 <= self.suspicious <= self.backdoored or not self.floor > 0 or not all(0 <= s <= 100 for s in shares):
             raise ConfigError(
                 "expected 0 <= suspicious <= backdoored, success in percent and floor > 0.", hint="Try the defaults."
             )
 
+    def needed(self, form: str) -> float:
+        """Percent of unseen images for a trigger of this form."""
+        return self.square_success if form == "square" else self.success
 
-def log_sizes(sizes: Sequence[float], success: Sequence[float]) -> Float[np.ndarray, " k"]:
-    """Log of each trigger's size over the share of images that it sends, ``success`` in percent."""
-    share = np.clip(np.asarray(success, dtype=np.float64) / 100, 0.05, 1.0)
+
+def log_sizes(sizes: Sequence[float], success: Sequence[float], *, form: str = "patch") -> Float[np.ndarray, " k"]:
+    """Log of each trigger's size over the share of images that it sends, ``success`` in percent.
+
+    A share under 5 percent counts as 5, under 25 percent as 25 for squares: how far a square fails says nothing.
+    """
+    share = np.clip(np.asarray(success, dtype=np.float64) / 100, _LEAST_SQUARE if form == "square" else _LEAST, 1.0)
     return np.log(np.maximum(np.asarray(sizes, dtype=np.float64), _SMALLEST) / share)
 
 

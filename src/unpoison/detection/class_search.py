@@ -1,8 +1,8 @@
-"""The least change that reaches each class, in two forms, for as long as there is time.
+"""The least change that reaches each class, in three forms, for as long as there is time.
 
 Papers
     Wang et al. "Neural Cleanse." IEEE S&P 2019 (mask + pattern), and CBPT's inversion (arXiv 2502.19269) for the
-    bounded universal form; its constants are not public.
+    bounded universal form; its constants are not public. Brown et al. "Adversarial Patch." 2017 (squares).
 Steps
     1. Many classes: a few steps for each, in each form; only the ``finalists`` that got furthest go on. The others are
        hopeless: what reaches a backdoor's target is found sooner and smaller.
@@ -31,15 +31,17 @@ from unpoison.detection.inversion import (
     InversionConfig,
     InvertedTrigger,
     Logits,
+    Search,
     check_enough,
     measure_trigger,
     toward,
 )
+from unpoison.detection.squares import SquareInversion
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 from unpoison.types import Images
 
-FORMS: tuple[Form, ...] = ("patch", "additive")
+FORMS: tuple[Form, ...] = ("square", "patch", "additive")
 _AT_ONCE = 256
 FEWEST_CLASSES = 3
 
@@ -51,6 +53,8 @@ class ClassSearchConfig:
     forms: tuple[Form, ...] = FORMS
     steps: int = 120
     """For each class and form. At 60 steps the masks were still shrinking."""
+    square_steps: int = 160
+    """The same for squares: 40 for each of four sides. A class that the largest does not reach takes 40."""
     turn: int = 15
     """Steps of one class before it is the next one's turn."""
     finalists: int = 16
@@ -62,13 +66,17 @@ class ClassSearchConfig:
     """``form`` and ``steps`` there are set from here."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.turn, self.first_steps) < 1 or self.finalists < FEWEST_CLASSES:
+        if min(self.steps, self.square_steps, self.turn, self.first_steps) < 1 or self.finalists < FEWEST_CLASSES:
             raise ConfigError(
-                f"expected steps, turn and first_steps >= 1 and finalists >= {FEWEST_CLASSES}.",
+                f"expected steps, square_steps, turn and first_steps >= 1 and finalists >= {FEWEST_CLASSES}.",
                 hint="Try the defaults.",
             )
         if not 0 < self.held_out < 1 or not self.forms or not set(self.forms) <= set(FORMS):
             raise ConfigError(f"expected held_out in (0, 1) and forms of {FORMS}.", hint="Try the defaults.")
+
+    def steps_of(self, form: Form) -> int:
+        """For each class, where it is searched to the end."""
+        return self.square_steps if form == "square" else self.steps
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,17 +140,22 @@ def search_classes(
     if count > config.finalists:  # (1)
         searches, taken, seen = _finalists(searches, config, run, late)
     open_searches = list(searches.values())
-    turns = -(-config.steps // config.turn)
-    work = [(turn, search) for turn in range(turns) for search in open_searches]
-    for turn, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):  # (2)
+    longest = max(config.steps_of(form) for form in config.forms)
+    work = [
+        (done, search)
+        for done in range(0, longest, config.turn)
+        for search in open_searches
+        if done < config.steps_of(search.form)
+    ]
+    for done, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):  # (2)
         if late():
             break
-        steps = min(config.turn, config.steps - turn * config.turn)
+        steps = min(config.turn, config.steps_of(search.form) - done)
         search.advance(steps)
         taken += steps
     found: dict[Form, tuple[SearchedClass, ...]] = {
-        form: tuple(
-            SearchedClass(trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps)  # (3)
+        form: tuple(  # (3)
+            SearchedClass(trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps_of(form))
             for search in open_searches
             if search.form == form and search.steps
         )
@@ -163,7 +176,7 @@ class _Deadline:
 
 def _planned(count: int, config: ClassSearchConfig) -> int:
     first = count * config.first_steps if count > config.finalists else 0
-    return len(config.forms) * (first + min(count, config.finalists) * config.steps)
+    return sum(first + min(count, config.finalists) * config.steps_of(form) for form in config.forms)
 
 
 def _finalists(
@@ -211,18 +224,18 @@ class _Search:
         config: ClassSearchConfig,
         run: Run,
     ) -> None:
-        self.form, self.target, self.steps = form, target, 0
+        self.form: Form = form
+        self.target, self.steps = target, 0
         self._logits, self._images, self._run = logits, images, run
         self._rows, self._judged = used[said[used] != target], unseen[said[unseen] != target]
-        self._config = replace(config.inversion, form=form, steps=config.steps)
-        self._inversion: Inversion | None = None
+        self._config = replace(config.inversion, form=form, steps=config.steps_of(form))
+        self._inversion: Search | None = None
 
     def advance(self, steps: int) -> None:
         if self._inversion is None:
             generator = self._run.generator("inversion", self.form, self.target)
-            self._inversion = Inversion(
-                toward(self._logits, self.target), self._images, self._rows, self._config, generator
-            )
+            kind = SquareInversion if self.form == "square" else Inversion
+            self._inversion = kind(toward(self._logits, self.target), self._images, self._rows, self._config, generator)
         self._inversion.advance(steps)
         self.steps += steps
 

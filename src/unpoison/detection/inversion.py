@@ -26,7 +26,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,11 +42,11 @@ from unpoison.types import Images
 Logits = Callable[[Images], Float[Tensor, "b k"]]
 Objective = Callable[[Images, Int[Tensor, " b"]], tuple[Float[Tensor, ""], float]]
 """Changed images and the rows that they were to what is minimised, and the share of them, in [0, 1], that got there."""
-Form = Literal["additive", "patch"]
+Form = Literal["additive", "patch", "square"]
 FEWEST_IMAGES = 8
 _SMALLEST, _TINY = 1e-6, 1e-8
-_RATES = {"additive": 0.02, "patch": 0.3}
-_WEIGHTS = {"additive": 20.0, "patch": 1e-3 * 32 * 32}
+_RATES = {"additive": 0.02, "patch": 0.3, "square": 0.3}
+_WEIGHTS = {"additive": 20.0, "patch": 1e-3 * 32 * 32, "square": 0.0}
 _AT_ONCE, _SHOWN = 256, 96
 
 
@@ -58,7 +58,7 @@ class InversionConfig:
     steps: int = 50
     batch_size: int = 32
     learning_rate: float | None = None
-    """Of Adam; None: 0.3 for the free numbers under a patch's sigmoids, 0.02 for an additive trigger."""
+    """Of Adam; None: 0.3 for the free numbers under a patch's or a square's sigmoids, 0.02 for an additive trigger."""
     epsilon: float = 0.5
     """Largest change of a value by an additive trigger."""
     success: float = 0.9
@@ -66,6 +66,8 @@ class InversionConfig:
     """lambda at the start; None: 1e-3 x 32 x 32 for the share of the image that a mask covers, 20 for a delta's root
     mean square."""
     weight_factor: float = 1.15
+    squares: tuple[float, ...] = (6 / 32, 4 / 32, 3 / 32, 2 / 32)
+    """Sides of squares (:mod:`unpoison.detection.squares`) as shares of the image's, falling."""
     keep: Literal["smallest", "last"] = "smallest"
     """Which of the triggers on the way is found: the smallest that worked, or what the last step came to."""
 
@@ -77,6 +79,8 @@ class InversionConfig:
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}.", hint="Leave it out.")
+        if not self.squares or not all(0 < side <= 1 for side in self.squares):
+            raise ConfigError(f"squares must be sides in (0, 1], got {self.squares}.", hint="Try 6/32, 4/32, 3/32.")
         if not 0 < self.success <= 1 or (self.weight or 0) < 0 or self.weight_factor < 1:
             raise ConfigError("expected success in (0, 1], weight >= 0, weight_factor >= 1.", hint="Try the defaults.")
 
@@ -93,6 +97,8 @@ class InversionConfig:
 class InvertedTrigger:
     """``mask`` [1, h, w] in [0, 1] (ones for the additive form); ``pattern`` [3, h, w]: colors, or what is added.
 
+    A square is a mask of zeros and ones.
+
     ``size`` in [0, 1]: share of the image that the mask covers, or the root mean square of what is added. ``success``:
     percent of the held-out images that it sends to ``target``.
     """
@@ -108,10 +114,24 @@ class InvertedTrigger:
         return _put_on(self.form, images, self.mask.to(images), self.pattern.to(images))
 
 
+@runtime_checkable
+class Search(Protocol):
+    """A search for one trigger."""
+
+    def advance(self, steps: int) -> None:
+        """Go on for so many steps."""
+        ...
+
+    def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
+        """Mask and pattern so far."""
+        ...
+
+
 class Inversion:
     """One search, which can go on where it stopped: steps 1 to 3 against any objective.
 
-    ``rows`` of ``images`` [n, 3, h, w] are used: those that are not of the target. Raises NotEnoughDataError.
+    ``rows`` of ``images`` [n, 3, h, w] are used: those that are not of the target. Raises NotEnoughDataError,
+    ConfigError for squares.
     """
 
     def __init__(
@@ -123,10 +143,12 @@ class Inversion:
         generator: torch.Generator,
     ) -> None:
         check_enough(len(rows))
+        if config.form == "square":
+            raise ConfigError("squares are searched among the classes of a model only.", hint="Use patch or additive.")
         self._objective, self._images, self._rows = objective, images, rows
         self._config, self._generator = config, generator
         height, width = images.shape[-2:]
-        start = {"patch": -2.0, "additive": 0.0}[config.form]
+        start = -2.0 if config.form == "patch" else 0.0
         self._free_mask = torch.full((1, height, width), start, device=images.device, requires_grad=True)
         self._free = torch.zeros(3, height, width, device=images.device, requires_grad=True)
         self._optimiser = torch.optim.Adam([self._free_mask, self._free], config.rate)
@@ -164,7 +186,7 @@ class Inversion:
 
 def size_of(form: Form, mask: Float[Tensor, "1 h w"], pattern: Float[Tensor, "3 h w"]) -> Float[Tensor, ""]:
     """The share of the image that the mask covers, or the root mean square of what is added."""
-    return mask.mean() if form == "patch" else (pattern.square().mean() + _TINY).sqrt()
+    return mask.mean() if form != "additive" else (pattern.square().mean() + _TINY).sqrt()
 
 
 def toward(logits: Logits, target: int) -> Objective:
@@ -179,7 +201,7 @@ def toward(logits: Logits, target: int) -> Objective:
 
 
 def measure_trigger(
-    inversion: Inversion, logits: Logits, held_out: Images, target: int, config: InversionConfig
+    inversion: Search, logits: Logits, held_out: Images, target: int, config: InversionConfig
 ) -> InvertedTrigger:
     """What ``inversion`` found, with its size and its success on images that it has not seen. NotEnoughDataError."""
     check_enough(len(held_out))

@@ -1,7 +1,7 @@
 """The weights verdict: do a model's weights behave as if backdoored, trigger and target unknown?
 
 Steps
-    1. A model with class names: the least change that reaches each class, in two forms
+    1. A model with class names: the least change that reaches each class, in three forms
        (:mod:`unpoison.detection.class_search`). An encoder without: DECREE (:mod:`unpoison.detection.decree`).
     2. The same on clean reference models of the same kind, where there are any; kept in the run's cache.
     3. How far is the smallest trigger out of line, among the model's own classes and beside the references'
@@ -49,7 +49,7 @@ from unpoison.results import Interval, write_atomically
 from unpoison.runs import Run
 
 INVERSION, DECREE = "class-wise inversion", "DECREE"
-_VERSION = 1  # raised when the search finds other sizes from the same inputs
+_VERSION = 2  # raised when the search finds other sizes from the same inputs
 Sizes = dict[str, list[float]]
 """Log sizes of a clean model's triggers, by form."""
 
@@ -150,9 +150,12 @@ def _judge_classes(
         own = deviations_under(logs, logs, config.anomaly.floor)
         beside = deviations_under(logs, clean, config.anomaly.floor) if len(clean) else None
         for place, entry in enumerate(found):
+            works = entry.trigger.success >= config.anomaly.needed(form)
+            if not works:  # what does not work is not out of line, however small it is
+                own[place] = min(own[place], 0.0)
             second = None if beside is None else float(beside[place])
             rows.append(_row(entry, names, float(own[place]), second))
-            if entry.trigger.success >= config.anomaly.success and (len(found) >= FEWEST_CLASSES or second is not None):
+            if works and (len(found) >= FEWEST_CLASSES or second is not None):
                 # Among two classes neither is out of line: the references alone have to say.
                 index = float(own[place]) if len(found) >= FEWEST_CLASSES else float(second or 0.0)
                 score = score_of(index, second)
@@ -165,7 +168,7 @@ def _judge_classes(
         why = (
             f"{len(names)} classes are too few to compare with each other; give --clean-reference."
             if few and search.complete
-            else f"no trigger reached {config.anomaly.success:.0f} percent of unseen images; "
+            else f"no trigger reached {config.anomaly.success:.0f} percent of unseen images or more; "
             f"{100 * search.covered:.0f} percent of the search was done."
         )
         return WeightsVerdict(
@@ -238,7 +241,9 @@ def _judge_encoder(
 
 
 def _logs(found: Sequence[SearchedClass]) -> np.ndarray:
-    return log_sizes([entry.trigger.size for entry in found], [entry.trigger.success for entry in found])
+    triggers = [entry.trigger for entry in found]
+    form = triggers[0].form if triggers else "patch"
+    return log_sizes([entry.size for entry in triggers], [entry.success for entry in triggers], form=form)
 
 
 def _row(entry: SearchedClass, names: Sequence[str], index: float, second: float | None) -> ClassTrigger:

@@ -225,6 +225,8 @@ def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSe
 
 def say_size(trigger: InvertedTrigger) -> str:
     """The trigger's size in words."""
+    if trigger.form == "square":
+        return f"a square of {100 * trigger.size:.1f} percent of an image"
     if trigger.form == "patch":
         return f"a patch of {100 * trigger.size:.1f} percent of an image"
     return f"a change by {255 * trigger.size:.1f} of 255 levels (root mean square)"
