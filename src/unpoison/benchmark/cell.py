@@ -16,7 +16,7 @@ from unpoison.benchmark.settings import (
     MethodSettings,
     ModelSettings,
 )
-from unpoison.results import Interval
+from unpoison.results import Drift, Interval
 from unpoison.storage import JsonResult
 
 VERSION = 1
@@ -84,7 +84,10 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Rates of one model in percent with 95 % intervals (docs: metrics); None where nothing was attacked."""
+    """Rates of one model in percent with 95 % intervals (docs: metrics); None where nothing was attacked or asked.
+
+    ``image_to_text`` and ``text_to_image``: R@1. ``drift``: from the victim's embeddings.
+    """
 
     c_acc: Interval
     asr: Interval | None = None
@@ -94,14 +97,16 @@ class Figures:
     retrieval_asr: Interval | None = None
     image_to_text: Interval | None = None
     text_to_image: Interval | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repaired:
     """What a method did. ``changed_share``: percent of the model's numbers that are others than before.
 
-    ``left_alone``: it found nothing to repair and handed the model back. ``detection``: how its split or its scores
-    meet the manifest (shares in percent, AUROC in [0, 1]).
+    ``left_alone``: it found nothing to repair and handed the model back. ``detection``: how its split, its scores or
+    its search meet the manifest (shares in percent, AUROC in [0, 1]; ``target_found`` 0 or 100). ``rebound``: the
+    repaired model's figures after an epoch of plain fine-tuning on clean data.
     """
 
     accepted: bool
@@ -112,6 +117,7 @@ class Repaired:
     der: float | None
     config: dict[str, Any]
     detection: dict[str, float | None] = field(default_factory=dict)
+    rebound: Figures | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,11 +217,16 @@ def _detection(setting: Setting, scores: SampleScores, split: Split) -> dict[str
     flagged[split.suspect] = True
     trusted = np.zeros(len(truth), dtype=bool)
     trusted[split.clean] = True
+    poisoning = setting.poisoning
+    targets = [label for name, label in zip(poisoning.ids, poisoning.new_labels, strict=True)
+               if name not in poisoning.covers]  # fmt: skip
+    of_target = trusted & np.isin(split.labels, targets)
     known = {"recall": recall(flagged, truth), "precision": precision(flagged, truth) if flagged.any() else None}
     shares = {name: None if value is None else 100 * value for name, value in known.items()}
     return shares | {
         "flagged": 100 * float(flagged.mean()),
         "poison_in_clean": 100 * float(truth[trusted].mean()) if trusted.any() else None,
+        "target_purity": 100 * float((~truth[of_target]).mean()) if of_target.any() else None,
         "auroc": auroc(scores.suspicion, truth),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from unpoison.api_clip import ClipPurifyOutcome, count_parameters
+from unpoison.api_clip import ClipPurifyOutcome, count_parameters, purify_with_fine_tuning
 from unpoison.api_zero_shot import ZeroShotOutcome
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
@@ -31,6 +31,7 @@ from unpoison.configs import make_config, merge
 from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc, der, precision, recall
 from unpoison.models.clip_files import load_any_clip
@@ -80,7 +81,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     repaired_clip, classes = _parts(outcome)
     after = evaluate_clip(
         repaired_clip, setting.test, classes=classes, poisoning=setting.poisoning, retrieval=setting.retrieval,
-        run=setting.run,
+        suspect=victim, run=setting.run,
     )  # fmt: skip
     found = outcome.purification
     repaired = Repaired(
@@ -92,6 +93,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
         der=_der(figures(before), figures(after)),
         config=found.config,
         detection=_detection(setting, outcome),
+        rebound=None if isinstance(outcome, ZeroShotOutcome) else _rebound(setting, outcome.clip),
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
@@ -211,11 +213,30 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
     return make_config(kind, merge(asdict(start), method.config), where=where)
 
 
+def _rebound(setting: Setting, clip: ImageTextModel) -> Figures | None:
+    """The repaired CLIP after an epoch of fine-tuning on other clean images, as its next owner would do."""
+    cell = setting.cell
+    if cell.data.later is None:
+        return None
+    pairs = pairs_of_labels(open_images(cell.data.later), TEMPLATES)
+    config = FineTuningConfig.scaled(parameters=count_parameters(clip), samples=len(pairs), epochs=1)
+    place = RunFolder.open(setting.folder / "work" / cell.key / "rebound", cell.inputs)
+    tuned = purify_with_fine_tuning(clip, pairs, config=config, run=replace(setting.run, folder=place))
+    return figures(evaluate_clip(tuned.clip, setting.test, poisoning=setting.poisoning, run=setting.run))
+
+
 def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -> dict[str, float | None]:
-    """How the pairs that the method suspected meet the manifest, in percent; empty where it suspected none."""
+    """How what the method suspected, pairs or classes, meets the manifest; empty where it looked for nothing."""
+    if isinstance(outcome, ZeroShotOutcome):
+        found, poisoning = outcome.purification, setting.poisoning
+        if found.search is None:
+            return {}
+        named = {} if poisoning is None else {"target_found": 100.0 * (poisoning.target_name in found.targets)}
+        return {"suspected": float(len(found.targets)), **named}
     suspicious = getattr(outcome, "suspicious", None)
     if suspicious is None:
-        return {}
+        search = outcome.purification.search
+        return {} if search is None else {"suspected": float(len(search.suspected))}
     scores, split = suspicious.scores, suspicious.split
     flagged = np.zeros(len(scores.ids), dtype=bool)
     flagged[split.suspect] = True

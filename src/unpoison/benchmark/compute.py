@@ -102,7 +102,7 @@ def figures(found: Evaluation | ClipEvaluation) -> Figures:
     """What tables show of an evaluation."""
     more: dict[str, Any] = {}
     if isinstance(found, ClipEvaluation):
-        more["retrieval_asr"] = found.retrieval_asr
+        more |= {"retrieval_asr": found.retrieval_asr, "drift": found.drift}
         more |= {
             key: recall.at_1
             for key in ("image_to_text", "text_to_image")

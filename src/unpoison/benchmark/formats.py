@@ -10,7 +10,7 @@ from itertools import groupby
 import msgspec
 
 from unpoison.benchmark.settings import CLEAN
-from unpoison.benchmark.table import COLUMNS, Comparison, Row, Table, Value
+from unpoison.benchmark.table import COLUMNS, Column, Comparison, Row, Table, Value, columns_of
 from unpoison.storage import SCHEMA_VERSION
 
 SPREAD = (
@@ -58,25 +58,28 @@ def sections(table: Table) -> Iterator[tuple[str, list[Row]]]:
         yield f"{data}, {model}", list(rows)
 
 
-def cells_of(row: Row) -> list[str]:
-    """What stands in a row beside its name."""
+def cells_of(row: Row, columns: Iterable[Column]) -> list[str]:
+    """What stands in a row: its name, and its figures in these columns."""
     n = f"{row.n:,} / {row.attacked:,}" if row.attacked else f"{row.n:,}"
     return [
         attack_name(row), row.method + (" *" if row.refused else ""), str(len(row.seeds)), n,
-        *(shown(row.values.get(column.name)) for column in COLUMNS),
+        *(shown(row.values.get(column.name), column.digits) for column in columns),
     ]  # fmt: skip
 
 
-HEADINGS = ("attack", "method", "seeds", "n", *(column.title for column in COLUMNS))
+def headings(columns: Iterable[Column]) -> list[str]:
+    return ["attack", "method", "seeds", "n", *(column.title for column in columns)]
 
 
 def markdown(table: Table) -> str:
     lines = [SPREAD, ""]
     for heading, rows in sections(table):
-        lines += [f"### {heading}", "", f"| {' | '.join((*HEADINGS, 'cells'))} |", "|" + "---|" * (len(HEADINGS) + 1)]
+        columns = columns_of(rows)
+        titles = [*headings(columns), "cells"]
+        lines += [f"### {heading}", "", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
         for row in rows:
             keys = " ".join(f"`{key[:_SHORT]}`" for key in row.keys)
-            lines.append("| " + " | ".join([*map(_no_bars, cells_of(row)), keys]) + " |")
+            lines.append("| " + " | ".join([*map(_no_bars, cells_of(row, columns)), keys]) + " |")
         lines.append("")
     if table.reported:
         lines += [
@@ -147,7 +150,9 @@ def as_csv(table: Table) -> str:
 def latex(table: Table) -> str:
     lines = [f"% {SPREAD}"]
     for heading, rows in sections(table):
-        lines += [f"% {heading}", *_tabular("ll" + "r" * (len(HEADINGS) - 2), HEADINGS, map(cells_of, rows))]
+        columns = columns_of(rows)
+        drawn = (cells_of(row, columns) for row in rows)
+        lines += [f"% {heading}", *_tabular("ll" + "r" * (2 + len(columns)), headings(columns), drawn)]
     if table.reported:
         lines += [f"% {COMPARED}", *_tabular("llrrrrll", COMPARISON, map(compared, table.reported))]
     return "\n".join([*lines, *_endings(table, "% {}")])

@@ -25,7 +25,8 @@ class DataSettings:
     images for every rate. ``target``: the attack's class, by name or number. For a CLIP also: ``captioned``,
     image-caption pairs that join ``train`` or stand in for it; ``clean``, labelled images, and ``clean_captioned``,
     pairs, to repair it on (without either: what it was trained on, before the poisoning); ``retrieval``, pairs for R@k;
-    ``shots``, labelled images, of which the methods that repair a zero-shot classifier get a few of each class.
+    ``shots``, labelled images, of which the methods that repair a zero-shot classifier get a few of each class;
+    ``later``, clean labelled images that a repaired CLIP is fine-tuned on for an epoch, to see the attack come back.
     """
 
     test: str
@@ -36,10 +37,11 @@ class DataSettings:
     clean_captioned: str | None = None
     retrieval: str | None = None
     shots: str | None = None
+    later: str | None = None
 
     def sources(self) -> dict[str, str]:
         """Every source by its key."""
-        keys = ("train", "test", "captioned", "clean", "clean_captioned", "retrieval", "shots")
+        keys = ("train", "test", "captioned", "clean", "clean_captioned", "retrieval", "shots", "later")
         return {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 

@@ -101,13 +101,15 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """``of`` gives the figure of one cell: a rate with its interval, a number, or None."""
+    """``of`` gives the figure of one cell: a rate with its interval, a number, or None. ``digits``: shown after the
+    point."""
 
     name: str
     title: str
     unit: str
     of: Callable[[CellResult], Interval | float | None]
     better: str = ""
+    digits: int = 1
 
 
 def _rate(side: str, name: str) -> Callable[[CellResult], Interval | float | None]:
@@ -130,6 +132,20 @@ def _seconds(result: CellResult) -> float | None:
     return None if result.repaired is None else result.cost.seconds
 
 
+def _drift(result: CellResult) -> float | None:
+    drift = None if result.after is None or result.repaired is None else result.after.drift
+    return None if drift is None else drift.image_raw
+
+
+def _rebound(result: CellResult) -> float | None:
+    rebound = None if result.repaired is None else result.repaired.rebound
+    return None if rebound is None else rebound.asr_excess
+
+
+def _detected(name: str) -> Callable[[CellResult], float | None]:
+    return lambda result: None if result.repaired is None else result.repaired.detection.get(name)
+
+
 COLUMNS = (
     Column(name="c_acc_before", title="C-Acc before", unit="%", of=_rate("before", "c_acc")),
     Column(name="c_acc", title="C-Acc", unit="%", of=_rate("after", "c_acc"), better="high"),
@@ -139,9 +155,21 @@ COLUMNS = (
     Column(name="asr_excess", title="excess ASR", unit="%", of=_rate("after", "asr_excess"), better="low"),
     Column(name="ra", title="RA", unit="%", of=_rate("after", "ra"), better="high"),
     Column(name="der", title="DER", unit="%", of=_der, better="high"),
+    Column(name="r_at_1", title="R@1", unit="%", of=_rate("after", "image_to_text"), better="high"),
+    Column(name="rebound", title="rebound", unit="%", of=_rebound, better="low"),
+    Column(name="drift", title="drift", unit="", of=_drift, better="high", digits=2),
+    Column(name="auroc", title="AUROC", unit="", of=_detected("auroc"), better="high", digits=3),
+    Column(name="recall", title="recall", unit="%", of=_detected("recall"), better="high"),
+    Column(name="purity", title="purity", unit="%", of=_detected("target_purity"), better="high"),
+    Column(name="target_found", title="target found", unit="%", of=_detected("target_found"), better="high"),
     Column(name="changed", title="changed", unit="%", of=_changed),
     Column(name="seconds", title="seconds", unit="s", of=_seconds),
 )
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """The columns in which any of the rows has a figure."""
+    return tuple(column for column in COLUMNS if any(column.name in row.values for row in rows))
 
 
 def make_table(store: Store) -> Table:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unpoison.benchmark.table import Table
 
 Format = Literal["markdown", "csv", "latex", "json", "html"]
+_IN_A_TERMINAL = ("c_acc_before", "c_acc", "asr_before", "asr", "asr_floor", "asr_excess", "ra", "rebound", "seconds")
 _ENDINGS: dict[str, Format] = {".html": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
 
 
@@ -243,18 +244,17 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
 
 
 def _show_table(out: rich.console.Console, made: Table) -> None:
-    from unpoison.benchmark.formats import COMPARED, COMPARISON, SPREAD, cells_of, compared, sections
-    from unpoison.benchmark.table import COLUMNS
+    from unpoison.benchmark.formats import COMPARED, COMPARISON, SPREAD, cells_of, compared, headings, sections
+    from unpoison.benchmark.table import columns_of
     from unpoison.cli.console import printable
     from unpoison.cli.tables import plain_table
 
-    kept = [at for at, column in enumerate(COLUMNS, start=4) if column.name not in ("der", "changed")]
-    titles = ("attack", "method", "seeds", "n", *(column.title for column in COLUMNS))
     for heading, rows in sections(made):
-        shown = plain_table(*(titles[at] for at in (0, 1, 2, 3, *kept)), right=tuple(titles[2:]))
+        columns = [column for column in columns_of(rows) if column.name in _IN_A_TERMINAL]
+        titles = headings(columns)
+        shown = plain_table(*titles, right=tuple(titles[2:]))
         for row in rows:
-            texts = cells_of(row)
-            shown.add_row(*(_stacked(printable(texts[at])) for at in (0, 1, 2, 3, *kept)))
+            shown.add_row(*(_stacked(printable(text)) for text in cells_of(row, columns)))
         out.print(printable(heading))
         out.print(shown)
         out.print()

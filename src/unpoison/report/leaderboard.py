@@ -9,7 +9,7 @@ from markupsafe import Markup
 from unpoison import __version__
 from unpoison.benchmark.formats import COMPARED
 from unpoison.benchmark.settings import CLEAN, GIVEN
-from unpoison.benchmark.table import COLUMNS, Column, Comparison, MethodSummary, Row, Table, Value, summarise
+from unpoison.benchmark.table import Column, Comparison, MethodSummary, Row, Table, Value, columns_of, summarise
 from unpoison.report import charts
 from unpoison.report.html import asset, content_policy, make_environment
 from unpoison.report.text import count
@@ -48,7 +48,7 @@ def render_leaderboard(table: Table) -> str:
         table=table,
         boards=[board for kind in _KINDS if (board := make_board(kind, table)).methods],
         attacks=attack_views(table),
-        columns=COLUMNS,
+        columns=columns_of(table.rows),
         compared=COMPARED,
         tiles=[
             (count(table.cells - table.missing - len(table.failures)), "cells done", f"of {count(table.cells)}"),
@@ -106,19 +106,19 @@ def attack_views(table: Table) -> list[AttackView]:
 
 def figure_text(row: Row, column: Column) -> str:
     """``93.1``, or a dash."""
-    return value_text(row.values.get(column.name))
+    return value_text(row.values.get(column.name), column.digits)
 
 
-def value_text(value: Value | float | None) -> str:
+def value_text(value: Value | float | None, digits: int = 1) -> str:
     """The mean, ``93.1``; a dash where there is none."""
     mean = value.mean if isinstance(value, Value) else value
-    return "–" if mean is None else f"{mean:.1f}"  # noqa: RUF001
+    return "–" if mean is None else f"{mean:.{digits}f}"  # noqa: RUF001
 
 
-def range_text(value: Value | None) -> str:
+def range_text(value: Value | None, digits: int = 1) -> str:
     """``± 0.4``, of one seed ``92.1 to 94.0``, "" where there is neither."""
     if value is None:
         return ""
     if value.std is not None:
-        return f"± {value.std:.1f}"
-    return "" if value.low is None or value.high is None else f"{value.low:.1f} to {value.high:.1f}"
+        return f"± {value.std:.{digits}f}"
+    return "" if value.low is None or value.high is None else f"{value.low:.{digits}f} to {value.high:.{digits}f}"
