@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from unpoison.attacks.low_gap import LowGap
+from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.attacks.parts import PoisoningParts
 from unpoison.benchmark import classifier_cells, clip_cells
 from unpoison.benchmark.compute import try_cell
 from unpoison.benchmark.grid import Grid, make_grid
@@ -42,7 +45,7 @@ def grid_of(small_folder: Path, kind: str, attack: dict[str, Any], methods: dict
 def test_samples_near_the_boundary_are_chosen_with_the_models_clip(small_folder: Path, tmp_path: Path) -> None:
     cell = grid_of(small_folder, "net", {"trigger": "badnet", "select": "boundary"}, {}).cells[0]
     found = classifier_cells.open_setting(cell, tmp_path, Silent()).poisoning
-    assert found is not None
+    assert isinstance(found, Poisoning)
     assert (found.selection, found.selected_by) == ("boundary", load_any_clip(small_folder).fingerprint)
     assert len(found.ids) == 16
 
@@ -50,7 +53,7 @@ def test_samples_near_the_boundary_are_chosen_with_the_models_clip(small_folder:
 def test_strengths_of_low_gap_are_fitted_to_the_samples(small_folder: Path, tmp_path: Path) -> None:
     cell = grid_of(small_folder, "net", {"trigger": "low-gap", "prepare": LOW}, {}).cells[0]
     found = classifier_cells.open_setting(cell, tmp_path, Silent()).poisoning
-    assert found is not None
+    assert isinstance(found, Poisoning)
     trigger = found.make_trigger()
     assert isinstance(trigger, LowGap)
     assert trigger.strengths
@@ -61,7 +64,7 @@ def test_captions_and_images_are_chosen_with_the_clean_clip(small_folder: Path, 
     attack = {"trigger": "badnet-rand", "captions": "aligned", "select": "captions"}
     cell = grid_of(small_folder, "clip", attack, {}).cells[0]
     found = clip_cells.open_setting(cell, tmp_path, Silent()).poisoning
-    assert found is not None
+    assert isinstance(found, PairPoisoning)
     clip = load_any_clip(small_folder)
     assert (found.captions, found.aligned_by) == ("aligned", clip.fingerprint)
     assert (found.selection, found.selected_by) == ("near captions", clip.fingerprint)
@@ -80,8 +83,25 @@ def test_patterns_are_trained_on_the_clean_clip(
 ) -> None:
     cell = grid_of(small_folder, "clip", attack, {}).cells[0]
     found = clip_cells.open_setting(cell, tmp_path, Silent()).poisoning
-    assert found is not None
+    assert isinstance(found, PairPoisoning)
     assert found.config[fitted]
+
+
+@pytest.mark.parametrize(("kind", "cells"), [("net", classifier_cells), ("clip", clip_cells)])
+def test_two_backdoors_stand_in_one_set(small_folder: Path, tmp_path: Path, kind: str, cells: Any) -> None:
+    further = {"trigger": "blended", "target": "rings", "rate": 0.05}
+    attack = {"trigger": "badnet", "also": [further]}
+    grid = grid_of(small_folder, kind, attack, {})
+    setting = cells.open_setting(grid.cells[0], tmp_path, Silent())
+    assert isinstance(setting.poisoning, PoisoningParts)
+    assert [part.target_name for part in setting.poisoning.parts] == ["star", "rings"]
+    assert [part.trigger for part in setting.poisoning.parts] == ["badnet", "blended"]
+    assert grid.cells[0].key != grid_of(small_folder, kind, {"trigger": "badnet"}, {}).cells[0].key
+    given = try_cell(grid.cells[0], tmp_path)
+    assert (given.status, given.reason) == ("done", "")
+    assert given.after is not None
+    assert given.after.asr is not None
+    assert given.picture
 
 
 def test_repairs_of_a_zero_shot_classifier_leave_the_weights(small_folder: Path, tmp_path: Path) -> None:

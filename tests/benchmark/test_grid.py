@@ -48,6 +48,7 @@ def test_the_hash_is_of_all_inputs_and_of_nothing_else(grid: Grid, tables: dict[
     assert replace(cell, least_asr=10.0).key != cell.key
     assert replace(cell, names=replace(cell.names, seed=7)).key != cell.key
     assert replace(cell, model=replace(cell.model, epochs=9)).key != cell.key
+    assert "also" not in cell.inputs["attack"]
     other = make_grid(tables | {"description": "Said otherwise."}, name="h", path="h.toml")
     assert [found.key for found in other.cells] == [found.key for found in grid.cells]
     file = tmp_path / "test.parquet"
@@ -113,11 +114,15 @@ def test_trainings_and_choices_that_no_trigger_has_are_refused(tables: dict[str,
         "b": {"trigger": "badnet", "prepare": {"epochs": 1}},
         "c": {"trigger": "badclip", "through_par": True, "prepare": {"epocs": 1}},
         "d": {"trigger": "badnet", "select": "nearest"},
+        "e": {"trigger": "badnet", "also": [{"trigger": "badclip", "target": 1, "rate": 0.1}]},
+        "f": {"trigger": "badnet", "also": [{"trigger": "blended", "target": 1, "rate": 1.1}]},
     }
     found = "\n".join(problems_of(tables))
     assert "[attack.a]: badnet is not trained through PAR." in found
     assert "[attack.b]: badnet is not trained beforehand." in found
     assert "[attack.c]: prepare: there is no key 'epocs'." in found
+    assert "[attack.e]: also: badclip is trained beforehand." in found
+    assert "[attack.f]: a rate must be in (0, 1], got 1.1." in found
     assert "[attack.d]: Invalid enum value 'nearest'" in found
 
 

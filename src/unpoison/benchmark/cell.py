@@ -67,6 +67,7 @@ class Cell:
         body = asdict(self)
         del body["limits"]
         del body["model"]["gpus"]
+        body["attack"] = None if self.attack is None else self.attack.inputs()
         return {"benchmark": VERSION} | body
 
     @property

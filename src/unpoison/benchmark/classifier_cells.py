@@ -12,11 +12,12 @@ import numpy as np
 
 from unpoison.api import PurifyOutcome
 from unpoison.attacks.manifest import Poisoning
+from unpoison.attacks.parts import PoisoningParts, load_labelled
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning, trigger_test_source
 from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import fitted, labelled_params, labelled_selection
+from unpoison.benchmark.prepare import fitted, further_params, labelled_params, labelled_selection
 from unpoison.benchmark.settings import MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -27,7 +28,7 @@ from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import SeparationConfig, score_with_cgd
 from unpoison.detection.thresholds import split_by_evidence
 from unpoison.errors import UnknownMethodError
-from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier
+from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier, labelled_parts
 from unpoison.evaluation.metrics import auroc, precision, recall
 from unpoison.models.classifier import ImageClassifier, load_classifier, new_classifier, save_classifier
 from unpoison.models.clip_files import load_any_clip
@@ -45,7 +46,7 @@ class Setting:
     folder: Path
     run: Run
     train: LabelledImages
-    poisoning: Poisoning | None
+    poisoning: Poisoning | PoisoningParts | None
     inputs: dict[str, Any]
 
     @property
@@ -95,7 +96,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     attack = cell.attack
     if attack is None:
         return Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=inputs)
-    inputs |= {"attack": asdict(attack), "rate": cell.names.rate, "target": target}
+    inputs |= {"attack": attack.inputs(), "rate": cell.names.rate, "target": target}
     if attack.select != RANDOM:
         inputs["attackers"] = cell.model.clip
 
@@ -106,11 +107,20 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
             clean, attack.trigger, rate=cell.names.rate, target=target, seed=seed, mode=attack.mode,
             selection=labelled_selection(attack, clean, target, cell.model.clip, run=made), **params,
         )  # fmt: skip
-        fitted(attack, clean, poisoning, run=made).save(place.path / "manifest.json")
+        whole: Poisoning | PoisoningParts = fitted(attack, clean, poisoning, run=made)
+        for at, part in enumerate(attack.also, start=1):
+            planned = plan_poisoning(
+                clean, part.trigger, rate=part.rate, target=target_label(part.target, clean.class_names),
+                seed=seed + at, mode=part.mode, taken=whole.ids, **further_params(part),
+            )  # fmt: skip
+            whole = PoisoningParts(parts=(*labelled_parts(whole), planned))
+        whole.save(place.path / "manifest.json")
 
     step = shared(folder / "shared", "poisoning", inputs, plan)
-    poisoning = Poisoning.load(step.path / "manifest.json")
-    poisoned = apply_poisoning(clean, poisoning)
+    poisoning = load_labelled(step.path / "manifest.json")
+    poisoned = clean
+    for part in labelled_parts(poisoning):
+        poisoned = apply_poisoning(poisoned, part)
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
 
 
@@ -217,9 +227,12 @@ def _detection(setting: Setting, scores: SampleScores, split: Split) -> dict[str
     flagged[split.suspect] = True
     trusted = np.zeros(len(truth), dtype=bool)
     trusted[split.clean] = True
-    poisoning = setting.poisoning
-    targets = [label for name, label in zip(poisoning.ids, poisoning.new_labels, strict=True)
-               if name not in poisoning.covers]  # fmt: skip
+    targets = [
+        label
+        for part in labelled_parts(setting.poisoning)
+        for name, label in zip(part.ids, part.new_labels, strict=True)
+        if name not in part.covers
+    ]
     of_target = trusted & np.isin(split.labels, targets)
     known = {"recall": recall(flagged, truth), "precision": precision(flagged, truth) if flagged.any() else None}
     shares = {name: None if value is None else 100 * value for name, value in known.items()}
@@ -235,7 +248,7 @@ def _picture(setting: Setting, test: LabelledImages) -> str | None:
     """The first attacked test image without and with the trigger."""
     if setting.poisoning is None:
         return None
-    triggered, rows, _ = trigger_test_source(test, setting.poisoning)
+    triggered, rows, _ = trigger_test_source(test, labelled_parts(setting.poisoning)[0])
     clean, turned = test.decode(rows[:1])[0], triggered.decode([0])[0]
     if isinstance(clean, SkippedRow) or isinstance(turned, SkippedRow):
         return None

@@ -14,8 +14,10 @@ import numpy as np
 
 from unpoison.api_clip import ClipPurifyOutcome, count_parameters, purify_with_fine_tuning
 from unpoison.api_zero_shot import ZeroShotOutcome
+from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
+from unpoison.attacks.parts import PoisoningParts, load_manifest
 from unpoison.attacks.poison import TriggerOverlay
 from unpoison.attacks.prompts import TEMPLATES
 from unpoison.attacks.triggers import PAIR_TRIGGERS
@@ -23,7 +25,7 @@ from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import pair_params, pair_selection
+from unpoison.benchmark.prepare import further_params, pair_params, pair_selection
 from unpoison.benchmark.settings import SHOTS, MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -32,6 +34,7 @@ from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
+from unpoison.errors import ConfigError
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc, der, precision, recall
 from unpoison.models.clip_files import load_any_clip
@@ -57,7 +60,7 @@ class Setting:
     repair: ImageTextPairs
     test: LabelledImages
     retrieval: ImageTextPairs | None
-    poisoning: PairPoisoning | None
+    poisoning: PairPoisoning | PoisoningParts | None
     inputs: dict[str, Any]
 
     @property
@@ -122,23 +125,40 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     }  # fmt: skip
     if attack is None:
         return Setting(**known, pairs=clean, poisoning=None, inputs=inputs)
-    inputs |= {"attack": asdict(attack), "rate": cell.names.rate, "target": target}
+    inputs |= {"attack": attack.inputs(), "rate": cell.names.rate, "target": target}
 
     def plan(place: RunFolder) -> None:
         made = replace(run, folder=place)
         params = pair_params(attack, base, clean, target, run=made)
         selection = pair_selection(attack, base, clean, captioned, target, run=made)
-        poisoning = plan_pair_poisoning(
+        whole: PairPoisoning | PoisoningParts = plan_pair_poisoning(
             clean, attack.trigger, rate=cell.names.rate, target=target, captions=attack.captions, seed=seed,
             mode=attack.mode, size=None if attack.trigger in PAIR_TRIGGERS else base.image_size,
             natural_from=captioned, selection=selection, surrogate=base if attack.captions == "aligned" else None,
             run=made, **params,
         )  # fmt: skip
-        poisoning.save(place.path / "manifest.json")
+        for at, part in enumerate(attack.also, start=1):
+            planned = plan_pair_poisoning(
+                clean, part.trigger, rate=part.rate, seed=seed + at, mode=part.mode, size=base.image_size,
+                target=test.class_names[target_label(part.target, test.class_names)], natural_from=captioned,
+                taken=whole.ids, **further_params(part),
+            )  # fmt: skip
+            whole = PoisoningParts(parts=(*_parts_of(whole), planned))
+        whole.save(place.path / "manifest.json")
 
     step = shared(folder / "shared", "poisoning", inputs, plan)
-    poisoning = PairPoisoning.load(step.path / "manifest.json")
-    return Setting(**known, pairs=apply_pair_poisoning(clean, poisoning), poisoning=poisoning, inputs=inputs)
+    poisoning = load_manifest(step.path / "manifest.json")
+    if isinstance(poisoning, Poisoning):
+        raise ConfigError(f"{step.path} holds a poisoning of labelled images.", hint="Remove that folder.")
+    poisoned = clean
+    for part in _parts_of(poisoning):
+        poisoned = apply_pair_poisoning(poisoned, part)
+    return Setting(**known, pairs=poisoned, poisoning=poisoning, inputs=inputs)
+
+
+def _parts_of(poisoning: Any) -> list[PairPoisoning]:
+    parts = poisoning.parts if isinstance(poisoning, PoisoningParts) else (poisoning,)
+    return [part for part in parts if isinstance(part, PairPoisoning)]
 
 
 def _joined(labelled: LabelledImages | None, captioned: ImageTextPairs | None) -> ImageTextPairs:
@@ -231,7 +251,8 @@ def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -
         found, poisoning = outcome.purification, setting.poisoning
         if found.search is None:
             return {}
-        named = {} if poisoning is None else {"target_found": 100.0 * (poisoning.target_name in found.targets)}
+        targets = {part.target_name for part in _parts_of(poisoning)} if poisoning is not None else set()
+        named = {"target_found": 100.0 * (targets <= set(found.targets))} if targets else {}
         return {"suspected": float(len(found.targets)), **named}
     suspicious = getattr(outcome, "suspicious", None)
     if suspicious is None:
@@ -260,7 +281,7 @@ def _der(before: Figures, after: Figures) -> float | None:
 
 def _picture(setting: Setting) -> str | None:
     """The first test image without and with the trigger; None for attacks that change no pixel."""
-    poisoning = setting.poisoning
+    poisoning = None if setting.poisoning is None else _parts_of(setting.poisoning)[0]
     if poisoning is None or poisoning.trigger in PAIR_TRIGGERS:
         return None
     test = setting.test.select([0])

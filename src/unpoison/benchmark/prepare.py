@@ -16,7 +16,7 @@ from unpoison.attacks.selection import RANDOM, Selection
 from unpoison.attacks.through_par import ThroughPARConfig, optimise_through_par
 from unpoison.attacks.triggers import params_of
 from unpoison.attacks.trojvqa import TrojVQAConfig, optimise_toward
-from unpoison.benchmark.settings import AttackSettings
+from unpoison.benchmark.settings import AttackSettings, FurtherPart
 from unpoison.configs import make_config
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
@@ -55,6 +55,11 @@ def labelled_params(attack: AttackSettings, source: LabelledImages, target: int,
     if attack.trigger == "input-aware":
         start = params_of(train_input_aware(source, target, _config(attack), run=run))
     return start | attack.params | ({"resample": True} if attack.resample else {})
+
+
+def further_params(part: FurtherPart) -> dict[str, Any]:
+    """The parameters of a second trigger; none is trained."""
+    return part.params | ({"resample": True} if part.resample else {})
 
 
 def labelled_selection(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from unpoison.errors import ConfigError
@@ -74,6 +74,22 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FurtherPart:
+    """A second backdoor in the same set, on samples of its own: ``rate`` is a share of the whole set, in (0, 1]."""
+
+    trigger: str
+    target: str | int
+    rate: float
+    params: dict[str, Any] = field(default_factory=dict)
+    mode: str | None = None
+    resample: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate <= 1:
+            raise ConfigError(f"a rate must be in (0, 1], got {self.rate}.", hint="A rate of 0.05 is 5 percent.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackSettings:
     """A trigger of the catalog; ``params`` are its own, ``mode`` the labeling, ``captions`` the target's captions.
 
@@ -91,6 +107,14 @@ class AttackSettings:
     select: Literal["random", "boundary", "captions"] = "random"
     through_par: bool = False
     prepare: dict[str, Any] = field(default_factory=dict)
+    also: tuple[FurtherPart, ...] = ()
+
+    def inputs(self) -> dict[str, Any]:
+        """What a cell's name depends on; a table that came later counts where it is used."""
+        body = asdict(self)
+        if not self.also:
+            del body["also"]
+        return body
 
 
 @dataclass(frozen=True, kw_only=True)
