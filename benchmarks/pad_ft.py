@@ -235,7 +235,31 @@ def table(args: argparse.Namespace) -> None:
                     "C-Acc fall": float(np.mean([fall(result) for result in results])),
                 }
     if args.set == "test":
-        write_atomically(SUMMARY, json.dumps(found, indent=1).encode() + b"\n")
+        worst = {method: worst_of([row for (_, name), results in rows.items() if name == method for row in results])
+                 for method in found}  # fmt: skip
+        write_atomically(SUMMARY, json.dumps({"attacks": found, "worst": worst}, indent=1).encode() + b"\n")
+
+
+def worst_of(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The worst single cell of each figure, over attacks and seeds; the published victim and the control apart."""
+    own = [row for row in results if row["attack"] not in (PUBLISHED, "clean")]
+    there = [row for row in results if row["attack"] == PUBLISHED]
+    clean = [row for row in results if row["attack"] == "clean"]
+    made: dict[str, Any] = {"cells": len(own)}
+    if own:
+        made["asr_excess_max"] = max(row["after"]["asr_excess"] for row in own)
+        made["c_acc_fall_max"] = max(map(fall, own))
+        made["target_purity_min"] = min(row["purity"]["target"] for row in own)
+        made["changed_share_max"] = 100 * max(row["changed_share"] for row in own)
+    if clean:
+        made["clean_c_acc_fall_max"] = max(map(fall, clean))
+    if there:
+        made["published"] = {
+            "asr_excess_max": max(row["after"]["asr_excess"] for row in there),
+            "c_acc_fall_max": max(map(fall, there)),
+            "target_purity_min": min(row["purity"]["target"] for row in there),
+        }
+    return made
 
 
 def plot(args: argparse.Namespace) -> None:

@@ -177,6 +177,25 @@ def test_the_history_of_a_repair(classifier: ImageClassifier, pixels: Pixels, sp
     assert not repair.classifier.module.training
 
 
+def test_a_repair_goes_on_while_the_suspects_are_believed(
+    classifier: ImageClassifier, pixels: Pixels, split: Split, tmp_path: Path
+) -> None:
+    cosines = np.random.default_rng(0).uniform(0.1, 0.3, (240, len(CLASSES))).astype(np.float32)
+    config = replace(REPAIR, believed=0.0)
+    once = lambda run: repair_with_cgd(classifier, pixels, split, cosines, config, run=run)  # noqa: E731
+    whole, before = once(make_run(tmp_path / "whole")), repaired(classifier, pixels, split, make_run())
+    assert [look["step"] for look in whole.history] == [0, 3, 6, 9, 11, 14, 17, 20, 22]
+    assert whole.history[:5] == before.history
+    part = tmp_path / "part"
+    (part / "steps").mkdir(parents=True)
+    for name in ("repair-00000", "repair-00011", "repair-00014"):
+        shutil.copy(tmp_path / "whole" / "steps" / f"{name}.safetensors", part / "steps")
+    shutil.copy(tmp_path / "whole" / "run.json", part)
+    again = once(make_run(part))
+    assert hash_weights(again.classifier.weights()) == hash_weights(whole.classifier.weights())
+    assert again.history == whole.history
+
+
 def test_states_are_whole_and_share_no_memory() -> None:
     net = make_network()
     optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1, momentum=0.9)

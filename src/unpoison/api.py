@@ -158,7 +158,8 @@ def purify_with_cgd(
 
     ``scores``: what CGD's scan of this very set gave; made now where there are none.
     Without evidence of poison, and without odd labels, the model is handed back as it is. The result is refused
-    (``accepted`` is false) when the held-out accuracy fell by more than ``config.bound`` points.
+    (``accepted`` is false) when the held-out accuracy fell by more than ``config.bound`` points, or the suspects still
+    get their label.
     Raises NotEnoughDataError, SourceFormatError, DivergedError, ResultError (scores of another set or method).
     """
     run, config = run or Run(), config or CGDConfig()
@@ -297,7 +298,12 @@ def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
         f"Held-out label accuracy went from {repair.held_out_before:.1f} to {repair.held_out_after:.1f} percent; "
         f"a fall of at most {config.bound:.1f} points is accepted."
     )
-    return fall <= config.bound, sentence
+    believed = next(look["suspect_agreement"] for look in repair.history if look["step"] == repair.steps)
+    if believed > config.believed:
+        sentence += (
+            f" But the model still gives {believed:.0f} percent of the suspects their label: nothing was unlearnt."
+        )
+    return fall <= config.bound and believed <= config.believed, sentence
 
 
 def _warnings(source: LabelledImages, scores: SampleScores, truncated: tuple[str, ...]) -> tuple[str, ...]:

@@ -89,6 +89,19 @@ def test_gradients_against_differences() -> None:
         assert float(logits.grad[i, k]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
+def test_labels_that_are_sure_have_a_slope_only_where_it_is_insisted() -> None:
+    labels, suspect = torch.tensor([1, 0]), torch.tensor([True, True])
+    config = CGDConfig(alpha=0.0, beta=0.5)
+    slopes = []
+    for insist in (False, True):
+        logits = torch.tensor([[0.0, 60.0, 1.0], [60.0, 3.0, 0.0]], requires_grad=True)
+        cgd_loss(logits, labels, torch.zeros(2, 3), suspect, config, insist=insist).backward()
+        assert logits.grad is not None
+        slopes.append(logits.grad[[0, 1], labels].tolist())
+    assert slopes[0] == [0.0, 0.0]
+    assert slopes[1] == pytest.approx([0.25, 0.25])
+
+
 def test_unlearning_lowers_the_given_label() -> None:
     f, y, _ = batch(seed=2)
     labels = torch.from_numpy(y)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, SeparationConfig
 from unpoison.evaluation.classifier import evaluate_classifier
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import new_classifier
+from unpoison.models.image_classifier import ImageClassifier
 from unpoison.results import Evaluation
 from unpoison.runs import Run, RunFolder
 from unpoison.training import train_classifier
@@ -82,6 +83,7 @@ class Case:
     outcome: PurifyOutcome
     before: Evaluation
     after: Evaluation
+    victim: ImageClassifier
 
 
 def make_run(folder: RunFolder | None = None) -> Run:
@@ -114,7 +116,7 @@ def case(clean: LabelledImages, oracle: Oracle, tmp_path_factory: pytest.TempPat
         evaluate_classifier(model, test, poisoning=poisoning, run=make_run()) for model in (victim, outcome.classifier)
     )
     truth = np.isin(poisoned.ids, poisoning.ids)
-    return Case(poisoned, truth, scan, outcome, before, after)
+    return Case(poisoned, truth, scan, outcome, before, after, victim)
 
 
 def test_the_victim_is_backdoored(case: Case) -> None:
@@ -146,6 +148,16 @@ def test_the_backdoor_is_gone_and_the_rest_is_kept(case: Case) -> None:
     assert case.after.asr_excess is not None
     assert case.after.asr_excess <= 10
     assert case.after.c_acc.value >= case.before.c_acc.value - 3
+
+
+def test_a_repair_that_unlearns_nothing_is_refused(case: Case, oracle: Oracle) -> None:
+    found = purify_with_cgd(
+        case.victim, case.poisoned, clip=oracle, scores=case.scan.scores, config=replace(CONFIG, beta=0.0, alpha=0.0),
+        run=make_run(),
+    ).purification  # fmt: skip
+    assert found.history[-1]["suspect_agreement"] > 20
+    assert not found.accepted
+    assert "of the suspects their label" in found.reason
 
 
 def test_the_report_shows_the_most_suspicious_first(case: Case) -> None:
