@@ -278,10 +278,15 @@ def plot(args: argparse.Namespace) -> None:
         panels[row, 0].plot(sizes, [_mean(cells[f"n-{size}"], key) for size in sizes], marker="o")
         panels[row, 0].set(xscale="log", xlabel="samples of each class", ylabel=f"{key}, %")
         for place, (title, names) in enumerate(PANELS.items(), start=1):
-            known = {label: name for label, name in names.items() if name in cells}
-            panels[row, place].bar(list(known), [_mean(cells[name], key) for name in known.values()])
-            panels[row, place].tick_params(axis="x", rotation=30)
+            known = {label: _mean(cells[name], key) for label, name in names.items() if name in cells}
+            panels[row, place].plot(list(known), list(known.values()), "o")
+            for label, value in known.items():
+                panels[row, place].annotate(
+                    f"{value:.1f}", (label, value), (0, 6), textcoords="offset points", ha="center"
+                )
+            panels[row, place].margins(x=0.2)
             panels[0, place].set_title(title)
+        panels[row, 0].margins(y=0.2)
     panels[0, 0].set_title("size of the purified set")
     figure.savefig(PLOT, metadata={"Date": None})
     print(PLOT)
