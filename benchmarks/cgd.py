@@ -57,7 +57,7 @@ ABLATIONS = {
     "rank-in-class": CGDConfig(separation=SeparationConfig(rank_within="class")),
     "clip-axis-only": CGDConfig(),
     "early-axis-only": CGDConfig(),
-    "no-unlearning": CGDConfig(beta=0.0),
+    "no-unlearning": CGDConfig(beta=0.0, believed=100.0),
     "no-kl": CGDConfig(alpha=0.0),
     "published-regions": CGDConfig(regions="published"),
     "as-published": CGDConfig.as_published(samples=10_000),
