@@ -30,7 +30,7 @@ from unpoison.models.open_clip_files import PREFIX, locate_open_clip
 from unpoison.runs import Run
 
 NOT_COVERED = (
-    "Patches larger than a fifth of the image's side, or in several places, in networks that a change spread over the "
+    "Patches wider than a fifth of the image, or in several places, in networks that a change spread over the "
     "image fools as easily.",
     "Triggers that depend on the image (input-aware, strong warps) or appear only in texts.",
     "Backdoors whose target is none of the classes that were searched, or that wait for a later fine-tuning.",
