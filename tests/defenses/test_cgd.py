@@ -91,7 +91,7 @@ def test_gradients_against_differences() -> None:
 
 def test_labels_that_are_sure_have_a_slope_only_where_it_is_insisted() -> None:
     labels, suspect = torch.tensor([1, 0]), torch.tensor([True, True])
-    config = CGDConfig(alpha=0.0, beta=0.5)
+    config = CGDConfig(alpha=0.0, insist=0.5)
     slopes = []
     for insist in (False, True):
         logits = torch.tensor([[0.0, 60.0, 1.0], [60.0, 3.0, 0.0]], requires_grad=True)

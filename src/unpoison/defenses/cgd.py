@@ -18,7 +18,8 @@ Steps
     4. SGD from the suspicious weights, all layers; crop and flip.
     5. Keep the last look that is not below the best by more than ``tolerance`` and what sampling explains, and accept
        or refuse, on held-out clean samples.
-    6. Where the suspects still get their label by then, the same steps again with -log(1 - p_f[y]) for the last term.
+    6. Where the suspects still get their label by then, the same steps again with -insist mean_suspect log(1 - p_f[y])
+       for the last term.
 Where we differ, and what the paper leaves open
     The authors stop when clean *test* accuracy falls by 1.0 point from its best, and restore the epoch before. We hold
     out ``held_out`` of the clean region, by class, and judge on that. The rate falls to zero, so a dip early on is no
@@ -84,6 +85,8 @@ class CGDConfig:
     """Ours falls linearly to zero; the authors' rate is constant."""
     weight_decay: float = 5e-4
     batch_size: int = 256
+    insist: float = 1.0
+    """Weight of -log(1 - p_y) in step 6. Ours."""
     believed: float = 20.0
     """Percent of the suspects that may still get their label after ``steps`` (step 6), and in a result that is
     accepted. 100 leaves both out. Ours."""
@@ -194,8 +197,10 @@ def cgd_loss(
         loss = F.cross_entropy(logits[~suspect], labels[~suspect])
     if bool(suspect.any()):
         loss = loss + config.alpha * config.tau**2 * teacher_divergence(logits[suspect], teacher[suspect], config.tau)
-        unlearnt = disbelief if insist else partial(label_log_likelihood, epsilon=config.epsilon)
-        loss = loss + config.beta * unlearnt(logits[suspect], labels[suspect])
+        if insist:
+            loss = loss + config.insist * disbelief(logits[suspect], labels[suspect])
+        else:
+            loss = loss + config.beta * label_log_likelihood(logits[suspect], labels[suspect], config.epsilon)
     return loss
 
 
