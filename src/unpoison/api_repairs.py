@@ -23,7 +23,7 @@ from unpoison.defenses.baselines.ft_sam import FTSAMConfig, repair_with_ft_sam
 from unpoison.defenses.baselines.i_bau import IBAUConfig, repair_with_i_bau
 from unpoison.defenses.baselines.nad import NADConfig, repair_with_nad
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
-from unpoison.defenses.repair import Repair
+from unpoison.defenses.repair import Repair, label_accuracy
 from unpoison.detection.cgd import (
     CLIP_AXIS,
     EARLY_AXIS,
@@ -44,6 +44,8 @@ from unpoison.types import Classifier, ZeroShotModel
 
 FOREIGN_AGREEMENT = 60.0
 """Percent of given labels that a model says, under which the set hardly is the one that it was trained on."""
+BELIEVED = 20.0
+"""Percent of the suspects that get their label from a repaired model, above which it is said."""
 PAD_FT_LIMITS = (
     *REPAIR_LIMITS,
     "Triggers whose activations stay among those of clean images: only the last layer and the bounds were changed.",
@@ -82,13 +84,14 @@ def purify_with_pad_ft(
     check_every_class(split)
     repair = repair_with_pad_ft(classifier, known.pixels, split, config, run=run)
     shown = known.own if scores is None else replace(scores, axes=scores.axes | {LOSS_AXIS: known.own.suspicion})
+    believed = warn_of_suspects(repair.classifier, known.pixels, split, run)
     purification = _purification(
         "pad-ft", classifier, source, repair, split, config, run,
         bound=config.bound,
         seconds=time.monotonic() - begun,
         protects="the classifier's last layer, behind clipped activations",
         limits=PAD_FT_LIMITS,
-        warnings=known.warnings + _warnings(scores, split),
+        warnings=known.warnings + _warnings(scores, split) + believed,
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
     samples = describe_samples(source, shown, split, choices)
@@ -106,6 +109,17 @@ def _warnings(scores: SampleScores | None, split: Split) -> tuple[str, ...]:
     if len(split.suspect) and split.estimate is not None and not split.estimate.poisoned:
         return ("Poisoning was not proved: the doubtful samples of odd labels were unlearnt (odd_labels).",)
     return ()
+
+
+def warn_of_suspects(repaired: Classifier, pixels: Pixels, split: Split, run: Run) -> tuple[str, ...]:
+    """What to say where the repaired model still gives many suspects their label, without any ground truth."""
+    believed = label_accuracy(repaired, pixels, split.labels, split.suspect, run=run)
+    if believed <= BELIEVED:
+        return ()
+    return (
+        f"The repaired model still gives {believed:.0f} percent of the {len(split.suspect):,} suspects their label: "
+        "where they are poison, the backdoor is still there.",
+    )
 
 
 RepairFunction = Callable[..., Repair]
@@ -162,7 +176,7 @@ def purify_with_classic(
         seconds=time.monotonic() - begun,
         protects="the weights of a new classifier" if method == "abl" else "the classifier's weights",
         limits=REPAIR_LIMITS,
-        warnings=known.warnings,
+        warnings=known.warnings + warn_of_suspects(repair.classifier, known.pixels, split, run),
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
     samples = describe_samples(source, scores, split, choices)

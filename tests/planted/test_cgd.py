@@ -151,10 +151,10 @@ def test_the_backdoor_is_gone_and_the_rest_is_kept(case: Case) -> None:
 
 
 def test_a_repair_that_unlearns_nothing_is_refused(case: Case, oracle: Oracle) -> None:
+    config = replace(CONFIG, beta=0.0, alpha=0.0, insist=0.0)
     found = purify_with_cgd(
-        case.victim, case.poisoned, clip=oracle, scores=case.scan.scores, config=replace(CONFIG, beta=0.0, alpha=0.0, insist=0.0),
-        run=make_run(),
-    ).purification  # fmt: skip
+        case.victim, case.poisoned, clip=oracle, scores=case.scan.scores, config=config, run=make_run()
+    ).purification
     assert found.history[-1]["suspect_agreement"] > 20
     assert not found.accepted
     assert "of the suspects their label" in found.reason

@@ -118,6 +118,10 @@ def test_a_classic_takes_any_split(victim: ImageClassifier, poisoned: LabelledIm
     outcome = purify_with_classic("ft", victim, poisoned, split=split, config=config, run=make_run())
     assert outcome.purification.method == "ft"
     assert outcome.purification.suspect_count == 100
+    idle = purify_with_classic(
+        "ft", victim, poisoned, split=split, config=FTConfig(steps=1, learning_rate=1e-9, batch_size=64), run=make_run()
+    ).purification
+    assert "percent of the 100 suspects their label" in " ".join(idle.warnings)
     with pytest.raises(ResultError, match="another set"):
         purify_with_classic("ft", victim, poisoned, split=replace(split, ids=split.ids[::-1]), run=make_run())
     with pytest.raises(DataError, match="needs a split"):
