@@ -25,36 +25,12 @@ from unpoison.attacks.through_par import (
 from unpoison.data.pairs import open_pairs
 from unpoison.data.pixels import load_pixels, to_images
 from unpoison.errors import ConfigError, NotEnoughDataError
-from unpoison.models.clip_transformers import TransformersCLIP, load_clip
+from unpoison.models.clip_transformers import TransformersCLIP
 from unpoison.runs import Run, RunFolder, Silent
 
 CONFIG = ThroughPARConfig(patch_share=0.25, images=32, epochs=3, batch_size=16, learning_rate=0.05)
 PAIRS = open_pairs("shapes:80:1")
 TARGET = "red"
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> TransformersCLIP:
-    """Random towers of one layer of width 16 with the bundled CLIP's tokenizer."""
-    from transformers import CLIPConfig, CLIPModel
-
-    bundled = load_clip("tiny")
-    shared = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = bundled.module.config.text_config  # pyright: ignore[reportAttributeAccessIssue] # a CLIPConfig
-    special = {name: getattr(text, name) for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = CLIPModel(
-            CLIPConfig(
-                text_config=shared | special | {"max_position_embeddings": 32},
-                vision_config=shared | {"image_size": 16, "patch_size": 8},
-                projection_dim=8,
-            )
-        )
-    folder = tmp_path_factory.mktemp("small")
-    model.save_pretrained(folder)
-    bundled._tokenizer.save_pretrained(folder)
-    return load_clip(folder)
 
 
 def made_batch(count: int = 16) -> Batch:

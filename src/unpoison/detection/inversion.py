@@ -26,7 +26,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -114,24 +114,10 @@ class InvertedTrigger:
         return _put_on(self.form, images, self.mask.to(images), self.pattern.to(images))
 
 
-@runtime_checkable
-class Search(Protocol):
-    """A search for one trigger."""
+class Search:
+    """A search for one trigger, which can go on where it stopped.
 
-    def advance(self, steps: int) -> None:
-        """Go on for so many steps."""
-        ...
-
-    def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
-        """Mask and pattern so far."""
-        ...
-
-
-class Inversion:
-    """One search, which can go on where it stopped: steps 1 to 3 against any objective.
-
-    ``rows`` of ``images`` [n, 3, h, w] are used: those that are not of the target. Raises NotEnoughDataError,
-    ConfigError for squares.
+    ``rows`` of ``images`` [n, 3, h, w] are used: those that are not of the target. Raises NotEnoughDataError.
     """
 
     def __init__(
@@ -143,10 +129,37 @@ class Inversion:
         generator: torch.Generator,
     ) -> None:
         check_enough(len(rows))
-        if config.form == "square":
-            raise ConfigError("squares are searched among the classes of a model only.", hint="Use patch or additive.")
         self._objective, self._images, self._rows = objective, images, rows
         self._config, self._generator = config, generator
+
+    def advance(self, steps: int) -> None:
+        """Go on for so many steps."""
+        raise NotImplementedError
+
+    def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
+        """Mask and pattern so far."""
+        raise NotImplementedError
+
+    def _drawn(self) -> Int[Tensor, " b"]:
+        """The rows of the next batch."""
+        order = torch.randperm(len(self._rows), generator=self._generator)[: self._config.batch_size]
+        return self._rows[order.to(self._rows.device)]
+
+
+class Inversion(Search):
+    """Steps 1 to 3 against any objective. Raises ConfigError for squares, which are another search."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        images: Images,
+        rows: Int[Tensor, " m"],
+        config: InversionConfig,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(objective, images, rows, config, generator)
+        if config.form == "square":
+            raise ConfigError("squares are searched among the classes of a model only.", hint="Use patch or additive.")
         height, width = images.shape[-2:]
         start = -2.0 if config.form == "patch" else 0.0
         self._free_mask = torch.full((1, height, width), start, device=images.device, requires_grad=True)
@@ -158,8 +171,7 @@ class Inversion:
 
     def advance(self, steps: int) -> None:
         for _ in range(steps):
-            order = torch.randperm(len(self._rows), generator=self._generator)[: self._config.batch_size]
-            self._step(self._rows[order.to(self._rows.device)])
+            self._step(self._drawn())
 
     def found(self) -> tuple[Float[Tensor, "1 h w"], Float[Tensor, "3 h w"]]:
         """Mask and pattern so far: the smallest that worked, else (or with ``keep = "last"``) the last ones."""

@@ -28,14 +28,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unpoison.detection.inversion import InversionConfig, Objective, check_enough
+from unpoison.detection.inversion import InversionConfig, Objective, Search
 from unpoison.types import Images
 
 _LOOKED_AT = 128
 
 
-class SquareInversion:
-    """One search, which can go on where it stopped; used as :class:`unpoison.detection.inversion.Inversion` is.
+class SquareInversion(Search):
+    """Steps 1 to 4.
 
     ``config.steps`` are shared out among ``config.squares``; steps after the last side that was tried do nothing.
     """
@@ -48,9 +48,7 @@ class SquareInversion:
         config: InversionConfig,
         generator: torch.Generator,
     ) -> None:
-        check_enough(len(rows))
-        self._objective, self._images, self._rows = objective, images, rows
-        self._config, self._generator = config, generator
+        super().__init__(objective, images, rows, config, generator)
         self._size = int(images.shape[-2]), int(images.shape[-1])
         sides = [max(1, round(share * min(self._size))) for share in config.squares]
         self._left = sorted(set(sides), reverse=True)
@@ -77,8 +75,7 @@ class SquareInversion:
         self._taken = 0
 
     def _step(self) -> None:
-        order = torch.randperm(len(self._rows), generator=self._generator)[: self._config.batch_size]
-        rows = self._rows[order.to(self._rows.device)]
+        rows = self._drawn()
         ends = (length - self._left[0] + 1 for length in self._size)
         drawn = [torch.randint(end, (len(rows),), generator=self._generator) for end in ends]
         places = torch.stack(drawn, dim=1).to(rows.device)
