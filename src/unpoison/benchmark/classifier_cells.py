@@ -12,12 +12,12 @@ import numpy as np
 
 from unpoison.api import PurifyOutcome
 from unpoison.attacks.manifest import Poisoning
-from unpoison.attacks.parts import PoisoningParts, load_labelled
-from unpoison.attacks.poison import apply_poisoning, plan_poisoning, trigger_test_source
+from unpoison.attacks.parts import Part, PoisoningParts, apply_parts, load_labelled, plan_parts
+from unpoison.attacks.poison import apply_poisoning, trigger_test_source
 from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import fitted, further_params, labelled_params, labelled_selection
+from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
 from unpoison.benchmark.settings import MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -102,25 +102,19 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
 
     def plan(place: RunFolder) -> None:
         made = Run(seed=seed, progress=progress, cache=folder / "cache", folder=place)
-        params = labelled_params(attack, clean, target, run=made)
-        poisoning = plan_poisoning(
-            clean, attack.trigger, rate=cell.names.rate, target=target, seed=seed, mode=attack.mode,
-            selection=labelled_selection(attack, clean, target, cell.model.clip, run=made), **params,
-        )  # fmt: skip
-        whole: Poisoning | PoisoningParts = fitted(attack, clean, poisoning, run=made)
-        for at, part in enumerate(attack.also, start=1):
-            planned = plan_poisoning(
-                clean, part.trigger, rate=part.rate, target=target_label(part.target, clean.class_names),
-                seed=seed + at, mode=part.mode, taken=whole.ids, **further_params(part),
-            )  # fmt: skip
-            whole = PoisoningParts(parts=(*labelled_parts(whole), planned))
+        selection = labelled_selection(attack, clean, target, cell.model.clip, run=made)
+        options = {"mode": attack.mode, "selection": selection, **labelled_params(attack, clean, target, run=made)}
+        first = Part(trigger=attack.trigger, target=target, rate=cell.names.rate, options=options)
+        more = [further_part(part, target_label(part.target, clean.class_names)) for part in attack.also]
+        parts = labelled_parts(plan_parts(clean, [first, *more], seed=seed))
+        parts[0] = fitted(attack, clean, parts[0], run=made)
+        whole = PoisoningParts(parts=tuple(parts)) if more else parts[0]
         whole.save(place.path / "manifest.json")
 
     step = shared(folder / "shared", "poisoning", inputs, plan)
     poisoning = load_labelled(step.path / "manifest.json")
-    poisoned = clean
-    for part in labelled_parts(poisoning):
-        poisoned = apply_poisoning(poisoned, part)
+    several = isinstance(poisoning, PoisoningParts)
+    poisoned = apply_parts(clean, poisoning) if several else apply_poisoning(clean, poisoning)
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
 
 

@@ -16,8 +16,8 @@ from unpoison.api_clip import ClipPurifyOutcome, count_parameters, purify_with_f
 from unpoison.api_zero_shot import ZeroShotOutcome
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.pair_manifest import PairPoisoning
-from unpoison.attacks.pairs import apply_pair_poisoning, plan_pair_poisoning
-from unpoison.attacks.parts import PoisoningParts, load_manifest
+from unpoison.attacks.pairs import apply_pair_poisoning
+from unpoison.attacks.parts import Part, PoisoningParts, apply_pair_parts, load_manifest, plan_pair_parts
 from unpoison.attacks.poison import TriggerOverlay
 from unpoison.attacks.prompts import TEMPLATES
 from unpoison.attacks.triggers import PAIR_TRIGGERS
@@ -25,7 +25,7 @@ from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
-from unpoison.benchmark.prepare import further_params, pair_params, pair_selection
+from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
 from unpoison.benchmark.settings import SHOTS, MethodSettings
 from unpoison.benchmark.shared import Step, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -129,30 +129,31 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
 
     def plan(place: RunFolder) -> None:
         made = replace(run, folder=place)
-        params = pair_params(attack, base, clean, target, run=made)
-        selection = pair_selection(attack, base, clean, captioned, target, run=made)
-        whole: PairPoisoning | PoisoningParts = plan_pair_poisoning(
-            clean, attack.trigger, rate=cell.names.rate, target=target, captions=attack.captions, seed=seed,
-            mode=attack.mode, size=None if attack.trigger in PAIR_TRIGGERS else base.image_size,
-            natural_from=captioned, selection=selection, surrogate=base if attack.captions == "aligned" else None,
-            run=made, **params,
-        )  # fmt: skip
-        for at, part in enumerate(attack.also, start=1):
-            planned = plan_pair_poisoning(
-                clean, part.trigger, rate=part.rate, seed=seed + at, mode=part.mode, size=base.image_size,
-                target=test.class_names[target_label(part.target, test.class_names)], natural_from=captioned,
-                taken=whole.ids, **further_params(part),
-            )  # fmt: skip
-            whole = PoisoningParts(parts=(*_parts_of(whole), planned))
+        options = {
+            "mode": attack.mode, "captions": attack.captions, "natural_from": captioned, "run": made,
+            "size": None if attack.trigger in PAIR_TRIGGERS else base.image_size,
+            "surrogate": base if attack.captions == "aligned" else None,
+            "selection": pair_selection(attack, base, clean, captioned, target, run=made),
+            **pair_params(attack, base, clean, target, run=made),
+        }  # fmt: skip
+        first = Part(trigger=attack.trigger, target=target, rate=cell.names.rate, options=options)
+        more = [
+            further_part(
+                part, test.class_names[target_label(part.target, test.class_names)], natural_from=captioned,
+                size=None if part.trigger in PAIR_TRIGGERS else base.image_size,
+            )
+            for part in attack.also
+        ]  # fmt: skip
+        parts = plan_pair_parts(clean, [first, *more], seed=seed)
+        whole = parts if more else parts.parts[0]
         whole.save(place.path / "manifest.json")
 
     step = shared(folder / "shared", "poisoning", inputs, plan)
     poisoning = load_manifest(step.path / "manifest.json")
     if isinstance(poisoning, Poisoning):
         raise ConfigError(f"{step.path} holds a poisoning of labelled images.", hint="Remove that folder.")
-    poisoned = clean
-    for part in _parts_of(poisoning):
-        poisoned = apply_pair_poisoning(poisoned, part)
+    several = isinstance(poisoning, PoisoningParts)
+    poisoned = apply_pair_parts(clean, poisoning) if several else apply_pair_poisoning(clean, poisoning)
     return Setting(**known, pairs=poisoned, poisoning=poisoning, inputs=inputs)
 
 

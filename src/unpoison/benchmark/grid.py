@@ -20,7 +20,7 @@ from unpoison.attacks.triggers import make_trigger
 from unpoison.benchmark.cell import Cell, Names
 from unpoison.benchmark.clip_victims import Settings as ClipVictim
 from unpoison.benchmark.contents import looks_local, path_content, source_content
-from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, further_params, training_of
+from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
 from unpoison.benchmark.settings import (
     CLEAN,
     GIVEN,
@@ -201,7 +201,7 @@ def _check_attack(attack: AttackSettings) -> None:
         raise ConfigError(f"{attack.trigger} is not trained through PAR.", hint=f"through_par is for {THROUGH_PAR}.")
     for part in attack.also:
         find(part.trigger, ATTACKS)
-        make_trigger(part.trigger, further_params(part))
+        make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
         if part.trigger in PREPARED_WITH:
             raise ConfigError(f"also: {part.trigger} is trained beforehand.", hint="Give it as the first trigger.")
     kind = training_of(attack)

@@ -12,6 +12,7 @@ from unpoison.attacks.input_aware import InputAwareConfig, train_input_aware
 from unpoison.attacks.low_gap_fit import LowGapConfig, fit_low_gap
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.pairs import who_names
+from unpoison.attacks.parts import Part
 from unpoison.attacks.selection import RANDOM, Selection
 from unpoison.attacks.through_par import ThroughPARConfig, optimise_through_par
 from unpoison.attacks.triggers import params_of
@@ -57,9 +58,13 @@ def labelled_params(attack: AttackSettings, source: LabelledImages, target: int,
     return start | attack.params | ({"resample": True} if attack.resample else {})
 
 
-def further_params(part: FurtherPart) -> dict[str, Any]:
-    """The parameters of a second trigger; none is trained."""
-    return part.params | ({"resample": True} if part.resample else {})
+def further_part(part: FurtherPart, target: int | str, **options: Any) -> Part:
+    """A second backdoor as planning takes it; its trigger is not trained."""
+    resample = {"resample": True} if part.resample else {}
+    return Part(
+        trigger=part.trigger, target=target, rate=part.rate,
+        options={"mode": part.mode, **options, **part.params, **resample},
+    )  # fmt: skip
 
 
 def labelled_selection(

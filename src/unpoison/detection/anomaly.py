@@ -36,7 +36,7 @@ class AnomalyConfig:
     success: float = 60.0
     """Percent of unseen images that a trigger must send to its class to count at all."""
     square_success: float = 80.0
-    """The same for squares: in clean models the largest one sends up to half of the images to some class."""
+    """The same for squares: the largest one sends many images to some class of a clean model, too."""
     floor: float = 0.25
     """Least deviation of a log size: sizes that differ by a quarter are nearly equal."""
 
