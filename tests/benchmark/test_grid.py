@@ -130,6 +130,8 @@ def test_figures_of_papers_are_of_methods_and_attacks_of_the_grid(tables: dict[s
     reported = {"method": "ft", "setting": "another net", "source": "a paper", "asr": {"badnet": 12.0}}
     tables["reported"] = [reported]
     assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"badnet": 12.0}
+    tables["reported"] = [reported | {"asr": {"mean": 3.0}}]
+    assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"mean": 3.0}
     tables["reported"] = [reported | {"method": "cgdd"}, reported | {"c_acc": {"badnte": 101.0}}, {"method": "ft"}]
     found = "\n".join(problems_of(tables))
     assert "[[reported]] 1: no cell has the method 'cgdd'. Did you mean 'cgd'?" in found

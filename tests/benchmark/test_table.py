@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from unpoison.benchmark.compute import failed
 from unpoison.benchmark.formats import FORMATS, as_csv, as_json, latex, markdown
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.runner import run_grid
+from unpoison.benchmark.settings import Reported
 from unpoison.benchmark.store import Store
-from unpoison.benchmark.table import Table, make_table, over_seeds, summarise
+from unpoison.benchmark.table import Table, compare, make_table, over_seeds, summarise
 from unpoison.evaluation.intervals import wilson
 from unpoison.report.leaderboard import render_leaderboard
 
@@ -66,6 +68,18 @@ def test_the_control_and_the_model_as_given_stand_in_the_table(table: Table) -> 
     assert "asr" not in control.values
     assert control.values["c_acc_before"].mean - control.values["c_acc"].mean == pytest.approx(1.0)
     assert len(table.failures) == 2
+
+
+def test_a_papers_mean_stands_beside_ours_over_all_attacks(table: Table) -> None:
+    said = Reported(method="ft", setting="a net", source="a paper", asr={"mean": 0.4}, c_acc={"badnet": 90.0})
+    mean, single = compare([said], table.rows)
+    attacked = [row.values for row in table.rows if row.method == "ft" and "asr" in row.values]
+    assert (mean.attack, mean.asr, mean.c_acc) == ("mean", 0.4, None)
+    assert mean.our_asr is not None
+    assert mean.our_asr.mean == pytest.approx(np.mean([values["asr"].mean for values in attacked]))
+    assert mean.our_asr.std is None  # a spread over attacks is none over seeds
+    assert (single.attack, single.our_asr) == ("badnet", attacked[0]["asr"])
+    assert compare([replace(said, method="cgdd")], table.rows)[0].our_asr is None
 
 
 def test_methods_are_summed_up(table: Table) -> None:

@@ -12,7 +12,8 @@ CLEAN = "clean"
 """The attack that is none: the control of every table."""
 GIVEN = "none"
 """The method that is none: the victim as it is given, before any defense."""
-
+MEAN = "mean"
+"""In the figures of papers: over all attacks of the paper."""
 SHOTS = "clean labelled shots"
 """What the catalog calls the images that ``shots`` gives."""
 
@@ -157,7 +158,8 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Reported:
-    """What a paper reports of a method of the grid, in percent by the grid's names of the attacks.
+    """What a paper reports of a method of the grid, in percent by the grid's names of the attacks, ``mean`` for a
+    figure over all of the paper's.
 
     ``setting``: its models and data in a few words; ``source``: the paper, and where in it.
     """

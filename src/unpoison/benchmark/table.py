@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from unpoison.benchmark.cell import CellResult, Names
-from unpoison.benchmark.settings import CLEAN, GIVEN, Reported
+from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN, Reported
 from unpoison.benchmark.store import Plan, Store
 from unpoison.evaluation.intervals import mean_over_seeds
 from unpoison.results import Interval
@@ -205,8 +205,13 @@ def make_table(store: Store) -> Table:
 
 
 def compare(reported: Sequence[Reported], rows: Sequence[Row]) -> tuple[Comparison, ...]:
-    """Each figure of a paper beside our row of that attack and method, the first where there are several."""
+    """Each figure of a paper beside our row of that attack and method, the first where there are several; a paper's
+    mean beside that over our attacked rows."""
     ours = {(row.attack, row.method): row.values for row in reversed(rows)}
+    for method in {entry.method for entry in reported}:
+        attacked = [row.values for row in rows if row.method == method and "asr" in row.values]
+        if attacked:
+            ours[MEAN, method] = {name: _mean_of([values[name] for values in attacked]) for name in ("asr", "c_acc")}
     return tuple(
         Comparison(
             attack=attack, method=entry.method, asr=entry.asr.get(attack), c_acc=entry.c_acc.get(attack),
@@ -217,6 +222,12 @@ def compare(reported: Sequence[Reported], rows: Sequence[Row]) -> tuple[Comparis
         for entry in reported
         for attack in dict.fromkeys((*entry.asr, *entry.c_acc))
     )  # fmt: skip
+
+
+def _mean_of(values: Sequence[Value]) -> Value:
+    """Over attacks: their spread says nothing about seeds."""
+    seeds = min(value.seeds for value in values)
+    return Value(mean=_mean([value.mean for value in values]), std=None, low=None, high=None, seeds=seeds)
 
 
 def make_row(found: Sequence[CellResult], kind: str) -> Row:

@@ -1,0 +1,325 @@
+"""What grids/cpu.toml found: kept in the repository, as the tables of the docs and as the figures that are claimed.
+
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu       # start it twice for two cores; resumes
+    python benchmarks/grid.py keep      # plans, cells, CSV and leaderboard to benchmarks/results/bench-cpu
+    python benchmarks/grid.py claims    # benchmarks/results/grid.json
+    python benchmarks/grid.py tables    # docs/results.md: one table per question
+
+``bench table benchmarks/results/bench-cpu`` shows what is kept with all its columns.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unpoison.benchmark.cell import CellResult, Figures
+from unpoison.benchmark.formats import COMPARISON, SPREAD, as_csv, cells_of, compared, headings
+from unpoison.benchmark.settings import CLEAN, GIVEN
+from unpoison.benchmark.store import Store
+from unpoison.benchmark.table import Row, Table, columns_of, make_table, summarise
+from unpoison.report.leaderboard import render_leaderboard
+from unpoison.results import write_atomically
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "benchmarks/results/bench-cpu"
+SUMMARY = ROOT / "benchmarks/results/grid.json"
+PAGE = ROOT / "docs/results.md"
+
+PAIR_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
+                "wanet-strong", "badclip")  # fmt: skip
+"""The eight of the CLIP repair's table."""
+TOKEN_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "sig-clip", "wanet-strong", "blended-text", "badclip")
+"""The seven of UBT's and CBPT's."""
+TEMPLATES = tuple(name for name in TOKEN_ATTACKS if name != "badclip")
+SAMPLE_ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image")
+CLIP_REPAIRS = {"par": "par-paper", "clip_ours": "par", "cleanclip": "clean-clip", "fine-tuning": "fine-tuning"}
+"""What a claim calls a method, and what the grid does."""
+SAMPLE_METHODS = ("cgd", "pad-ft", "pad-ft-paper", "ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
+Pick = Callable[[CellResult], float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """The cells that have figures, by what the grid calls them."""
+
+    all: tuple[CellResult, ...]
+    failed: int
+    planned: int
+
+    @classmethod
+    def of(cls, folder: Path) -> "Cells":
+        store = Store.read(folder)
+        keys = [cell.key for plan in store.plans() for cell in plan.cells]
+        found = [store.load(key) for key in keys if store.has(key)]
+        done = tuple(result for result in found if result.status == "done")
+        return cls(all=done, failed=len(found) - len(done), planned=len(keys))
+
+    def where(self, method: str, attacks: Sequence[str]) -> list[CellResult]:
+        return [cell for cell in self.all if cell.names.method == method and cell.names.attack in attacks]
+
+    def figure(self, method: str, attacks: Sequence[str], pick: Pick) -> dict[str, Any]:
+        """Mean, extremes and where they stand, over single cells: attack x seed."""
+        known = {f"{c.names.attack}-{c.names.seed}": number for c in self.where(method, attacks)
+                 if (number := pick(c)) is not None}  # fmt: skip
+        if not known:
+            return {"cells": 0}
+        most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
+        return {
+            "mean": float(np.mean([*known.values()])), "max": known[most], "max_at": most, "min": known[least],
+            "min_at": least, "cells": len(known), "seeds": len({name.rpartition("-")[2] for name in known}),
+        }  # fmt: skip
+
+    def ratio(self, method: str, other: str, attacks: Sequence[str]) -> dict[str, Any]:
+        """Seconds of one method over those of another on the same victim, over single cells."""
+        seconds = {(c.names.attack, c.names.seed): c.cost.seconds for c in self.where(other, attacks)}
+
+        def pick(cell: CellResult) -> float | None:
+            beside = seconds.get((cell.names.attack, cell.names.seed))
+            return None if beside is None else cell.cost.seconds / beside
+
+        return self.figure(method, attacks, pick)
+
+
+def excess(cell: CellResult) -> float | None:
+    return None if cell.after is None else cell.after.asr_excess
+
+
+def fall(cell: CellResult) -> float | None:
+    """Points of C-Acc that the repair cost."""
+    if cell.before is None or cell.after is None:
+        return None
+    return cell.before.c_acc.value - cell.after.c_acc.value
+
+
+def detected(name: str) -> Pick:
+    return lambda cell: None if cell.repaired is None else cell.repaired.detection.get(name)
+
+
+def suspected(cell: CellResult) -> float | None:
+    """100 where a search suspects any class, 0 where none."""
+    found = detected("suspected")(cell)
+    return None if found is None else 100.0 * (found > 0)
+
+
+def rebound(cell: CellResult) -> float | None:
+    after: Figures | None = None if cell.repaired is None else cell.repaired.rebound
+    return None if after is None else after.asr_excess
+
+
+def claims(cells: Cells) -> dict[str, Any]:
+    """What the issue of each method asks for. ASR is the excess over the natural floor."""
+    body: dict[str, Any] = {
+        "grid": {"done": len(cells.all), "failed": cells.failed, "planned": cells.planned},
+    }
+    for name, method in {
+        "par": "par-paper",
+        "clip_ours": "par",
+        "cleanclip": "clean-clip",
+        "ft": "fine-tuning",
+    }.items():
+        body[name] = {
+            "asr_after": cells.figure(method, PAIR_ATTACKS, excess),
+            "c_acc_drop": cells.figure(method, PAIR_ATTACKS, fall),
+            "clean_c_acc_drop": cells.figure(method, [CLEAN], fall),
+            "rebound": cells.figure(method, PAIR_ATTACKS, rebound),
+        }
+    for method in ("ubt", "cbpt", "rvpt", "linear-probe", "abl-clip"):
+        body[method] = {
+            "asr_after": cells.figure(method, TOKEN_ATTACKS, excess),
+            "c_acc_drop": cells.figure(method, TOKEN_ATTACKS, fall),
+            "clean_c_acc_drop": cells.figure(method, [CLEAN], fall),
+        }
+    body["ubt"] |= {
+        "auroc": cells.figure("ubt", TEMPLATES, detected("auroc")),
+        "recall": cells.figure("ubt", TOKEN_ATTACKS, detected("recall")),
+        "precision": cells.figure("ubt", TOKEN_ATTACKS, detected("precision")),
+        "wall_ratio_to_cleanclip": cells.ratio("ubt", "clean-clip", TOKEN_ATTACKS),
+    }
+    body["cbpt"] |= {
+        "target_found": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found")),
+        "false_alarm": cells.figure("cbpt", [CLEAN], suspected),
+        "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
+    }
+    for method in SAMPLE_METHODS:
+        body[method] = {
+            "asr_after": cells.figure(method, SAMPLE_ATTACKS, excess),
+            "c_acc_drop": cells.figure(method, SAMPLE_ATTACKS, fall),
+            "clean_c_acc_drop": cells.figure(method, [CLEAN], fall),
+            "target_purity": cells.figure(method, SAMPLE_ATTACKS, detected("target_purity")),
+        }
+    return body
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One table of the page: which rows of the grid, and which of their figures."""
+
+    title: str
+    text: str
+    kind: str
+    attacks: tuple[str, ...]
+    methods: tuple[str, ...]
+    columns: tuple[str, ...]
+
+
+SUMMED = ("model", "method", "attacks", "mean excess ASR", "worst", "mean fall of C-Acc", "worst", "RA",
+          "fall on clean models", "seconds")  # fmt: skip
+COSTS = ("c_acc", "asr", "asr_excess", "ra")
+QUESTIONS = (
+    Question(
+        title="Repairing a CLIP with clean pairs",
+        text="PAR in this package's default, as its paper has it (`par-paper`), CleanCLIP and plain fine-tuning: 200 "
+        "steps of 128 each, on the same pairs. *R@1* is image to text among 1,000 images of Flickr8k.",
+        kind="clip",
+        attacks=(*PAIR_ATTACKS, "sig-clip", CLEAN),
+        methods=(GIVEN, "fine-tuning", "clean-clip", "par-paper", "par"),
+        columns=(*COSTS, "r_at_1", "drift", "rebound", "seconds"),
+    ),
+    Question(
+        title="Unlearning with the poisoned pairs",
+        text="UBT and ABL get the pairs that the victim was trained on, poison included; AUROC and recall are those "
+        "of the list of suspicious pairs.",
+        kind="clip",
+        attacks=(*TOKEN_ATTACKS, CLEAN),
+        methods=(GIVEN, "ubt", "abl-clip"),
+        columns=(*COSTS, "r_at_1", "auroc", "recall", "rebound", "seconds"),
+    ),
+    Question(
+        title="Repairing a zero-shot classifier, the weights untouched",
+        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by.",
+        kind="clip",
+        attacks=(*TOKEN_ATTACKS, CLEAN),
+        methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
+        columns=(*COSTS, "target_found", "seconds"),
+    ),
+    Question(
+        title="Repairing a classifier with its own poisoned training set",
+        text="All of them start from the same scores (CGD's, with the tiny CLIP). *Purity*: the clean share of the "
+        "target's samples that are trusted.",
+        kind="classifier",
+        attacks=(*SAMPLE_ATTACKS, CLEAN),
+        methods=(GIVEN, *SAMPLE_METHODS),
+        columns=(*COSTS, "der", "purity", "changed", "seconds"),
+    ),
+    Question(
+        title="More attacks on classifiers, the last two adaptive",
+        text="`boundary` poisons images that the defender's own CLIP nearly takes for the target (against CGD), "
+        "`low-gap` is made so that no sample is learnt early (against PAD-FT and CGD's second axis).",
+        kind="classifier",
+        attacks=("bpp", "lf", "adap-blend", "boundary", "low-gap"),
+        methods=(GIVEN, *SAMPLE_METHODS),
+        columns=(*COSTS, "der", "purity", "seconds"),
+    ),
+    Question(
+        title="Attackers of CLIPs who know the defense, and two backdoors at once",
+        text="`aligned` uses real captions that fit the image (against UBT), `through-par` trains its patch "
+        "through PAR, `feature-small` is fitted to stay under CBPT's inversion, `two-targets` plants two backdoors.",
+        kind="clip",
+        attacks=("aligned", "through-par", "feature-small", "two-targets"),
+        methods=(GIVEN, "par", "ubt", "cbpt", "clean-clip"),
+        columns=(*COSTS, "auroc", "target_found", "rebound", "seconds"),
+    ),
+)
+
+
+def question_table(question: Question, rows: Sequence[Row]) -> list[str]:
+    """By attack, then method, in the question's order."""
+    chosen = sorted(
+        (
+            row
+            for row in rows
+            if row.kind == question.kind and row.attack in question.attacks and row.method in question.methods
+        ),
+        key=lambda row: (question.attacks.index(row.attack), question.methods.index(row.method)),
+    )
+    if not chosen:
+        return ["Not run yet."]
+    columns = [column for column in columns_of(chosen) if column.name in question.columns]
+    titles = headings(columns)
+    body = ["| " + " | ".join(cells_of(row, columns)) + " |" for row in chosen]
+    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *body]
+
+
+def page(table: Table) -> str:
+    done = table.cells - table.missing - len(table.failures)
+    lines = [
+        "# Results",
+        "",
+        "`grids/cpu.toml` on two cores: 10,000 rows of CIFAR-10 with a small ResNet, and the tiny CLIP fine-tuned on",
+        "poisoned CIFAR-10 and Flickr8k. `python benchmarks/grid.py tables` writes this page from the kept cells in",
+        "[`benchmarks/results/bench-cpu`](../benchmarks/results/bench-cpu): all columns, settings and the command",
+        "of each cell stand there too; [the leaderboard](../benchmarks/results/bench-cpu/leaderboard.html) draws them.",
+        "",
+        f"{done} of {table.cells} cells are done, {len(table.failures)} failed, {table.missing} have not run.",
+        "",
+        SPREAD,
+        "",
+        "Small models on small images: they tell methods apart, and are no forecast for a large CLIP.",
+        "",
+        "## Over all attacks",
+        "",
+        f"| {' | '.join(SUMMED)} |",
+        "|" + "---|" * len(SUMMED),
+    ]
+    for entry in summarise(table.rows):
+        control = "" if entry.control_fall is None else f"{entry.control_fall:.1f}"
+        seconds = "" if entry.seconds is None else f"{entry.seconds:.0f}"
+        lines.append(
+            f"| {entry.kind} | {entry.method} | {entry.rows} | {entry.excess:.1f} | {entry.worst_excess:.1f} "
+            f"| {entry.fall:.1f} | {entry.worst_fall:.1f} | {entry.ra:.1f} | {control} | {seconds} |"
+        )
+    lines.append("")
+    for question in QUESTIONS:
+        lines += [f"## {question.title}", "", question.text, "", *question_table(question, table.rows), ""]
+    if table.reported:
+        lines += ["## What papers report", "", f"| {' | '.join(COMPARISON)} |", "|" + "---|" * len(COMPARISON)]
+        lines += ["| " + " | ".join(compared(entry)) + " |" for entry in table.reported]
+        lines.append("")
+    if table.failures:
+        lines += ["## Cells without figures", ""]
+        lines += [f"- {failure.names}: {failure.status}. {failure.reason}" for failure in table.failures]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def keep(runs: Path) -> None:
+    """Copy what is finished; never what is shared, decoded or half done."""
+    source = Store.read(runs)
+    for name in ("plans", "cells"):
+        (KEPT / name).mkdir(parents=True, exist_ok=True)
+        for file in sorted((source.path / name).glob("*.json")):
+            shutil.copyfile(file, KEPT / name / file.name)
+    shutil.copyfile(source.path / "bench.json", KEPT / "bench.json")
+    table = make_table(Store.read(KEPT))
+    write_atomically(KEPT / "table.csv", as_csv(table).encode())
+    write_atomically(KEPT / "leaderboard.html", render_leaderboard(table).encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("keep", "claims", "tables"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench-cpu"))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is not up to date")
+    args = parser.parse_args()
+    if args.command == "keep":
+        keep(args.runs)
+        return 0
+    if args.command == "claims":
+        file, text = SUMMARY, json.dumps(claims(Cells.of(KEPT)), indent=1) + "\n"
+    else:
+        file, text = PAGE, page(make_table(Store.read(KEPT)))
+    if args.check:
+        return int(not file.is_file() or file.read_text() != text)
+    write_atomically(file, text.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
