@@ -1,6 +1,6 @@
 """``unpoison scan model`` on the zoo and on the published models: AUROC, false alarms, detection, target named, time.
 
-    python recipes/scan_zoo.py make        # first: the models, under runs/scan-zoo and runs/clip-victims
+    python recipes/scan_zoo.py make        # first: the models, under runs/scan-zoo and runs/bench-cpu
     python benchmarks/scan_model.py run [--half held-out] [--kind classifier] [--references 2]
     python benchmarks/scan_model.py published  # the published victim and the published clean ResNet-20
     python benchmarks/scan_model.py table      # scan_model.json and the ROC as docs/scan_model_roc.svg
@@ -55,23 +55,14 @@ class Cell:
 
 def zoo(args: argparse.Namespace) -> Iterator[Cell]:
     """The accepted models that are there."""
-    from scan_zoo import find_zoo, plan_zoo  # pyright: ignore[reportMissingImports]
+    from scan_zoo import find_zoo  # pyright: ignore[reportMissingImports]
 
     for folder, body in find_zoo(args.zoo):
         yield Cell(
-            name=folder.name, model=folder / "model", kind="classifier", family=body["family"], half=body["half"],
-            world=body["world"], arch=body["arch"], target=body["target_name"],
+            name=folder.name, model=Path(body.get("model", folder / "model")), kind=body["kind"],
+            family=body["family"], half=body["half"], world=body["world"] or "cifar10", arch=body["arch"],
+            target=body["target_name"],
         )  # fmt: skip
-    for entry in plan_zoo(("clip",)):
-        for file in sorted(args.victims.glob(f"{entry.family}-{entry.seed}-*/victim.json")):
-            body = json.loads(file.read_bytes())
-            request = body["inputs"]["request"]
-            if body["accepted"] and (request["attack"], request["seed"]) == (entry.family, entry.seed):
-                yield Cell(
-                    name=f"clip-{file.parent.name}", model=file.parent / "model", kind="clip", family=entry.family,
-                    half=entry.half, arch="tiny", target=None if entry.family == CLEAN else request["target"],
-                )  # fmt: skip
-                break
 
 
 def published(args: argparse.Namespace) -> list[Cell]:
@@ -221,7 +212,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--zoo", type=Path, default=ROOT / "runs/scan-zoo")
-    parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--summary", type=Path, default=SUMMARY)
     parser.add_argument("--roc", type=Path, default=ROC)

@@ -1,11 +1,12 @@
 """A zoo of small models to calibrate and test ``unpoison scan model`` on: clean ones, and ones with known backdoors.
 
     python recipes/scan_zoo.py list
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu      # its CLIPs, or python recipes/scan_zoo.py list --cells
     python recipes/scan_zoo.py make [--kind classifier clip] [--limit 12]
 
 Classifiers: small-resnet and wrn-16-1, trained on pictures of the shapes world or on rows 25,000.. of CIFAR-10 train, a
-share of them poisoned. CLIPs: the victims and the clean controls of recipes/clip_victims.py. Triggers, targets, rates
-and seeds vary; every other model of a family is held out, so that both halves have all families. Each model has a
+share of them poisoned. CLIPs: the victims of seeds 0 and 1 and all clean controls of grids/cpu.toml. Triggers, targets,
+rates and seeds vary; every other model of a family is held out, so that both halves have all families. Each model has a
 folder of its own, named by a hash of all that it depends on: one that is done is not made again, one that was
 interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose ASR is under 90 % is
 refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds and families: the first
@@ -25,13 +26,17 @@ import torch
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
+from unpoison.benchmark.cell import Cell
+from unpoison.benchmark.clip_cells import victim_of
+from unpoison.benchmark.grid import Grid, read_grid
+from unpoison.benchmark.store import Store
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
-from unpoison.errors import UnpoisonError
+from unpoison.errors import UnpoisonError, UsageError
 from unpoison.evaluation.classifier import evaluate_classifier
 from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
 from unpoison.results import Evaluation, write_atomically
-from unpoison.runs import Run, RunFolder
+from unpoison.runs import Run, RunFolder, Silent
 from unpoison.training import train_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +54,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "blended-triangles": {"alpha": 0.3},
 }
 """Triggers of the zoo's classifiers, with their parameters at 32 px where they are not the trigger's own."""
+CLIP_FAMILIES = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles",
+                 "blended-text", "wanet-strong", "sig-clip", "badclip")  # fmt: skip
 MODES = {"sig": "all-to-one"}
 
 
@@ -84,7 +91,7 @@ TRAINING = {"cifar10": Training(epochs=6), "shapes": Training(epochs=6, augment=
 
 
 def plan_zoo(kinds: tuple[str, ...] = ("classifier", "clip")) -> list[Entry]:
-    """All models in the order in which they are made: 24 clean and 62 backdoored ones."""
+    """All models in the order in which they are made: 24 clean and 64 backdoored ones."""
     made: list[Entry] = []
     if "classifier" in kinds:
         for seed in range(4):
@@ -99,13 +106,12 @@ def plan_zoo(kinds: tuple[str, ...] = ("classifier", "clip")) -> list[Entry]:
                     rate, target = (0.05, 0.1, 0.08, 0.1)[seed], (3 * place + 2 * seed) % 10
                     made.append(replace(base, family=family, rate=rate, target=target, params=params))
     if "clip" in kinds:
-        from clip_victims import ATTACKS
-
         for seed in range(8):
             half = "calibration" if seed % 2 == 0 else "held-out"
-            made.append(Entry(kind="clip", family=CLEAN, seed=seed, half=half))
+            base = Entry(kind="clip", family=CLEAN, seed=seed, half=half, arch="tiny")
+            made.append(base)
             if seed < 2:
-                made += [Entry(kind="clip", family=family, seed=seed, half=half) for family in ATTACKS]
+                made += [replace(base, family=family) for family in CLIP_FAMILIES]
     return made
 
 
@@ -155,17 +161,44 @@ def make_classifier(entry: Entry, shared: Path, work: Path) -> Path:
     return folder.path
 
 
-def make_clip(entry: Entry, shared: Path, work: Path) -> Path:
-    """The folder of one CLIP: what recipes/clip_victims.py makes or has made under ``work``/clip-victims."""
-    from clip_victims import Request, make_victim, open_base, open_data
-
-    victim = make_victim(
-        open_base("tiny", entry.seed),
-        open_data(shared),
-        Request(attack=entry.family, seed=entry.seed),
-        work.parent / "clip-victims",
+def cell_of(entry: Entry, grid: Grid) -> Cell:
+    """The grid's cell of this CLIP before any defense."""
+    return next(
+        cell
+        for cell in grid.cells
+        if cell.model.kind == "clip"
+        and cell.is_given
+        and (cell.names.attack, cell.names.seed) == (entry.family, entry.seed)
     )
-    return victim.folder
+
+
+def note_clip(entry: Entry, grid: Grid, bench: Path, work: Path) -> Path:
+    """The folder with the zoo.json of one CLIP, which names the model that ``bench run`` made under ``bench``.
+
+    Raises UsageError where its cell has not run.
+    """
+    cell, folder = cell_of(entry, grid), RunFolder.open(work / entry.name, asdict(entry))
+    if not folder.finished:
+        store = Store.read(bench)
+        if not store.has(cell.key):
+            raise UsageError(
+                f"the cell {cell.key} of {grid.path} has not run in {bench}.",
+                hint=f"unpoison bench run {grid.path} -o {bench} --cell {cell.key}",
+            )
+        found = store.load(cell.key)
+        if found.after is None:
+            raise UsageError(
+                f"the cell {cell.key} was {found.status}: {found.reason}", hint="It is no part of the zoo."
+            )
+        target = None if entry.family == CLEAN else cell.data.target
+        body = asdict(entry) | {
+            "accepted": True, "target_name": target, "c_acc": found.after.c_acc.value,
+            "asr": None if found.after.asr is None else found.after.asr.value,
+            "model": str(victim_of(cell, bench, Silent()).resolve()),
+        }  # fmt: skip
+        write_atomically(folder.path / "zoo.json", json.dumps(body, indent=2).encode() + b"\n")
+        folder.finish()
+    return folder.path
 
 
 def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | None) -> None:
@@ -180,7 +213,7 @@ def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | 
 
 
 def find_zoo(work: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The accepted classifiers that are there, each with what zoo.json says."""
+    """The accepted models that are there, each with what zoo.json says; ``model`` of a CLIP is its own folder."""
     found = [(path.parent, json.loads(path.read_bytes())) for path in sorted(work.glob("*/zoo.json"))]
     return [(folder, body) for folder, body in found if body["accepted"]]
 
@@ -193,15 +226,18 @@ def poisoning_of(folder: Path) -> Poisoning | None:
 
 def make(args: argparse.Namespace) -> int:
     failed = 0
+    grid = read_grid(args.grid) if "clip" in args.kind else None
     for entry in asked(args):
         try:
-            folder = (make_classifier if entry.kind == "classifier" else make_clip)(entry, args.shared, args.work)
+            if entry.kind == "classifier" or grid is None:
+                folder = make_classifier(entry, args.shared, args.work)
+            else:
+                folder = note_clip(entry, grid, args.bench, args.work)
         except UnpoisonError as error:
             print(f"{entry.name}: {error.message} {error.hint}", flush=True)
             failed += 1
             continue
-        file = folder / ("zoo.json" if entry.kind == "classifier" else "victim.json")
-        body = json.loads(file.read_bytes())
+        body = json.loads((folder / "zoo.json").read_bytes())
         said = {name: body[name] for name in ("accepted", "c_acc", "asr")}
         print(f"{entry.name} ({entry.half}): {said}", flush=True)
     return 3 if failed else 0
@@ -221,9 +257,16 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="make the first N of the list only")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="research data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/scan-zoo")
+    parser.add_argument("--grid", type=Path, default=Path("grids/cpu.toml"), help="whose CLIPs are in the zoo")
+    parser.add_argument("--bench", type=Path, default=Path("runs/bench-cpu"), help="where that grid ran")
+    parser.add_argument("--cells", action="store_true", help="list what bench run needs to make the CLIPs")
     args = parser.parse_args()
     if args.do == "make":
         return make(args)
+    if args.cells:
+        grid = read_grid(args.grid)
+        print(" ".join(f"--cell {cell_of(entry, grid).key}" for entry in asked(args) if entry.kind == "clip"))
+        return 0
     for entry in asked(args):
         print(f"{entry.name:40} {entry.half:12} {entry.arch:14} target {entry.target} rate {entry.rate:g}")
     return 0

@@ -104,6 +104,11 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     )  # fmt: skip
 
 
+def victim_of(cell: Cell, folder: Path, progress: Progress) -> Path:
+    """The cell's victim as it is stored, made now or found: a model's folder."""
+    return _victim(open_setting(cell, folder, progress)).path / "model"
+
+
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     """Pairs, poisoned where there is an attack; the poisoning, and the trigger's training, are made once."""
     data, seed, attack = cell.data, cell.names.seed, cell.attack
