@@ -86,7 +86,7 @@ class UBTConfig(PairTrainingConfig):
     judges: int = 32
     """How many of these are kept aside, at most half of them."""
     unlearn_batch: int = 32
-    unlearn_weight: float = 4.0
+    unlearn_weight: float = 8.0
     words: float = 0.3
     """Share of a caption's words that are unlearnt; 1 for whole captions."""
     neutral: str = "thing"
