@@ -79,7 +79,7 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
         left_alone=changed == 0 and found.clipped_sites == 0,
         der=evaluate_before_after(before, after),
         config=found.config,
-        detection=_detection(setting, outcome.scores, outcome.split),
+        detection=_detection(setting, outcome.split, outcome.scores if cell.method.method == "cgd" else None),
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
@@ -212,11 +212,12 @@ def method_config(method: MethodSettings, samples: int, scores: Mapping[str, Any
     return make_config(kind, merge(start, method.config), where=f"method {method.method}")
 
 
-def _detection(setting: Setting, scores: SampleScores, split: Split) -> dict[str, float | None]:
-    """How the samples that the method suspected meet the manifest, in percent; AUROC of its ranks in [0, 1]."""
+def _detection(setting: Setting, split: Split, scores: SampleScores | None) -> dict[str, float | None]:
+    """How the samples that the method suspected meet the manifest, in percent. ``scores``: its own, whose AUROC in
+    [0, 1] is wanted; None for a method that was fed with those of another."""
     if setting.poisoning is None:
         return {"flagged": 100 * len(split.suspect) / max(1, len(split.ids))}
-    truth = np.isin(scores.ids, setting.poisoning.ids)
+    truth = np.isin(split.ids, setting.poisoning.ids)
     flagged = np.zeros(len(truth), dtype=bool)
     flagged[split.suspect] = True
     trusted = np.zeros(len(truth), dtype=bool)
@@ -234,7 +235,7 @@ def _detection(setting: Setting, scores: SampleScores, split: Split) -> dict[str
         "flagged": 100 * float(flagged.mean()),
         "poison_in_clean": 100 * float(truth[trusted].mean()) if trusted.any() else None,
         "target_purity": 100 * float((~truth[of_target]).mean()) if of_target.any() else None,
-        "auroc": auroc(scores.suspicion, truth),
+        **({} if scores is None else {"auroc": auroc(scores.suspicion, truth)}),
     }
 
 
