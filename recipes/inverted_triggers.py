@@ -1,7 +1,7 @@
 """The picture of true and inverted triggers in docs/methods/cbpt.md.
 
-    python recipes/clip_victims.py make --seed 0          # first: the victims, under runs/clip-victims
-    python recipes/inverted_triggers.py [--victims FOLDER] [--seed 0] [--shared FOLDER]
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu       # first: the victims
+    python recipes/inverted_triggers.py [--bench runs/bench-cpu] [--seed 0] [--shared FOLDER]
 
 For each attack: an image, the same with the true trigger, what that adds, and what the quiet and the loud dummies add,
 stretched to full contrast on grey. The inversion sees the model and clean images, never the trigger.
@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from grid_clips import BENCH, GRID, GridClip, find_clip
 from PIL import Image, ImageDraw
 
 from unpoison.attacks.overlay import to_pil, to_tensor
 from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.benchmark.grid import read_grid
 from unpoison.data.sources import open_images
 from unpoison.defenses.cbpt import CBPTConfig
 from unpoison.defenses.dummies import invert, loud, quiet
@@ -37,9 +39,10 @@ def added(change: torch.Tensor) -> Image.Image:
     return Image.fromarray((255 * shown).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def row_of(victim: Path, shared: Path, row: int) -> list[Image.Image]:
+def row_of(victim: GridClip, shared: Path, row: int) -> list[Image.Image]:
     images = open_images(f"{shared}/data/cifar10/train.parquet[30000:31000]")
-    poisoning, clip = PairPoisoning.load(victim / "manifest.json"), load_any_clip(victim / "model")
+    poisoning, clip = victim.poisoning, load_any_clip(victim.model)
+    assert isinstance(poisoning, PairPoisoning)  # noqa: S101 # one backdoor each
     target, run, config = images.class_names.index(poisoning.target_name), Run(), CBPTConfig()
     with ready(clip, run):
         clip.module.requires_grad_(False)
@@ -56,18 +59,16 @@ def row_of(victim: Path, shared: Path, row: int) -> list[Image.Image]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attack", nargs="+", default=["badnet-stripes", "blended-text", "badclip"])
+    parser.add_argument("--attack", nargs="+", default=["badnet-rand", "blended-rand", "blended-stripes", "badclip"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--row", type=int, default=7)
-    parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims")
+    parser.add_argument("--bench", type=Path, default=BENCH)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for attack in args.attack:
-        done = [path.parent for path in sorted(args.victims.glob(f"{attack}-{args.seed}-*/evaluation.json"))]
-        if done:
-            rows.append((attack, row_of(done[-1], args.shared, args.row)))
+    grid = read_grid(GRID)
+    clips = {attack: find_clip(grid, args.bench, attack, args.seed) for attack in args.attack}
+    rows = [(attack, row_of(clip, args.shared, args.row)) for attack, clip in clips.items()]
     sheet = Image.new("RGB", (len(COLUMNS) * (SIDE + GAP), LINE + len(rows) * (SIDE + LINE + GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for column, name in enumerate(COLUMNS):

@@ -23,20 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from grid_clips import BENCH, GRID, cell_of, find_clip
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
-from unpoison.benchmark.cell import Cell
-from unpoison.benchmark.clip_cells import victim_of
 from unpoison.benchmark.grid import Grid, read_grid
-from unpoison.benchmark.store import Store
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
-from unpoison.errors import UnpoisonError, UsageError
+from unpoison.errors import UnpoisonError
 from unpoison.evaluation.classifier import evaluate_classifier
 from unpoison.models.classifier import load_classifier, new_classifier, save_classifier
 from unpoison.results import Evaluation, write_atomically
-from unpoison.runs import Run, RunFolder, Silent
+from unpoison.runs import Run, RunFolder
 from unpoison.training import train_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -161,40 +159,20 @@ def make_classifier(entry: Entry, shared: Path, work: Path) -> Path:
     return folder.path
 
 
-def cell_of(entry: Entry, grid: Grid) -> Cell:
-    """The grid's cell of this CLIP before any defense."""
-    return next(
-        cell
-        for cell in grid.cells
-        if cell.model.kind == "clip"
-        and cell.is_given
-        and (cell.names.attack, cell.names.seed) == (entry.family, entry.seed)
-    )
-
-
 def note_clip(entry: Entry, grid: Grid, bench: Path, work: Path) -> Path:
     """The folder with the zoo.json of one CLIP, which names the model that ``bench run`` made under ``bench``.
 
-    Raises UsageError where its cell has not run.
+    Raises UsageError where its cell has not run, or was refused.
     """
-    cell, folder = cell_of(entry, grid), RunFolder.open(work / entry.name, asdict(entry))
+    folder = RunFolder.open(work / entry.name, asdict(entry))
     if not folder.finished:
-        store = Store.read(bench)
-        if not store.has(cell.key):
-            raise UsageError(
-                f"the cell {cell.key} of {grid.path} has not run in {bench}.",
-                hint=f"unpoison bench run {grid.path} -o {bench} --cell {cell.key}",
-            )
-        found = store.load(cell.key)
-        if found.after is None:
-            raise UsageError(
-                f"the cell {cell.key} was {found.status}: {found.reason}", hint="It is no part of the zoo."
-            )
-        target = None if entry.family == CLEAN else cell.data.target
+        found = find_clip(grid, bench, entry.family, entry.seed)
+        figures = found.result.after
+        assert figures is not None  # noqa: S101 # find_clip refuses others
         body = asdict(entry) | {
-            "accepted": True, "target_name": target, "c_acc": found.after.c_acc.value,
-            "asr": None if found.after.asr is None else found.after.asr.value,
-            "model": str(victim_of(cell, bench, Silent()).resolve()),
+            "accepted": True, "target_name": None if found.poisoning is None else found.cell.data.target,
+            "c_acc": figures.c_acc.value, "asr": None if figures.asr is None else figures.asr.value,
+            "model": str(found.model),
         }  # fmt: skip
         write_atomically(folder.path / "zoo.json", json.dumps(body, indent=2).encode() + b"\n")
         folder.finish()
@@ -257,15 +235,19 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="make the first N of the list only")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="research data")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/scan-zoo")
-    parser.add_argument("--grid", type=Path, default=Path("grids/cpu.toml"), help="whose CLIPs are in the zoo")
-    parser.add_argument("--bench", type=Path, default=Path("runs/bench-cpu"), help="where that grid ran")
+    parser.add_argument("--grid", type=Path, default=GRID, help="whose CLIPs are in the zoo")
+    parser.add_argument("--bench", type=Path, default=BENCH, help="where that grid ran")
     parser.add_argument("--cells", action="store_true", help="list what bench run needs to make the CLIPs")
     args = parser.parse_args()
     if args.do == "make":
         return make(args)
     if args.cells:
         grid = read_grid(args.grid)
-        print(" ".join(f"--cell {cell_of(entry, grid).key}" for entry in asked(args) if entry.kind == "clip"))
+        print(
+            " ".join(
+                f"--cell {cell_of(grid, entry.family, entry.seed).key}" for entry in asked(args) if entry.kind == "clip"
+            )
+        )
         return 0
     for entry in asked(args):
         print(f"{entry.name:40} {entry.half:12} {entry.arch:14} target {entry.target} rate {entry.rate:g}")

@@ -104,9 +104,9 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     )  # fmt: skip
 
 
-def victim_of(cell: Cell, folder: Path, progress: Progress) -> Path:
-    """The cell's victim as it is stored, made now or found: a model's folder."""
-    return _victim(open_setting(cell, folder, progress)).path / "model"
+def victim_of(setting: Setting) -> Path:
+    """The victim as it is stored, made now or found: a model's folder."""
+    return _victim(setting).path / "model"
 
 
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
