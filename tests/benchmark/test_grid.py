@@ -177,9 +177,9 @@ def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
     for model in tables["model"].values():
         model |= {"model": "tiny", "clip": "tiny"}
     grid = make_grid(tables, name=name, path=f"{name}.toml")
-    assert grid.not_run
+    assert bool(grid.not_run) == (name == "paper")
     assert len({cell.names.attack for cell in grid.cells if cell.model.kind == "clip"}) >= 9
     assert len({cell.names.attack for cell in grid.cells if cell.model.kind == "classifier"}) >= 9
     wanted = {entry.name for entry in DEFENSES}
     assert wanted <= {cell.method.method for cell in grid.cells if cell.method is not None}
-    assert {cell.names.seed for cell in grid.cells} == {0, 1, 2}
+    assert {cell.names.seed for cell in grid.cells if cell.method is not None} == {0, 1, 2}

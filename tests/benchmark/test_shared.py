@@ -45,4 +45,7 @@ def test_a_killed_step_goes_on_and_leaves_no_steps(tmp_path: Path) -> None:
         shared(tmp_path, "scores", {"seed": 0}, make)
     step = shared(tmp_path, "scores", {"seed": 0}, make)
     assert computed == ["a", "b", "b"]
+    assert step.resumed  # its seconds are those of the rest
+    assert shared(tmp_path, "scores", {"seed": 0}, make) == step
+    assert not shared(tmp_path, "scores", {"seed": 1}, lambda place: None).resumed
     assert list((step.path / "steps").iterdir()) == []

@@ -53,6 +53,20 @@ def test_rows_are_means_over_seeds(table: Table) -> None:
     assert row.command.count(" -o ") == 1
 
 
+def test_seconds_of_a_cell_that_was_gone_on_with_are_left_out(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "results")
+    run_grid(grid, store, execute=made_up)
+    rows = {(row.attack, row.method): row for row in make_table(store).rows}
+    assert rows["badnet", "ft"].values["seconds"].mean == pytest.approx(2.5)
+    for cell in grid.cells:
+        if (cell.names.attack, cell.names.method, cell.names.seed) == ("badnet", "ft", 1):
+            found = store.load(cell.key)
+            store.save(replace(found, cost=replace(found.cost, resumed=True)))
+    rows = {(row.attack, row.method): row for row in make_table(store).rows}
+    assert (rows["badnet", "ft"].values["seconds"].mean, rows["badnet", "ft"].values["seconds"].seeds) == (2.0, 1)
+    assert rows["badnet", "ft"].seeds == (0, 1)
+
+
 def test_one_seed_has_wilsons_interval(table: Table) -> None:
     row = next(row for row in table.rows if (row.attack, row.method) == ("badnet", "cgd"))
     expected = wilson(20, 1000)

@@ -124,7 +124,8 @@ class Repaired:
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """``seconds`` of the method itself, with the scores it needed, whether made now or found; ``wall`` of this cell as
-    it ran, ``cpu`` seconds of the same, ``memory`` the most resident MiB, ``threads``."""
+    it ran, ``cpu`` seconds of the same, ``memory`` the most resident MiB, ``threads``. ``resumed``: it went on where an
+    interrupted run had stopped, so the times are of the rest alone, and no table shows them."""
 
     seconds: float = 0.0
     shared: float = 0.0
@@ -132,6 +133,7 @@ class Cost:
     cpu: float = 0.0
     memory: float = 0.0
     threads: int = 1
+    resumed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,9 +65,9 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
-            cost=Cost(seconds=victim_step.seconds), picture=_picture(setting, test),
+            cost=Cost(seconds=victim_step.seconds, resumed=victim_step.resumed), picture=_picture(setting, test),
         )  # fmt: skip
-    outcome, seconds, extra = _repair(setting, victim, cell.method)
+    outcome, seconds, scored = _repair(setting, victim, cell.method)
     after = evaluate_classifier(outcome.classifier, test, poisoning=setting.poisoning, run=setting.run)
     found = outcome.purification
     changed = changed_share(victim.weights(), outcome.classifier.weights())
@@ -83,7 +83,7 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
-        cost=Cost(seconds=seconds + extra, shared=extra),
+        cost=Cost(seconds=seconds + scored.seconds, shared=scored.seconds, resumed=scored.resumed),
     )  # fmt: skip
 
 
@@ -159,8 +159,8 @@ def _evaluation(setting: Setting, victim_step: Step, victim: ImageClassifier, te
     return Evaluation.load(step.path / "evaluation.json")
 
 
-def _scores(setting: Setting, config: SeparationConfig) -> tuple[SampleScores, float]:
-    """CGD's ranks of the set, and the seconds that making them took, now or earlier."""
+def _scores(setting: Setting, config: SeparationConfig) -> Step:
+    """CGD's ranks of the set, made now or earlier."""
     model = setting.cell.model
     clip = load_any_clip(model.clip)
     inputs = setting.inputs | {
@@ -174,18 +174,18 @@ def _scores(setting: Setting, config: SeparationConfig) -> tuple[SampleScores, f
         fresh = new_classifier(model.arch, setting.train.class_names, image_size=model.image_size)
         score_with_cgd(fresh, setting.train, pixels, zero_shot, config, run=run).save(place.path / "scores.parquet")
 
-    step = shared(setting.shared, "scores", inputs, score)
-    return SampleScores.load(step.path / "scores.parquet"), step.seconds
+    return shared(setting.shared, "scores", inputs, score)
 
 
-def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -> tuple[PurifyOutcome, float, float]:
-    """What the method made of the victim, its own seconds, and those of the shared scores that it asked for."""
+def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -> tuple[PurifyOutcome, float, Step]:
+    """What the method made of the victim, its own seconds, and the shared scores that it asked for."""
     entry, cell = find(method.method, DEFENSES), setting.cell
     config = method_config(method, len(setting.train), cell.model.scores)
     separation = make_config(SeparationConfig, cell.model.scores, where="scores")
     if isinstance(config, CGDConfig):
         separation = config.separation
-    scores, extra = _scores(setting, separation)
+    scored = _scores(setting, separation)
+    scores = SampleScores.load(scored.path / "scores.parquet")
     place = setting.folder / "work" / cell.key
     run = Run(
         seed=cell.names.seed, progress=setting.run.progress, cache=setting.run.cache,
@@ -197,7 +197,7 @@ def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -
     }  # fmt: skip
     began = time.monotonic()
     outcome = call_with(resolve(entry.function), victim, setting.train, offered=offered)
-    return outcome, time.monotonic() - began, extra
+    return outcome, time.monotonic() - began, scored
 
 
 def method_config(method: MethodSettings, samples: int, scores: Mapping[str, Any]) -> Any:

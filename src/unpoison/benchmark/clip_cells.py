@@ -78,7 +78,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
-            cost=Cost(seconds=victim_step.seconds), picture=_picture(setting),
+            cost=Cost(seconds=victim_step.seconds, resumed=victim_step.resumed), picture=_picture(setting),
         )  # fmt: skip
     outcome, seconds = _repair(setting, victim, cell.method)
     repaired_clip, classes = _parts(outcome)

@@ -37,6 +37,7 @@ def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) 
 
     torch.set_num_threads(cell.limits.threads)
     began, used = time.monotonic(), _cpu_seconds()
+    resumed = (folder / "work" / cell.key).exists()
     make = clip_cell if cell.model.kind == "clip" else classifier_cell
     result = make(cell, folder, progress or Silent())
     if cell.is_given and result.before is not None and too_weak(result.before, cell.least_asr):
@@ -46,8 +47,9 @@ def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) 
             hint="Train it longer, raise the rate, or lower least_asr: its repairs say little.",
         )  # fmt: skip
     cost = replace(
-        result.cost, wall=time.monotonic() - began, cpu=_cpu_seconds() - used, threads=torch.get_num_threads()
-    )
+        result.cost, wall=time.monotonic() - began, cpu=_cpu_seconds() - used, threads=torch.get_num_threads(),
+        resumed=resumed or result.cost.resumed,
+    )  # fmt: skip
     return replace(result, cost=cost)
 
 

@@ -90,7 +90,10 @@ def measured(store: Store, plans: Sequence[Plan]) -> dict[tuple[str, str, str], 
     found: dict[tuple[str, str, str], list[float]] = {}
     for plan in plans:
         for cell in plan.cells:
-            if store.has(cell.key) and (result := store.load(cell.key)).status == "done":
+            if not store.has(cell.key):
+                continue
+            result = store.load(cell.key)
+            if result.status == "done" and not result.cost.resumed:
                 names = cell.names
                 found.setdefault((names.data, names.model, names.method), []).append(result.cost.wall)
     return {key: median(values) for key, values in found.items()}

@@ -20,11 +20,13 @@ _COST = "cost.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A finished shared step: its folder, its name, and the seconds that it took when it was made."""
+    """A finished shared step: its folder, its name, and the seconds that it took when it was made; ``resumed``: those
+    of the rest alone, after an interruption."""
 
     path: Path
     key: str
     seconds: float
+    resumed: bool
 
 
 def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[RunFolder], None]) -> Step:
@@ -40,13 +42,15 @@ def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[R
         with FileLock(folder / f"{kind}-{key}.lock"):
             if not (place / _COST).exists():
                 _make(place, wanted, make)
-    return Step(path=place, key=key, seconds=json.loads((place / _COST).read_bytes())["seconds"])
+    cost = json.loads((place / _COST).read_bytes())
+    return Step(path=place, key=key, seconds=cost["seconds"], resumed=cost.get("resumed", False))
 
 
 def _make(place: Path, inputs: Mapping[str, Any], make: Callable[[RunFolder], None]) -> None:
+    resumed = place.exists()
     run = RunFolder.open(place, inputs)
     began = time.monotonic()
     make(run)
     for file in (place / "steps").glob("*.safetensors"):  # large, and no longer needed
         file.unlink()
-    write_atomically(place / _COST, json.dumps({"seconds": time.monotonic() - began}).encode())
+    write_atomically(place / _COST, json.dumps({"seconds": time.monotonic() - began, "resumed": resumed}).encode())

@@ -129,7 +129,7 @@ def _der(result: CellResult) -> float | None:
 
 
 def _seconds(result: CellResult) -> float | None:
-    return None if result.repaired is None else result.cost.seconds
+    return None if result.repaired is None or result.cost.resumed else result.cost.seconds
 
 
 def _drift(result: CellResult) -> float | None:
