@@ -176,11 +176,12 @@ QUESTIONS = (
     Question(
         title="Repairing a CLIP with clean pairs",
         text="PAR in this package's default, as its paper has it (`par-paper`), CleanCLIP and plain fine-tuning: 200 "
-        "steps of 128 each, on the same pairs. *R@1* is image to text among 1,000 images of Flickr8k.",
+        "steps of 128 each, on the same pairs. *R@1* is image to text among 1,000 images of Flickr8k; *retrieval ASR*: "
+        "how often a caption of the target is among the first five for a triggered image.",
         kind="clip",
         attacks=(*PAIR_ATTACKS, "sig-clip", CLEAN),
         methods=(GIVEN, "fine-tuning", "clean-clip", "par-paper", "par"),
-        columns=(*COSTS, "r_at_1", "drift", "rebound", "seconds"),
+        columns=(*COSTS, "r_at_1", "retrieval_asr", "drift", "rebound", "seconds"),
     ),
     Question(
         title="Unlearning with the poisoned pairs",
@@ -193,11 +194,12 @@ QUESTIONS = (
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
-        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by.",
+        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. No "
+        "weight moves, so retrieval stays as attackable as it was.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
-        columns=(*COSTS, "target_found", "seconds"),
+        columns=(*COSTS, "retrieval_asr", "target_found", "seconds"),
     ),
     Question(
         title="Repairing a classifier with its own poisoned training set",

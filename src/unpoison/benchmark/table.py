@@ -156,6 +156,7 @@ COLUMNS = (
     Column(name="ra", title="RA", unit="%", of=_rate("after", "ra"), better="high"),
     Column(name="der", title="DER", unit="%", of=_der, better="high"),
     Column(name="r_at_1", title="R@1", unit="%", of=_rate("after", "image_to_text"), better="high"),
+    Column(name="retrieval_asr", title="retrieval ASR", unit="%", of=_rate("after", "retrieval_asr"), better="low"),
     Column(name="rebound", title="rebound", unit="%", of=_rebound, better="low"),
     Column(name="drift", title="drift", unit="", of=_drift, better="high", digits=2),
     Column(name="auroc", title="AUROC", unit="", of=_detected("auroc"), better="high", digits=3),
