@@ -9,7 +9,7 @@ from unpoison.errors import UsageError
 from unpoison.models.clip_files import save_clip
 from unpoison.report.clip_card import clip_card
 from unpoison.report.html import write_report
-from unpoison.report.runs import read_run
+from unpoison.report.runs import read_runs
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel
 
@@ -35,8 +35,7 @@ def save_clip_purification(result: ClipPurification, clip: ImageTextModel, folde
             f"{folder}: the result could not be written ({error.strerror}).",
             hint="Make room on the disk, then repeat the same command: it does not train again.",
         ) from error
-    ranked = [folder / SUSPICIOUS] if (folder / SUSPICIOUS).is_dir() else []
-    write_report(folder / "report.html", [read_run(run) for run in (folder, *ranked)])
+    write_report(folder / "report.html", read_runs(folder))
 
 
 def model_folder(result: ClipPurification) -> str:

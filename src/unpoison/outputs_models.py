@@ -8,7 +8,7 @@ from pathlib import Path
 from unpoison.api_models import ModelScanOutcome
 from unpoison.outputs import save_scan
 from unpoison.report.html import write_report
-from unpoison.report.runs import MODEL_SCAN, read_run
+from unpoison.report.runs import MODEL_SCAN, read_runs
 from unpoison.storage import write_atomically
 
 DATA = "data"
@@ -24,5 +24,4 @@ def save_model_scan(outcome: ModelScanOutcome, folder: Path) -> None:
     if outcome.scan.weights.picture:
         write_atomically(folder / "trigger.png", base64.b64decode(outcome.scan.weights.picture))
     outcome.scan.save(folder / MODEL_SCAN)
-    runs = [folder, folder / DATA] if outcome.data is not None else [folder]
-    write_report(folder / "report.html", [read_run(run) for run in runs])
+    write_report(folder / "report.html", read_runs(folder))

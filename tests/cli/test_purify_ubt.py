@@ -48,6 +48,9 @@ def test_a_repair_and_its_list_of_pairs(here: Callable[..., Any], model: str, tm
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "The most suspicious pairs" in page
     assert "pairs unlearnt" in page
+    written = here("report", "out", "-o", "again.html", "--quiet")
+    assert written.code == 0, written.err
+    assert "The most suspicious pairs" in (tmp_path / "again.html").read_text(encoding="utf-8")
     kept = here("keep", "out/suspicious", "-o", "clean.parquet", "--quiet")
     assert kept.code == 0, kept.err
     again = here(*words, "--json")

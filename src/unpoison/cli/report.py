@@ -26,11 +26,11 @@ def report(
         console.detail("importing libraries")
         from unpoison.errors import UsageError
         from unpoison.report.html import write_report
-        from unpoison.report.runs import read_run
+        from unpoison.report.runs import read_runs
 
         if output.exists():
             raise UsageError(f"{output} exists.", hint="Choose another -o file; nothing was overwritten.")
-        runs = [read_run(path) for path in (run, *more)]
+        runs = [found for path in (run, *more) for found in read_runs(path)]
         write_report(output, runs)
         console.answer(
             {"file": str(output), "runs": [str(path) for path in (run, *more)]},

@@ -30,6 +30,8 @@ from unpoison.results import (
 from unpoison.zero_shot_results import ZeroShotPurification
 
 MODEL_SCAN = "model-scan.json"
+INSIDE = ("suspicious", "data")
+"""Folders in which a run keeps a scan that it made on the way: of its pairs (UBT), of a model's training data."""
 MAX_SAMPLES = 120
 THUMBNAIL_SIZE = 64
 _MAX_SAMPLES_BYTES = 32 * 2**20
@@ -128,6 +130,12 @@ def read_run(path: Path) -> ReportRun:
         notes=notes,
         finished_at=_written(path),
     )
+
+
+def read_runs(path: Path) -> list[ReportRun]:
+    """:func:`read_run`, and after it the scan that lies inside the run's folder, where there is one."""
+    inside = [path / name for name in INSIDE if (path / name / "scan.json").is_file()]
+    return [read_run(place) for place in (path, *inside)]
 
 
 def _read_file(path: Path) -> ReportRun:
