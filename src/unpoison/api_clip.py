@@ -25,7 +25,7 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
 from unpoison.defenses.par import PARConfig, repair_with_par
-from unpoison.detection.clip_triggers import ConceptSearchConfig, search_concepts
+from unpoison.detection.clip_triggers import ConceptSearchConfig, kept_concept_steps, search_concepts
 from unpoison.detection.inversion import picture_of
 from unpoison.detection.trigger_search import TriggerSearch, load_search, store_search
 from unpoison.errors import NotEnoughDataError
@@ -109,6 +109,7 @@ def _search(
         }
 
     stored = run.step("trigger-search", search)
+    run.forget(kept_concept_steps(config or ConceptSearchConfig()))
     return load_search(stored, run.device), json.loads(bytes(stored["captions"].tolist()))
 
 

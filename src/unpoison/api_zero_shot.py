@@ -32,7 +32,7 @@ from unpoison.defenses.shots import (
     usable_scale,
 )
 from unpoison.detection.inversion import InvertedTrigger, picture_of
-from unpoison.detection.trigger_search import TriggerSearch, load_search, search_triggers, store_search
+from unpoison.detection.trigger_search import TriggerSearch, kept_steps, load_search, search_triggers, store_search
 from unpoison.errors import DataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.models.visual_prompts import with_visual_prompts
@@ -248,7 +248,9 @@ def _search(given: _Given, config: CBPTConfig, run: Run) -> TriggerSearch:
             search_triggers(answers, torch.cat(parts), given.images.class_names, config.search, run=run)
         )
 
-    return load_search(run.step("trigger-search", search), run.device)
+    stored = run.step("trigger-search", search)
+    run.forget(kept_steps(len(given.images.class_names)))
+    return load_search(stored, run.device)
 
 
 def _class_of(names: Sequence[str], target: str) -> int:

@@ -74,8 +74,12 @@ def test_what_is_suspected_is_searched_for_again_on_other_images(
     second: float, suspected: tuple[int, ...], clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
+    steps: list[str] = []
 
-    def search(logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, run: Run) -> TriggerSearch:
+    def search(
+        logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, run: Run, step: str
+    ) -> TriggerSearch:
+        steps.append(step)
         sizes = [0.04 if not seen else second, 0.05, 0.052, 0.054, 0.056, 0.058, 0.06, 0.07]
         seen.append(images)
         return judge_triggers([planted_trigger(target, size) for target, size in enumerate(sizes)], names, config)
@@ -83,6 +87,7 @@ def test_what_is_suspected_is_searched_for_again_on_other_images(
     monkeypatch.setattr(clip_triggers, "search_triggers", search)
     found, _ = search_concepts(clip, open_pairs("shapes:400:5"), QUICK, run=Run())
     first, again = seen
+    assert len(set(steps)) == 2  # each search keeps its own
     assert len(first) == len(again) == QUICK.images
     assert not (first[:, None].flatten(2) == again[None].flatten(2)).all(dim=2).any()
     assert found.suspects == suspected

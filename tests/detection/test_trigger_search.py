@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
-from unpoison.detection.trigger_search import TriggerSearchConfig, find_suspects, judge_triggers, search_triggers
+from unpoison.detection.trigger_search import (
+    TriggerSearchConfig,
+    find_suspects,
+    judge_triggers,
+    kept_steps,
+    search_triggers,
+)
 from unpoison.errors import ConfigError, NotEnoughDataError
-from unpoison.runs import Run
+from unpoison.runs import Run, RunFolder
 
 SIZE = 8
 NAMES = tuple("abcdefgh")
@@ -66,6 +73,37 @@ def test_many_classes_are_narrowed_down_and_the_planted_one_stays() -> None:
     assert len(found.triggers) == 6
     assert 17 in [trigger.target for trigger in found.triggers]
     assert found.suspects == (17,)
+
+
+@pytest.mark.parametrize("classes", [6, 24])
+def test_a_search_that_was_killed_goes_on_and_finds_the_same(classes: int, tmp_path: Path) -> None:
+    config = TriggerSearchConfig(
+        success=50.0, finalists=6, first_steps=5, inversion=InversionConfig(steps=12, batch_size=16)
+    )
+    names = [f"class {number}" for number in range(classes)]
+    calls = []
+
+    def watched(batch: Tensor, *, last: int = 0) -> Tensor:
+        calls.append(len(batch))
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return model(classes, 3)(batch)
+
+    undisturbed = search_triggers(watched, images(120), names, config, run=Run())
+    every = len(calls)
+    calls.clear()
+    run = Run(folder=RunFolder.open(tmp_path / "run", {"of": "this"}))
+    with pytest.raises(KeyboardInterrupt):
+        search_triggers(lambda batch: watched(batch, last=every - 2), images(120), names, config, run=run)
+    calls.clear()
+    found = search_triggers(watched, images(120), names, config, run=run)
+    assert len(calls) < every / 2
+    assert found.suspects == undisturbed.suspects
+    for one, other in zip(found.triggers, undisturbed.triggers, strict=True):
+        assert (one.target, one.size, one.success) == (other.target, other.size, other.success)
+        assert torch.equal(one.pattern, other.pattern)
+    run.forget(kept_steps(classes))
+    assert list((tmp_path / "run/steps").iterdir()) == []
 
 
 def trigger(target: int, size: float, success: float = 90.0) -> InvertedTrigger:

@@ -24,9 +24,11 @@ from torch import Tensor
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels, to_images
 from unpoison.detection.trigger_search import (
+    STEP,
     TriggerSearch,
     TriggerSearchConfig,
     average_searches,
+    kept_steps,
     search_triggers,
 )
 from unpoison.errors import ConfigError, NotEnoughDataError
@@ -35,6 +37,7 @@ from unpoison.runs import Run
 from unpoison.types import Images, ImageTextModel
 
 FEWEST_CONCEPTS = 8
+_AGAIN = f"{STEP}-again"
 """Concepts differ in how easily they are reached: among a few one is out of line by chance."""
 
 
@@ -60,6 +63,11 @@ class ConceptSearchConfig:
 def concept_steps(config: ConceptSearchConfig) -> int:
     """Images that a search passes forward and backward, at most."""
     return (1 + config.confirm) * config.concepts * config.search.inversion.steps * config.search.inversion.batch_size
+
+
+def kept_concept_steps(config: ConceptSearchConfig) -> list[str]:
+    """The steps of a run that a search keeps on its way; to be forgotten once its result is kept."""
+    return kept_steps(config.concepts) + kept_steps(config.concepts, _AGAIN)
 
 
 def search_concepts(
@@ -90,14 +98,14 @@ def search_concepts(
             with run.accelerator.autocast():
                 return clip.logit_scale * probed.encode_images(images) @ classes.T
 
-        def search(rows: np.ndarray, run: Run) -> TriggerSearch:
+        def search(rows: np.ndarray, run: Run, step: str) -> TriggerSearch:
             images = to_images(pixels.array[np.sort(rows)]).to(run.device)
-            return search_triggers(logits, images, captions, config.search, run=run)
+            return search_triggers(logits, images, captions, config.search, run=run, step=step)
 
-        found = search(order[: config.images], run)  # (2)
+        found = search(order[: config.images], run, STEP)  # (2)
         if found.suspects and config.confirm:  # (3)
             others = order[config.images : 2 * config.images] if len(order) >= 2 * config.images else order
-            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")))
+            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")), _AGAIN)
             found = average_searches(found, again, captions, config.search)
         return found, captions
 

@@ -47,6 +47,8 @@ from unpoison.types import Images
 
 _AT_ONCE = 256
 _FEWEST_CLASSES = 3
+STEP = "trigger"
+_KEPT_AT_ONCE = 16  # classes of a first look that are kept together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +113,14 @@ def search_triggers(
     config: TriggerSearchConfig | None = None,
     *,
     run: Run,
+    step: str = STEP,
 ) -> TriggerSearch:
     """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k].
 
     ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
-    that class's search. Raises NotEnoughDataError for too few of either.
+    that class's search. Each class that was searched is kept as a step of the run, so that a search that is killed goes
+    on; ``step`` is what their names begin with, :func:`kept_steps` lists them. Raises NotEnoughDataError for too few
+    images or classes.
     """
     config = config or TriggerSearchConfig()
     wanted = list(range(len(names)))
@@ -125,17 +130,36 @@ def search_triggers(
     with torch.no_grad():
         said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
     searches = {target: _Search.open(logits, images, said, target, config, run) for target in wanted}
+
+    def look(targets: Sequence[int], steps: int) -> dict[str, Tensor]:
+        for target in targets:
+            searches[target].advance_to(steps)
+        return _pack([searches[target].measure(config) for target in targets])
+
+    steps = config.inversion.steps
     if len(wanted) > config.finalists:  # (2)
-        for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
-            searches[target].inversion.advance(config.first_steps)
-        first = {target: search.measure(config) for target, search in searches.items()}
-        wanted = sorted(wanted, key=lambda target: _rank(first[target]))[: config.finalists]
-    left = config.inversion.steps - (config.first_steps if len(searches) > config.finalists else 0)
-    triggers = []
+        first: list[InvertedTrigger] = []
+        starts = range(0, len(wanted), _KEPT_AT_ONCE)
+        for start in run.progress.track(starts, total=len(wanted), what="looking for a trigger",
+                                        weight=_KEPT_AT_ONCE, unit="classes"):  # fmt: skip
+            part = wanted[start : start + _KEPT_AT_ONCE]
+            stored = run.step(f"{step}-first-{start:05d}", lambda part=part: look(part, config.first_steps))
+            first += _unpack(stored, run.device)
+        wanted = [trigger.target for trigger in sorted(first, key=_rank)[: config.finalists]]
+        steps = max(steps, config.first_steps)
+    triggers: list[InvertedTrigger] = []
     for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
-        searches[target].inversion.advance(max(0, left))
-        triggers.append(searches[target].measure(config))  # (1)
+        stored = run.step(f"{step}-{target:05d}", lambda target=target: look([target], steps))  # (1)
+        triggers += _unpack(stored, run.device)
     return judge_triggers(triggers, names, config)
+
+
+def kept_steps(count: int, step: str = STEP) -> list[str]:
+    """The steps of a run that a search of ``count`` classes may have kept; to be forgotten once the search is."""
+    return [
+        *(f"{step}-{target:05d}" for target in range(count)),
+        *(f"{step}-first-{start:05d}" for start in range(0, count, _KEPT_AT_ONCE)),
+    ]
 
 
 def judge_triggers(
@@ -188,12 +212,7 @@ def average_searches(
 
 def store_search(search: TriggerSearch) -> dict[str, Tensor]:
     """The search as tensors, for a run that may be interrupted."""
-    triggers = search.triggers
-    numbers = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
-    return {
-        "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
-        "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
-        "numbers": torch.tensor(numbers, dtype=torch.float64),
+    return _pack(search.triggers) | {
         "index": torch.tensor(search.index, dtype=torch.float64),
         "suspects": torch.tensor(search.suspects, dtype=torch.long),
         "reason": torch.frombuffer(bytearray(search.reason.encode()), dtype=torch.uint8),
@@ -202,7 +221,26 @@ def store_search(search: TriggerSearch) -> dict[str, Tensor]:
 
 def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSearch:
     """What :func:`store_search` was given."""
-    triggers = tuple(
+    return TriggerSearch(
+        triggers=tuple(_unpack(stored, device)),
+        index=tuple(stored["index"].tolist()),
+        suspects=tuple(stored["suspects"].tolist()),
+        reason=bytes(stored["reason"].tolist()).decode(),
+    )
+
+
+def _pack(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
+    numbers = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
+    return {
+        "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
+        "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
+        "numbers": torch.tensor(numbers, dtype=torch.float64),
+    }
+
+
+def _unpack(stored: Mapping[str, Tensor], device: torch.device) -> list[InvertedTrigger]:
+    """What :func:`_pack` was given."""
+    return [
         InvertedTrigger(
             form="patch" if patch else "additive",
             target=int(target),
@@ -214,13 +252,7 @@ def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSe
         for (target, size, success, patch), mask, pattern in zip(
             stored["numbers"].tolist(), stored["masks"], stored["patterns"], strict=True
         )
-    )
-    return TriggerSearch(
-        triggers=triggers,
-        index=tuple(stored["index"].tolist()),
-        suspects=tuple(stored["suspects"].tolist()),
-        reason=bytes(stored["reason"].tolist()).decode(),
-    )
+    ]
 
 
 def say_size(trigger: InvertedTrigger) -> str:
@@ -249,13 +281,14 @@ def find_suspects(
     return suspected
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class _Search:
     target: int
     logits: Logits
     inversion: Inversion
     images: Images
     unseen: Int[Tensor, " u"]
+    taken: int = 0
 
     @classmethod
     def open(
@@ -274,6 +307,10 @@ class _Search:
             toward(logits, target), images, others[held_out:], config.inversion, run.generator("inversion", target)
         )
         return cls(target=target, logits=logits, inversion=inversion, images=images, unseen=others[:held_out])
+
+    def advance_to(self, steps: int) -> None:
+        self.inversion.advance(max(0, steps - self.taken))
+        self.taken = max(self.taken, steps)
 
     def measure(self, config: TriggerSearchConfig) -> InvertedTrigger:
         unseen = self.images[self.unseen]
