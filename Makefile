@@ -34,6 +34,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python tools/claims.py --check
+	$(BIN)/python benchmarks/grid.py --check claims
+	$(BIN)/python benchmarks/grid.py --check tables
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -72,17 +72,19 @@ class Cells:
             return {"cells": 0}
         most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
         return {
-            "mean": float(np.mean([*known.values()])), "max": known[most], "max_at": most, "min": known[least],
-            "min_at": least, "cells": len(known), "seeds": len({name.rpartition("-")[2] for name in known}),
+            "mean": round(float(np.mean([*known.values()])), 4),
+            "max": round(known[most], 4), "max_at": most, "min": round(known[least], 4), "min_at": least,
+            "cells": len(known), "seeds": len({name.rpartition("-")[2] for name in known}),
         }  # fmt: skip
 
     def ratio(self, method: str, other: str, attacks: Sequence[str]) -> dict[str, Any]:
         """Seconds of one method over those of another on the same victim, over single cells."""
-        seconds = {(c.names.attack, c.names.seed): c.cost.seconds for c in self.where(other, attacks)}
+        whole = [cell for cell in self.where(other, attacks) if not cell.cost.resumed]
+        seconds = {(cell.names.attack, cell.names.seed): cell.cost.seconds for cell in whole}
 
         def pick(cell: CellResult) -> float | None:
             beside = seconds.get((cell.names.attack, cell.names.seed))
-            return None if beside is None else cell.cost.seconds / beside
+            return None if beside is None or cell.cost.resumed else cell.cost.seconds / beside
 
         return self.figure(method, attacks, pick)
 
@@ -318,7 +320,9 @@ def main() -> int:
     else:
         file, text = PAGE, page(make_table(Store.read(KEPT)))
     if args.check:
-        return int(not file.is_file() or file.read_text() != text)
+        current = file.is_file() and file.read_text() == text
+        print(f"{file.relative_to(ROOT)} is {'' if current else 'not '}what the kept cells say")
+        return int(not current)
     write_atomically(file, text.encode())
     return 0
 
