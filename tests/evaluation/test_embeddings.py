@@ -1,7 +1,7 @@
 """Embeddings of sets: those of the model, computed once, found again, and no numbers refused."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +117,26 @@ def test_a_cache_that_cannot_be_written(clip: TransformersCLIP, tmp_path: Path) 
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="cannot be written"):
         embed_images([clip], rows_of(4), run=run(tmp_path / "file"))
+
+
+def test_equal_texts_are_encoded_once_and_come_back_in_order(
+    clip: TransformersCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    encode = TransformersCLIP.encode_texts
+
+    def watched(model: TransformersCLIP, texts: Sequence[str]) -> torch.Tensor:
+        seen.extend(texts)
+        return encode(model, texts)
+
+    monkeypatch.setattr(TransformersCLIP, "encode_texts", watched)
+    texts = ["a photo of a star", "a ring", "a photo of a star", "a much longer caption that has many words", "a ring"]
+    found = embed_texts(clip, texts, run=run())
+    assert sorted(seen) == sorted(set(texts))
+    monkeypatch.undo()
+    for row, text in zip(found, texts, strict=True):
+        assert row == pytest.approx(embed_texts(clip, [text], run=run())[0], abs=2e-2)
+    assert np.array_equal(found[0], found[2])
 
 
 def test_texts(clip: TransformersCLIP) -> None:
