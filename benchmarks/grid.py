@@ -120,12 +120,7 @@ def claims(cells: Cells) -> dict[str, Any]:
     body: dict[str, Any] = {
         "grid": {"done": len(cells.all), "failed": cells.failed, "planned": cells.planned},
     }
-    for name, method in {
-        "par": "par-paper",
-        "clip_ours": "par",
-        "cleanclip": "clean-clip",
-        "ft": "fine-tuning",
-    }.items():
+    for name, method in CLIP_REPAIRS.items():
         body[name] = {
             "asr_after": cells.figure(method, PAIR_ATTACKS, excess),
             "c_acc_drop": cells.figure(method, PAIR_ATTACKS, fall),

@@ -44,7 +44,7 @@ def find_clip(grid: Grid, bench: Path, attack: str, seed: int) -> GridClip:
             hint=f"unpoison bench run {grid.path} -o {bench} --cell {cell.key}",
         )
     result = store.load(cell.key)
-    if result.after is None:
+    if result.status != "done":  # a victim that is too weak has figures too
         raise UsageError(f"the cell {cell.key} was {result.status}: {result.reason}", hint="Go on without it.")
     setting = open_setting(cell, bench, Silent())
     return GridClip(cell=cell, result=result, model=victim_of(setting).resolve(), poisoning=setting.poisoning)

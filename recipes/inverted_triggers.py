@@ -59,7 +59,7 @@ def row_of(victim: GridClip, shared: Path, row: int) -> list[Image.Image]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attack", nargs="+", default=["badnet-rand", "blended-rand", "blended-stripes", "badclip"])
+    parser.add_argument("--attack", nargs="+", default=["badnet-stripes", "blended-text", "badclip"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--row", type=int, default=7)
     parser.add_argument("--bench", type=Path, default=BENCH)

@@ -13,8 +13,6 @@ from unpoison.report.runs import read_runs
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel
 
-SUSPICIOUS = "suspicious"
-"""Folder of the ranked training pairs, where a repair rests on them: a scan like any other."""
 _LIBRARIES = {"open_clip_config.json": "open_clip", "config.json": "transformers"}
 
 

@@ -8,11 +8,8 @@ from pathlib import Path
 from unpoison.api_models import ModelScanOutcome
 from unpoison.outputs import save_scan
 from unpoison.report.html import write_report
-from unpoison.report.runs import MODEL_SCAN, read_runs
+from unpoison.report.runs import DATA, MODEL_SCAN, read_runs
 from unpoison.storage import write_atomically
-
-DATA = "data"
-"""Folder of the scan of the training data: a scan like any other, which ``unpoison keep`` takes."""
 
 
 def save_model_scan(outcome: ModelScanOutcome, folder: Path) -> None:

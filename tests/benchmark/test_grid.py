@@ -183,3 +183,4 @@ def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
     wanted = {entry.name for entry in DEFENSES}
     assert wanted <= {cell.method.method for cell in grid.cells if cell.method is not None}
     assert {cell.names.seed for cell in grid.cells if cell.method is not None} == {0, 1, 2}
+    assert all(cell.attack is None and cell.is_given for cell in grid.cells if cell.names.seed > 2)

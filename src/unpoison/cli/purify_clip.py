@@ -255,7 +255,8 @@ def _run(
     from unpoison.catalog import DEFENSES, find, resolve
     from unpoison.clip_results import ClipPurification
     from unpoison.outputs import save_scan
-    from unpoison.outputs_clip import SUSPICIOUS, model_folder, save_clip_purification
+    from unpoison.outputs_clip import model_folder, save_clip_purification
+    from unpoison.report.runs import SUSPICIOUS
     from unpoison.storage import remove_partials, write_atomically
 
     main, folder = run.accelerator.is_main_process, run.folder
@@ -319,7 +320,7 @@ def _show_rest(out: rich.console.Console, result: ClipPurification, path: Path) 
     show_judgement(out, result, "model")
     out.print(f"Model: {path / model_folder(result)}")
     if result.exposure is not None:
-        from unpoison.outputs_clip import SUSPICIOUS
+        from unpoison.report.runs import SUSPICIOUS
 
         out.print(f"Ranked pairs: {path / SUSPICIOUS}, for `unpoison keep` as well")
     out.print(f"Report: {path / 'report.html'}")

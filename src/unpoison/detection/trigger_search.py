@@ -131,25 +131,26 @@ def search_triggers(
         said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
     searches = {target: _Search.open(logits, images, said, target, config, run) for target in wanted}
 
-    def look(targets: Sequence[int], steps: int) -> dict[str, Tensor]:
+    def look(targets: Sequence[int], steps: int) -> list[InvertedTrigger]:
         for target in targets:
             searches[target].advance_to(steps)
-        return _pack([searches[target].measure(config) for target in targets])
+        return [searches[target].measure(config) for target in targets]
 
     steps = config.inversion.steps
     if len(wanted) > config.finalists:  # (2)
-        first: list[InvertedTrigger] = []
+        first: list[list[float]] = []  # no patterns: there may be thousands of classes
         starts = range(0, len(wanted), _KEPT_AT_ONCE)
         for start in run.progress.track(starts, total=len(wanted), what="looking for a trigger",
                                         weight=_KEPT_AT_ONCE, unit="classes"):  # fmt: skip
             part = wanted[start : start + _KEPT_AT_ONCE]
-            stored = run.step(f"{step}-first-{start:05d}", lambda part=part: look(part, config.first_steps))
-            first += _unpack(stored, run.device)
-        wanted = [trigger.target for trigger in sorted(first, key=_rank)[: config.finalists]]
+            stored = run.step(f"{step}-first-{start:05d}", lambda part=part: _numbers(look(part, config.first_steps)))
+            first += stored["numbers"].tolist()
+        first.sort(key=lambda row: _rank(size=row[1], success=row[2]))
+        wanted = [int(target) for target, *_ in first[: config.finalists]]
         steps = max(steps, config.first_steps)
     triggers: list[InvertedTrigger] = []
     for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
-        stored = run.step(f"{step}-{target:05d}", lambda target=target: look([target], steps))  # (1)
+        stored = run.step(f"{step}-{target:05d}", lambda target=target: _pack(look([target], steps)))  # (1)
         triggers += _unpack(stored, run.device)
     return judge_triggers(triggers, names, config)
 
@@ -230,12 +231,16 @@ def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSe
 
 
 def _pack(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
-    numbers = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
-    return {
+    return _numbers(triggers) | {
         "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
         "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
-        "numbers": torch.tensor(numbers, dtype=torch.float64),
     }
+
+
+def _numbers(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
+    """Target, size, success and form of each."""
+    rows = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
+    return {"numbers": torch.tensor(rows, dtype=torch.float64)}
 
 
 def _unpack(stored: Mapping[str, Tensor], device: torch.device) -> list[InvertedTrigger]:
@@ -317,6 +322,6 @@ class _Search:
         return measure_trigger(self.inversion, self.logits, unseen, self.target, config.inversion)
 
 
-def _rank(trigger: InvertedTrigger) -> tuple[float, float]:
+def _rank(*, size: float, success: float) -> tuple[float, float]:
     """Triggers that work come first, small ones before large ones; then those that work better."""
-    return (trigger.size if trigger.success >= 50 else 1 + trigger.size - trigger.success / 100, trigger.size)
+    return (size if success >= 50 else 1 + size - success / 100, size)

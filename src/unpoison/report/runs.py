@@ -30,8 +30,9 @@ from unpoison.results import (
 from unpoison.zero_shot_results import ZeroShotPurification
 
 MODEL_SCAN = "model-scan.json"
-INSIDE = ("suspicious", "data")
-"""Folders in which a run keeps a scan that it made on the way: of its pairs (UBT), of a model's training data."""
+SUSPICIOUS, DATA = "suspicious", "data"
+"""Folders in which a run keeps a scan that it made on the way: of its pairs (UBT), of a model's training data. A scan
+like any other, which ``unpoison keep`` takes."""
 MAX_SAMPLES = 120
 THUMBNAIL_SIZE = 64
 _MAX_SAMPLES_BYTES = 32 * 2**20
@@ -134,7 +135,7 @@ def read_run(path: Path) -> ReportRun:
 
 def read_runs(path: Path) -> list[ReportRun]:
     """:func:`read_run`, and after it the scan that lies inside the run's folder, where there is one."""
-    inside = [path / name for name in INSIDE if (path / name / "scan.json").is_file()]
+    inside = [path / name for name in (SUSPICIOUS, DATA) if (path / name / "scan.json").is_file()]
     return [read_run(place) for place in (path, *inside)]
 
 
