@@ -168,7 +168,14 @@ CLASSIC_VARIANTS = {
     "i-bau-radius-1-rate-1e-4": ("i-bau", {}),
     "abl-split": ("abl", {}),
     "abl-epochs-10": ("abl", {"isolation": "own", "isolation_epochs": 10}),
-}
+    "abl-training-16-steps-20": ("abl", {"training_epochs": 16, "steps": 20, "check_every": 5}),
+    **{f"{kind}-rate-{rate}": (kind, {"learning_rate": rate, "smaller_rates": ()})
+       for kind in ("ft", "ft-sam", "fine-pruning", "nad") for rate in (0.01, 0.03, 0.1)},
+    **{f"anp-rate-{rate}-epsilon-{epsilon}": ("anp", {"learning_rate": rate, "epsilon": epsilon})
+       for rate, epsilon in ((0.02, 0.2), (0.05, 0.4), (0.1, 0.4), (0.2, 0.4))},
+    **{f"i-bau-radius-{radius}-rate-{rate}": ("i-bau", {"radius": radius, "learning_rate": rate})
+       for radius in (1.0, 2.5) for rate in (1e-3, 3e-3)},
+}  # fmt: skip
 for name, (kind, more) in CLASSIC_VARIANTS.items():
     METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)
 METHODS["cgd"] = lambda setting, victim, run: cgd(setting, victim, CGDConfig(), run)

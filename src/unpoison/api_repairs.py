@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from unpoison.api import REPAIR_LIMITS, PurifyOutcome, check_classes, describe_samples
@@ -273,7 +274,7 @@ def _purification(
     fall = repair.held_out_before - repair.held_out_after
     return Purification(
         method=method,
-        config=asdict(config),
+        config=msgspec.json.decode(msgspec.json.encode(config)),
         accepted=fall <= bound,
         reason=(
             f"Held-out label accuracy went from {repair.held_out_before:.1f} to {repair.held_out_after:.1f} percent; "

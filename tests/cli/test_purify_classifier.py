@@ -80,7 +80,7 @@ def test_a_classic_goes_on_after_a_kill(
     words = ("purify", "ft", "victim", *DATA, "--split-from", str(scanned), "--config", str(settings), "-o")
     running = begin(*words, "cut")
     limit = time.monotonic() + 200
-    while not (tmp_path / "cut/steps/ft-00010.safetensors").exists():
+    while not (tmp_path / "cut/steps/ft-0.1-00010.safetensors").exists():
         assert running.poll() is None, running.communicate()[1]
         assert time.monotonic() < limit
         time.sleep(0.005)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.baselines.abl import ABLConfig, isolate, local_gradient_ascent
-from unpoison.defenses.baselines.anp import ANPConfig, learn_masks, neuron_layers
+from unpoison.defenses.baselines.anp import ANPConfig, learn_masks, neuron_layers, repair_with_anp
 from unpoison.defenses.baselines.fine_pruning import cut_features
+from unpoison.defenses.baselines.ft import FTConfig
 from unpoison.defenses.baselines.ft_sam import worst_change
 from unpoison.defenses.baselines.i_bau import IBAUConfig, hypergradient, perturbed_loss, worst_perturbation
 from unpoison.defenses.baselines.nad import attention_distance, attention_map, chosen_layers
-from unpoison.defenses.repair import CleanData, acceptable, last_acceptable
-from unpoison.errors import UnsupportedModelError
+from unpoison.defenses.repair import CleanData, Repair, acceptable, at_largest_rate, last_acceptable
+from unpoison.errors import ConfigError, DivergedError, UnsupportedModelError
 from unpoison.models.batch_norm import batch_norms, frozen_statistics
 from unpoison.models.classifier import ImageClassifier, new_classifier
 from unpoison.results import CLEAN, SUSPECT, Split
@@ -167,15 +168,53 @@ def test_masks_are_of_neurons_and_in_range() -> None:
     model = new_classifier("small-resnet", NAMES, image_size=16)
     masks = learn_masks(model, data(), ANPConfig(steps=4, batch_size=8), run())
     layers = batch_norms(model.module)
-    assert [len(masks[name]) for name in sorted(masks)] == [len(layer.weight) for _, layer in layers]
-    assert all(((mask >= 0) & (mask <= 1)).all() for mask in masks.values())
-    assert any((mask < 1).any() for mask in masks.values())
+    assert len(masks["mask"]) == len(masks["mean"]) == sum(len(layer.weight) for _, layer in layers)
+    assert all(((values >= 0) & (values <= 1)).all() for values in masks.values())
+    assert (masks["mask"] < 1).any()
     assert not any(hasattr(layer, "parametrizations") for _, layer in layers)
 
 
 def test_networks_without_batch_norm_have_neurons_too() -> None:
     names = [name for name, _ in neuron_layers(ImageClassifier(module=Tiny(), class_names=NAMES, image_size=4))]
     assert names == ["first"]  # not the head
+
+
+def test_of_equal_masks_the_one_that_fell_first_is_pruned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_classifier("small-resnet", NAMES, image_size=16)
+    count = sum(len(layer.weight) for _, layer in batch_norms(model.module))
+    found = {"mask": torch.ones(count), "mean": torch.ones(count)}
+    found["mask"][:3] = 0
+    found["mean"][:3] = torch.tensor([0.9, 0.1, 0.5])
+    monkeypatch.setattr("unpoison.defenses.baselines.anp.learn_masks", lambda *_: found)
+    clean = data()
+    split = Split(method="x", ids=[str(row) for row in range(30)], labels=clean.labels,
+                  region=np.full(30, CLEAN, dtype=np.int8), class_names=NAMES)  # fmt: skip
+    config = ANPConfig(prune_fall=100.0, largest_share=1.1 / count, levels=2, held_out=0.2)
+    repair = repair_with_anp(model, clean.pixels, split, config, run=run())
+    gone = torch.cat([layer.weight == 0 for _, layer in batch_norms(repair.classifier.module)])
+    assert gone.nonzero().flatten().tolist() == [1]
+
+
+# ---- fine-tuning
+
+
+def test_the_largest_rate_that_a_network_bears_is_kept() -> None:
+    tried = []
+
+    def attempt(config: FTConfig) -> Repair:
+        tried.append(config.learning_rate)
+        if config.learning_rate == 0.1:
+            raise DivergedError("ft", step=1, loss=float("inf"))
+        reached = {0.03: 69.0, 0.01: 71.0}[config.learning_rate]
+        looks = [{"step": 0.0, "held_out_accuracy": 80.0}, {"step": 1.0, "held_out_accuracy": reached}]
+        return Repair(classifier=tiny(), history=looks, steps=1)
+
+    assert at_largest_rate(FTConfig(), attempt).held_out_after == 71.0
+    assert tried == [0.1, 0.03, 0.01]  # the first diverged, the second cost 11 points of 10
+    with pytest.raises(DivergedError):
+        at_largest_rate(FTConfig(smaller_rates=()), attempt)
+    with pytest.raises(ConfigError, match="must fall"):
+        FTConfig(learning_rate=0.01)
 
 
 # ---- ABL

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from unpoison.results import Split
 from unpoison.runs import Run
 from unpoison.training import restore, state_of
 from unpoison.types import Classifier, Images, Labels
+
+C = TypeVar("C", bound="FineTuningConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,40 @@ class CleanTrainingConfig:
             raise ConfigError(f"held_out must lie between 0 and 1, got {self.held_out}.", hint="Try 0.05.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FineTuningConfig(CleanTrainingConfig):
+    """Training on, of all weights: the larger the rate, the more is forgotten of what clean samples do not use."""
+
+    learning_rate: float = 0.1
+    smaller_rates: tuple[float, ...] = (0.03, 0.01, 0.001)
+    """Tried in turn where held-out accuracy falls by more than ``bound``."""
+    bound: float = 10.0
+    """Wider than for gentler repairs: the held-out samples are of the suspicious model's own training set, of which it
+    has a part by heart (7 points above its test accuracy in a small network), and such training forgets that too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rates = (self.learning_rate, *self.smaller_rates)
+        if min(rates) <= 0 or list(rates) != sorted(rates, reverse=True):
+            raise ConfigError(f"the rates must fall and be positive, got {rates}.", hint="Try smaller_rates=().")
+
+
+def at_largest_rate(config: C, attempt: Callable[[C], Repair]) -> Repair:
+    """``attempt`` at the largest rate of ``config`` whose held-out accuracy is within its ``bound``; else at the last.
+
+    Raises DivergedError where the smallest rate diverges too.
+    """
+    for smaller in config.smaller_rates:
+        try:
+            repair = attempt(config)
+            if repair.held_out_after >= repair.held_out_before - config.bound:
+                return repair
+        except DivergedError:
+            pass
+        config = replace(config, learning_rate=smaller, smaller_rates=())
+    return attempt(config)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CleanData:
     """The clean samples of a split, those to train on and those held out, with the suspect ones for a look."""
@@ -190,8 +227,8 @@ def train_looks(
             return state_of(net, optimiser)
 
         with run.seeded(name, start):
-            restore(net, optimiser, run.step(f"{name}-{start:05d}", some_steps))
-        history.append(data.look(repaired, first_step + done, run))
+            restore(net, optimiser, run.step(f"{name}-{config.learning_rate:g}-{start:05d}", some_steps))
+        history.append(data.look(repaired, first_step + done, run) | {"learning_rate": config.learning_rate})
         accuracy = history[-1]["held_out_accuracy"]
         best = max(best, accuracy)
         if acceptable(accuracy, best, len(data.held_out), config.tolerance):

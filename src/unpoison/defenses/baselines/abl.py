@@ -47,15 +47,15 @@ from unpoison.types import Classifier
 class ABLConfig(CleanTrainingConfig):
     """ABL's constants; gamma and the isolated share are the paper's. ``steps`` and ``learning_rate`` are step 4's."""
 
-    steps: int = 100
+    steps: int = 20
     learning_rate: float = 5e-4
-    check_every: int = 10
+    check_every: int = 5
     gamma: float = 0.5
     isolated: float = 0.01
     """Share of the set."""
     isolation: Literal["own", "split"] = "split"
     isolation_epochs: int = 4
-    training_epochs: int = 12
+    training_epochs: int = 16
     training_rate: float = 0.1
 
     def __post_init__(self) -> None:

@@ -31,8 +31,9 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import (
     CleanData,
-    CleanTrainingConfig,
+    FineTuningConfig,
     Repair,
+    at_largest_rate,
     falling_rate,
     last_acceptable,
     sgd,
@@ -46,7 +47,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinePruningConfig(CleanTrainingConfig):
+class FinePruningConfig(FineTuningConfig):
     """Fine-pruning's constants; all ours."""
 
     prune_fall: float = 4.0
@@ -63,7 +64,7 @@ class FinePruningConfig(CleanTrainingConfig):
 def repair_with_fine_pruning(
     classifier: Classifier, pixels: Pixels, split: Split, config: FinePruningConfig, *, run: Run
 ) -> Repair:
-    """Steps 1 to 3 on a copy of ``classifier``. Raises NotEnoughDataError, DivergedError, UnsupportedModelError."""
+    """Steps 1 to 3 on copies of ``classifier``. Raises NotEnoughDataError, DivergedError, UnsupportedModelError."""
     data = CleanData.open(pixels, split, config.held_out, run)
     idleness = features_on(classifier, pixels, data.rows, run=run).abs().mean(dim=0)  # (1)
     order = idleness.argsort(stable=True)
@@ -75,8 +76,16 @@ def repair_with_fine_pruning(
 
     levels = [float(level) for level in np.unique(np.linspace(0, len(order) - 1, config.levels).astype(int))]
     repaired, level, looks = last_acceptable(levels, pruned, data, config.prune_fall, run=run)  # (2)
-    repaired = repaired or classifier.copy()
-    gone = order[: int(level)]
+    start, gone = repaired or classifier, order[: int(level)]
+    before = looks[0] | {"pruned": level}
+    return at_largest_rate(config, lambda config: fine_tuned(start, gone, data, before, config, run))
+
+
+def fine_tuned(
+    pruned: Classifier, gone: Tensor, data: CleanData, before: dict[str, float], config: FinePruningConfig, run: Run
+) -> Repair:
+    """Step 3 at one rate, without the features ``gone``; ``before``: a look at the suspicious model."""
+    repaired = pruned.copy()
     optimiser = sgd(repaired, config)
 
     def one_step(step: int, generator: torch.Generator) -> Tensor:
@@ -89,7 +98,6 @@ def repair_with_fine_pruning(
         cut_features(repaired, gone)
         return loss
 
-    before = looks[0] | {"pruned": level}
     return train_looks(repaired, optimiser, one_step, data, config, name="fine-pruning", run=run, before=before)
 
 

@@ -28,7 +28,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpoison.data.pixels import Pixels
-from unpoison.defenses.repair import CleanData, CleanTrainingConfig, Repair, falling_rate, sgd, train_looks
+from unpoison.defenses.repair import (
+    CleanData,
+    FineTuningConfig,
+    Repair,
+    at_largest_rate,
+    falling_rate,
+    sgd,
+    train_looks,
+)
 from unpoison.errors import ConfigError
 from unpoison.models.batch_norm import frozen_statistics
 from unpoison.results import Split
@@ -37,7 +45,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTSAMConfig(CleanTrainingConfig):
+class FTSAMConfig(FineTuningConfig):
     """FT-SAM's constants."""
 
     rho: float = 2.0
@@ -52,7 +60,12 @@ class FTSAMConfig(CleanTrainingConfig):
 def repair_with_ft_sam(
     classifier: Classifier, pixels: Pixels, split: Split, config: FTSAMConfig, *, run: Run
 ) -> Repair:
-    """Both steps on a copy of ``classifier``. Raises NotEnoughDataError, DivergedError."""
+    """Both steps on copies of ``classifier``. Raises NotEnoughDataError, DivergedError."""
+    return at_largest_rate(config, lambda config: sharpness_aware(classifier, pixels, split, config, run))
+
+
+def sharpness_aware(classifier: Classifier, pixels: Pixels, split: Split, config: FTSAMConfig, run: Run) -> Repair:
+    """Both steps at one rate."""
     repaired = classifier.copy()
     data = CleanData.open(pixels, split, config.held_out, run)
     optimiser = sgd(repaired, config)

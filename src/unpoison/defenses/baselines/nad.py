@@ -32,7 +32,15 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.baselines.ft import FTConfig, repair_with_ft
-from unpoison.defenses.repair import CleanData, CleanTrainingConfig, Repair, falling_rate, sgd, train_looks
+from unpoison.defenses.repair import (
+    CleanData,
+    FineTuningConfig,
+    Repair,
+    at_largest_rate,
+    falling_rate,
+    sgd,
+    train_looks,
+)
 from unpoison.errors import ConfigError, UnsupportedModelError
 from unpoison.models.activations import activations, channel_axis
 from unpoison.results import Split
@@ -41,7 +49,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class NADConfig(CleanTrainingConfig):
+class NADConfig(FineTuningConfig):
     """NAD's constants. ``teacher`` is step 1."""
 
     beta: float = 1000.0
@@ -54,9 +62,16 @@ class NADConfig(CleanTrainingConfig):
 
 
 def repair_with_nad(classifier: Classifier, pixels: Pixels, split: Split, config: NADConfig, *, run: Run) -> Repair:
-    """Steps 1 to 3 on a copy of ``classifier``. Raises NotEnoughDataError, DivergedError, UnsupportedModelError."""
+    """Steps 1 to 3 on copies of ``classifier``. Raises NotEnoughDataError, DivergedError, UnsupportedModelError."""
     teacher = repair_with_ft(classifier, pixels, split, config.teacher, run=run).classifier  # (1)
     teacher.module.eval().requires_grad_(False)
+    return at_largest_rate(config, lambda config: distilled(classifier, teacher, pixels, split, config, run))
+
+
+def distilled(
+    classifier: Classifier, teacher: Classifier, pixels: Pixels, split: Split, config: NADConfig, run: Run
+) -> Repair:
+    """Steps 2 and 3 at one rate."""
     repaired = classifier.copy()
     data = CleanData.open(pixels, split, config.held_out, run)
     optimiser = sgd(repaired, config)
