@@ -17,6 +17,7 @@ from unpoison.api_pairs import PAIR_DETECTORS, scan_pairs
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import CanaryConfig, measure_power, summary
+from unpoison.detection.class_search import kept_searches
 from unpoison.detection.model_files import judge_files
 from unpoison.detection.model_weights import Sizes, WeightsConfig, judge_weights, reference_sizes
 from unpoison.detection.probe_images import gather_images
@@ -173,10 +174,11 @@ def _look(
     left = None if seconds is None else max(1.0, seconds - (time.monotonic() - begun))
     share = left / 2 if left is not None and power else left
 
-    def judge(model: AnyModel) -> WeightsVerdict:
-        return judge_weights(model, probe, clean, config.weights, run=run, seconds=share)
+    def judge(model: AnyModel, step: str | None = None) -> WeightsVerdict:
+        return judge_weights(model, probe, clean, config.weights, run=run, seconds=share, step=step)
 
-    weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen))
+    weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen, "search"))
+    run.forget(kept_searches("search", len(frozen.class_names), config.weights.search))
     powers = None
     if power:
         rest = None if seconds is None else max(0.0, seconds - (time.monotonic() - begun))

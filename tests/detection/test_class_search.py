@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from unpoison.detection.anomaly import (
     word_of,
 )
 from unpoison.detection.canaries import CanaryConfig, measure_power, plant, summary
-from unpoison.detection.class_search import ClassSearchConfig, search_classes
+from unpoison.detection.class_search import ClassSearchConfig, kept_searches, search_classes
 from unpoison.detection.decree import DECREEConfig, decree, mean_cosine
 from unpoison.detection.inversion import InversionConfig
 from unpoison.detection.model_weights import WeightsConfig, judge_weights, reference_sizes
@@ -27,7 +28,7 @@ from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.model_results import WeightsVerdict
 from unpoison.models.any_model import AnyModel
 from unpoison.models.image_classifier import ImageClassifier
-from unpoison.runs import Run
+from unpoison.runs import Run, RunFolder
 
 CLASSES, SIZE, TARGET = 6, 12, 4
 SEARCH = ClassSearchConfig(steps=30, turn=10, finalists=8, inversion=InversionConfig(batch_size=16))
@@ -134,6 +135,38 @@ def test_a_budget_stops_the_search_and_says_what_was_reached() -> None:
     verdict = judge_weights(suspect, probe(), config=CONFIG, run=Run(), seconds=1e-9)
     assert verdict.word == "inconclusive"
     assert verdict.covered == 0
+
+
+def test_searching_in_turns_and_one_by_one_find_the_same() -> None:
+    suspect, config = model(backdoored=True), ClassSearchConfig(steps=8, square_steps=8, turn=3)
+    straight = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run())
+    turns = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run(), seconds=1e9)
+    assert straight.complete
+    assert turns.complete
+    for form, found in straight.found.items():
+        assert [entry.trigger.size for entry in found] == [entry.trigger.size for entry in turns.found[form]]
+        assert [entry.steps for entry in found] == [entry.steps for entry in turns.found[form]]
+
+
+def test_a_search_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
+    suspect = model(backdoored=True)
+    config = ClassSearchConfig(steps=4, square_steps=4, finalists=3, first_steps=2)
+    run = Run(folder=RunFolder.open(tmp_path / "run", {}))
+    first = search_classes(suspect.logits, probe().images, CLASSES, config, run=run, step="search")
+    kept = {path.stem for path in (tmp_path / "run/steps").iterdir()}
+    assert kept < set(kept_searches("search", CLASSES, config))
+    assert sum("first" in name for name in kept) == 1
+    assert len(kept) == 1 + 3 * 3
+
+    def never(images: Tensor) -> Tensor:
+        if images.requires_grad or torch.is_grad_enabled():
+            raise AssertionError("searched again")
+        return suspect.logits(images)
+
+    again = search_classes(never, probe().images, CLASSES, config, run=run, step="search")
+    for form, found in first.found.items():
+        assert [entry.trigger.target for entry in found] == [entry.trigger.target for entry in again.found[form]]
+        assert all(torch.equal(a.trigger.mask, b.trigger.mask) for a, b in zip(found, again.found[form], strict=True))
 
 
 def test_of_many_classes_the_hopeless_are_abandoned() -> None:

@@ -6,8 +6,8 @@ Papers
 Steps
     1. Many classes: a few steps for each, in each form; only the ``finalists`` that got furthest go on. The others are
        hopeless: what reaches a backdoor's target is found sooner and smaller.
-    2. All that are left advance in turns, a few steps each, so that a search that is cut short still compares like with
-       like.
+    2. Where time is limited, all that are left advance in turns, a few steps each, so that a search that is cut short
+       still compares like with like. Where it is not, they are searched one by one to the same end.
     3. Each trigger is measured on images that no search has seen.
 Where we differ
     Neural Cleanse searches each class to the end. Turns and early abandonment are ours; a class that was abandoned is
@@ -17,7 +17,7 @@ Where we differ
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,16 +33,20 @@ from unpoison.detection.inversion import (
     Logits,
     Search,
     check_enough,
+    first_rank,
     measure_trigger,
+    pack_triggers,
     toward,
+    unpack_triggers,
 )
 from unpoison.detection.squares import SquareInversion
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 from unpoison.types import Images
 
-FORMS: tuple[Form, ...] = ("square", "patch", "additive")
-_AT_ONCE = 256
+SEARCHED: tuple[Form, ...] = ("square", "patch", "additive")
+Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+_AT_ONCE, _KEPT_AT_ONCE = 256, 16
 FEWEST_CLASSES = 3
 
 
@@ -50,7 +54,7 @@ FEWEST_CLASSES = 3
 class ClassSearchConfig:
     """How long is searched, and for which of many classes. All numbers are ours."""
 
-    forms: tuple[Form, ...] = FORMS
+    forms: tuple[Form, ...] = SEARCHED
     steps: int = 120
     """For each class and form. At 60 steps the masks were still shrinking."""
     square_steps: int = 160
@@ -71,8 +75,8 @@ class ClassSearchConfig:
                 f"expected steps, square_steps, turn and first_steps >= 1 and finalists >= {FEWEST_CLASSES}.",
                 hint="Try the defaults.",
             )
-        if not 0 < self.held_out < 1 or not self.forms or not set(self.forms) <= set(FORMS):
-            raise ConfigError(f"expected held_out in (0, 1) and forms of {FORMS}.", hint="Try the defaults.")
+        if not 0 < self.held_out < 1 or not self.forms or not set(self.forms) <= set(SEARCHED):
+            raise ConfigError(f"expected held_out in (0, 1) and forms of {SEARCHED}.", hint="Try the defaults.")
 
     def steps_of(self, form: Form) -> int:
         """For each class, where it is searched to the end."""
@@ -115,8 +119,12 @@ def search_classes(
     run: Run,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    step: str | None = None,
 ) -> ClassSearch:
     """Steps 1 to 3 over ``count`` classes of ``logits`` [b, count], for about ``seconds`` at most.
+
+    Without a limit each class that was searched is kept as a step of the run whose name begins with ``step``, so that
+    a search that is killed goes on (:func:`kept_searches`).
 
     ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
     that class's search. A class that it takes nearly all images for cannot be searched and counts as not looked at.
@@ -137,32 +145,64 @@ def search_classes(
         if min(int((said[used] != target).sum()), int((said[unseen] != target).sum())) >= FEWEST_IMAGES
     }
     planned, taken, seen = _planned(count, config), 0, 0
+    keep: Keep = run.step if step is not None and seconds is None else lambda _, compute: compute()
     if count > config.finalists:  # (1)
-        searches, taken, seen = _finalists(searches, config, run, late)
+        searches, taken, seen = _finalists(searches, config, keep, step, run, late)
     open_searches = list(searches.values())
+    if seconds is None:  # (2), (3)
+        every: list[SearchedClass] = []
+        for search in run.progress.track(
+            open_searches, total=len(open_searches), what="searching classes", unit="searches"
+        ):
+            stored = keep(_name(step, search), lambda search=search: pack_triggers([search.to_the_end()]))
+            (trigger,), steps = unpack_triggers(stored, images.device), config.steps_of(search.form)
+            every.append(SearchedClass(trigger=trigger, steps=steps, finished=True))
+            taken += steps
+    else:
+        taken += _in_turns(open_searches, config, run, late)
+        every = [
+            SearchedClass(
+                trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps_of(search.form)
+            )
+            for search in open_searches
+            if search.steps
+        ]
+    found: dict[Form, tuple[SearchedClass, ...]] = {
+        form: tuple(entry for entry in every if entry.trigger.form == form) for form in config.forms
+    }
+    seen = max(seen, *(len(classes) for classes in found.values()))
+    return ClassSearch(found=found, unseen=unseen, covered=min(1.0, taken / max(planned, 1)), seen=seen, planned=count)
+
+
+def kept_searches(step: str, count: int, config: ClassSearchConfig) -> list[str]:
+    """The steps of a run that a search of ``count`` classes may have kept; to be forgotten once its result is."""
+    return [
+        *(f"{step}-{form}-{target:05d}" for form in config.forms for target in range(count)),
+        *(f"{step}-first-{start:05d}" for start in range(0, count, _KEPT_AT_ONCE)),
+    ]
+
+
+def _name(step: str | None, search: _Search) -> str:
+    return f"{step}-{search.form}-{search.target:05d}"
+
+
+def _in_turns(searches: Sequence[_Search], config: ClassSearchConfig, run: Run, late: _Deadline) -> int:
+    """Step 2 for as long as there is time; returns the steps taken."""
+    taken = 0
     longest = max(config.steps_of(form) for form in config.forms)
     work = [
         (done, search)
         for done in range(0, longest, config.turn)
-        for search in open_searches
+        for search in searches
         if done < config.steps_of(search.form)
     ]
-    for done, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):  # (2)
+    for done, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):
         if late():
             break
         steps = min(config.turn, config.steps_of(search.form) - done)
         search.advance(steps)
         taken += steps
-    found: dict[Form, tuple[SearchedClass, ...]] = {
-        form: tuple(  # (3)
-            SearchedClass(trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps_of(form))
-            for search in open_searches
-            if search.form == form and search.steps
-        )
-        for form in config.forms
-    }
-    seen = max(seen, *(len(classes) for classes in found.values()))
-    return ClassSearch(found=found, unseen=unseen, covered=min(1.0, taken / max(planned, 1)), seen=seen, planned=count)
+    return taken
 
 
 class _Deadline:
@@ -180,7 +220,12 @@ def _planned(count: int, config: ClassSearchConfig) -> int:
 
 
 def _finalists(
-    searches: dict[tuple[Form, int], _Search], config: ClassSearchConfig, run: Run, late: _Deadline
+    searches: dict[tuple[Form, int], _Search],
+    config: ClassSearchConfig,
+    keep: Keep,
+    step: str | None,
+    run: Run,
+    late: _Deadline,
 ) -> tuple[dict[tuple[Form, int], _Search], int, int]:
     """The searches that go on, the steps taken, and how many classes were looked at, in a random order.
 
@@ -188,25 +233,30 @@ def _finalists(
     """
     targets = sorted({target for _, target in searches})
     order = [targets[place] for place in torch.randperm(len(targets), generator=run.generator("class order")).tolist()]
-    ranks: dict[Form, list[tuple[tuple[float, float], int]]] = {form: [] for form in config.forms}
-    taken, seen = 0, 0
-    for target in run.progress.track(order, total=len(order), what="a first look at classes", unit="classes"):
-        if late(0.6):
+
+    def look(part: Sequence[int]) -> dict[str, Tensor]:
+        """Target, size and success of each of ``part`` that there is time for, in each form."""
+        rows = []
+        for target in part:
+            if late(0.6):
+                break
+            triggers = [searches[form, target].first_look(config.first_steps) for form in config.forms]
+            rows.append([[target, trigger.size, trigger.success] for trigger in triggers])
+        return {"looks": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(config.forms), 3)}
+
+    looks: list[Tensor] = []
+    for start in run.progress.track(range(0, len(order), _KEPT_AT_ONCE), total=len(order),
+                                    what="a first look at classes", weight=_KEPT_AT_ONCE, unit="classes"):  # fmt: skip
+        part = order[start : start + _KEPT_AT_ONCE]
+        looks.append(keep(f"{step}-first-{start:05d}", lambda part=part: look(part))["looks"])
+        if len(looks[-1]) < len(part):
             break
-        for form in config.forms:
-            search = searches[form, target]
-            search.advance(config.first_steps)
-            trigger = search.measure()
-            search.forget()
-            ranks[form].append((_rank(trigger), target))
-            taken += config.first_steps
-        seen += 1
-    kept: dict[tuple[Form, int], _Search] = {
-        (form, target): searches[form, target]
-        for form in config.forms
-        for _, target in sorted(ranks[form])[: config.finalists]
-    }
-    return kept, taken, seen
+    seen = torch.cat(looks) if looks else torch.zeros(0, len(config.forms), 3)
+    kept: dict[tuple[Form, int], _Search] = {}
+    for place, form in enumerate(config.forms):
+        best = sorted(seen[:, place].tolist(), key=lambda row: (first_rank(size=row[1], success=row[2]), row[0]))
+        kept |= {(form, int(target)): searches[form, int(target)] for target, *_ in best[: config.finalists]}
+    return kept, len(seen) * len(config.forms) * config.first_steps, len(seen)
 
 
 class _Search:
@@ -244,10 +294,13 @@ class _Search:
             raise NotEnoughDataError("steps of the search", have=0, need=1, hint="Give it more time.")
         return measure_trigger(self._inversion, self._logits, self._images[self._judged], self.target, self._config)
 
-    def forget(self) -> None:
+    def first_look(self, steps: int) -> InvertedTrigger:
+        """What so many steps find; then all of it is forgotten."""
+        self.advance(steps)
+        trigger = self.measure()
         self._inversion, self.steps = None, 0
+        return trigger
 
-
-def _rank(trigger: InvertedTrigger) -> tuple[float, float]:
-    """Triggers that work come first, small ones before large ones; then those that work better."""
-    return (trigger.size if trigger.success >= 50 else 1 + trigger.size - trigger.success / 100, trigger.size)
+    def to_the_end(self) -> InvertedTrigger:
+        """What all steps find."""
+        return self.first_look(self._config.steps - self.steps)

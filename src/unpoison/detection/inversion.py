@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ Logits = Callable[[Images], Float[Tensor, "b k"]]
 Objective = Callable[[Images, Int[Tensor, " b"]], tuple[Float[Tensor, ""], float]]
 """Changed images and the rows that they were to what is minimised, and the share of them, in [0, 1], that got there."""
 Form = Literal["additive", "patch", "square"]
+FORMS: tuple[Form, ...] = get_args(Form)
 FEWEST_IMAGES = 8
 _SMALLEST, _TINY = 1e-6, 1e-8
 _RATES = {"additive": 0.02, "patch": 0.3, "square": 0.3}
@@ -257,6 +258,42 @@ def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:
     middle = np.median(logs)
     deviation = 1.4826 * np.median(np.abs(logs - middle))
     return (middle - logs) / deviation if deviation > 0 else np.zeros(len(logs))
+
+
+def first_rank(*, size: float, success: float) -> tuple[float, float]:
+    """The order after a first look: triggers that work, small ones before large ones; then those that work better."""
+    return (size if success >= 50 else 1 + size - success / 100, size)
+
+
+def numbers_of(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
+    """Target, size, success and form of each, for a run that may be interrupted."""
+    rows = [(entry.target, entry.size, entry.success, FORMS.index(entry.form)) for entry in triggers]
+    return {"numbers": torch.tensor(rows, dtype=torch.float64)}
+
+
+def pack_triggers(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
+    """The same with masks and patterns."""
+    return numbers_of(triggers) | {
+        "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
+        "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
+    }
+
+
+def unpack_triggers(stored: Mapping[str, Tensor], device: torch.device) -> list[InvertedTrigger]:
+    """What :func:`pack_triggers` was given."""
+    return [
+        InvertedTrigger(
+            form=FORMS[int(form)],
+            target=int(target),
+            mask=mask.to(device),
+            pattern=pattern.to(device),
+            size=size,
+            success=success,
+        )
+        for (target, size, success, form), mask, pattern in zip(
+            stored["numbers"].tolist(), stored["masks"], stored["patterns"], strict=True
+        )
+    ]
 
 
 def picture_of(trigger: InvertedTrigger) -> str:

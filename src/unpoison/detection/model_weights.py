@@ -35,6 +35,7 @@ from unpoison.detection.class_search import (
     ClassSearch,
     ClassSearchConfig,
     SearchedClass,
+    kept_searches,
     search_classes,
 )
 from unpoison.detection.decree import DECREEConfig, DECREEFinding, decree
@@ -90,10 +91,12 @@ def judge_weights(
     *,
     run: Run,
     seconds: float | None = None,
+    step: str | None = None,
 ) -> WeightsVerdict:
     """Steps 1 to 4 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`reference_sizes`.
 
-    ``seconds``: the search stops about then and reports what it reached. Raises NotEnoughDataError.
+    ``seconds``: the search stops about then and reports what it reached. ``step``: what the names of the run's steps
+    begin with that keep what was searched. Raises NotEnoughDataError.
     """
     config, begun = config or WeightsConfig(), time.monotonic()
     common = {
@@ -104,7 +107,9 @@ def judge_weights(
     if not model.class_names:
         found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds)
         return _judge_encoder(found, references, config, common | {"seconds": time.monotonic() - begun})
-    search = search_classes(model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds)
+    search = search_classes(
+        model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds, step=step
+    )
     common |= {"seconds": time.monotonic() - begun}
     return _judge_classes(model, probe, search, references, config, common, run)
 
@@ -123,11 +128,13 @@ def reference_sizes(model: AnyModel, probe: ProbeImages, config: WeightsConfig, 
         found = decree(model.encode, probe.images, config.decree, run=run)
         sizes = {DECREE: [float(np.log(found.trigger.size))]}
     else:
-        search = search_classes(model.logits, probe.images, len(model.class_names), config.search, run=run)
+        count, step = len(model.class_names), f"reference-{key}"
+        search = search_classes(model.logits, probe.images, count, config.search, run=run, step=step)
         sizes = {form: _logs(classes).tolist() for form, classes in search.found.items()}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, msgspec.json.encode(sizes))
+        run.forget(kept_searches(f"reference-{key}", len(model.class_names), config.search))
     return sizes
 
 

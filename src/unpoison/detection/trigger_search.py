@@ -37,9 +37,13 @@ from unpoison.detection.inversion import (
     InvertedTrigger,
     Logits,
     check_enough,
+    first_rank,
     measure_trigger,
+    numbers_of,
     outlier_index,
+    pack_triggers,
     toward,
+    unpack_triggers,
 )
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
@@ -143,15 +147,15 @@ def search_triggers(
         for start in run.progress.track(starts, total=len(wanted), what="looking for a trigger",
                                         weight=_KEPT_AT_ONCE, unit="classes"):  # fmt: skip
             part = wanted[start : start + _KEPT_AT_ONCE]
-            stored = run.step(f"{step}-first-{start:05d}", lambda part=part: _numbers(look(part, config.first_steps)))
+            stored = run.step(f"{step}-first-{start:05d}", lambda part=part: numbers_of(look(part, config.first_steps)))
             first += stored["numbers"].tolist()
-        first.sort(key=lambda row: _rank(size=row[1], success=row[2]))
+        first.sort(key=lambda row: first_rank(size=row[1], success=row[2]))
         wanted = [int(target) for target, *_ in first[: config.finalists]]
         steps = max(steps, config.first_steps)
     triggers: list[InvertedTrigger] = []
     for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
-        stored = run.step(f"{step}-{target:05d}", lambda target=target: _pack(look([target], steps)))  # (1)
-        triggers += _unpack(stored, run.device)
+        stored = run.step(f"{step}-{target:05d}", lambda target=target: pack_triggers(look([target], steps)))  # (1)
+        triggers += unpack_triggers(stored, run.device)
     return judge_triggers(triggers, names, config)
 
 
@@ -213,7 +217,7 @@ def average_searches(
 
 def store_search(search: TriggerSearch) -> dict[str, Tensor]:
     """The search as tensors, for a run that may be interrupted."""
-    return _pack(search.triggers) | {
+    return pack_triggers(search.triggers) | {
         "index": torch.tensor(search.index, dtype=torch.float64),
         "suspects": torch.tensor(search.suspects, dtype=torch.long),
         "reason": torch.frombuffer(bytearray(search.reason.encode()), dtype=torch.uint8),
@@ -223,41 +227,11 @@ def store_search(search: TriggerSearch) -> dict[str, Tensor]:
 def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSearch:
     """What :func:`store_search` was given."""
     return TriggerSearch(
-        triggers=tuple(_unpack(stored, device)),
+        triggers=tuple(unpack_triggers(stored, device)),
         index=tuple(stored["index"].tolist()),
         suspects=tuple(stored["suspects"].tolist()),
         reason=bytes(stored["reason"].tolist()).decode(),
     )
-
-
-def _pack(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
-    return _numbers(triggers) | {
-        "masks": torch.stack([entry.mask.cpu() for entry in triggers]),
-        "patterns": torch.stack([entry.pattern.cpu() for entry in triggers]),
-    }
-
-
-def _numbers(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:
-    """Target, size, success and form of each."""
-    rows = [(entry.target, entry.size, entry.success, entry.form == "patch") for entry in triggers]
-    return {"numbers": torch.tensor(rows, dtype=torch.float64)}
-
-
-def _unpack(stored: Mapping[str, Tensor], device: torch.device) -> list[InvertedTrigger]:
-    """What :func:`_pack` was given."""
-    return [
-        InvertedTrigger(
-            form="patch" if patch else "additive",
-            target=int(target),
-            mask=mask.to(device),
-            pattern=pattern.to(device),
-            size=size,
-            success=success,
-        )
-        for (target, size, success, patch), mask, pattern in zip(
-            stored["numbers"].tolist(), stored["masks"], stored["patterns"], strict=True
-        )
-    ]
 
 
 def say_size(trigger: InvertedTrigger) -> str:
@@ -320,8 +294,3 @@ class _Search:
     def measure(self, config: TriggerSearchConfig) -> InvertedTrigger:
         unseen = self.images[self.unseen]
         return measure_trigger(self.inversion, self.logits, unseen, self.target, config.inversion)
-
-
-def _rank(*, size: float, success: float) -> tuple[float, float]:
-    """Triggers that work come first, small ones before large ones; then those that work better."""
-    return (size if success >= 50 else 1 + size - success / 100, size)
