@@ -32,6 +32,7 @@ from unpoison.api_zero_shot import (
 )
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.baselines.rvpt import RVPTConfig
 from unpoison.defenses.cbpt import CBPTConfig
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.models.clip_files import load_any_clip
@@ -50,15 +51,21 @@ CONFIGS = {
     "prompts": CBPTConfig(tune="prompts"),
     "labels": CBPTConfig(clean="labels"),
 }
-METHODS = (*CONFIGS, "rvpt", "linear-probe")
+RVPTS = {
+    "rvpt": RVPTConfig(),
+    **{f"rvpt-prompts-{count}": RVPTConfig(prompts=count) for count in (4, 16)},
+    **{f"rvpt-repulsion-{alpha}": RVPTConfig(repulsion=alpha) for alpha in (0.0, 0.5)},
+    "rvpt-rate-0.0005": RVPTConfig(learning_rate=0.0005),
+}
+METHODS = (*CONFIGS, *RVPTS, "linear-probe")
 SHOTS = "cifar10/train.parquet[30000:31000]"
 RATES = ("c_acc", "asr", "asr_floor", "ra")
 
 
 def purify(clip: ImageTextModel, images: LabelledImages, method: str, seed: int) -> ZeroShotOutcome:
     run = Run(seed=seed)
-    if method == "rvpt":
-        return purify_with_rvpt(clip, images, run=run)
+    if method in RVPTS:
+        return purify_with_rvpt(clip, images, config=RVPTS[method], run=run)
     if method == "linear-probe":
         return purify_with_linear_probe(clip, images, run=run)
     return purify_with_cbpt(clip, images, config=CONFIGS[method], run=run)

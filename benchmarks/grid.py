@@ -23,7 +23,7 @@ from unpoison.benchmark.cell import CellResult, Figures
 from unpoison.benchmark.formats import COMPARISON, SPREAD, as_csv, cells_of, compared, headings
 from unpoison.benchmark.settings import CLEAN, GIVEN
 from unpoison.benchmark.store import Store
-from unpoison.benchmark.table import Row, Table, columns_of, make_table, summarise
+from unpoison.benchmark.table import Row, Table, columns_of, make_table, processor_seconds, summarise
 from unpoison.report.leaderboard import render_leaderboard
 from unpoison.results import write_atomically
 
@@ -78,13 +78,13 @@ class Cells:
         }  # fmt: skip
 
     def ratio(self, method: str, other: str, attacks: Sequence[str]) -> dict[str, Any]:
-        """Seconds of one method over those of another on the same victim, over single cells."""
-        whole = [cell for cell in self.where(other, attacks) if not cell.cost.resumed]
-        seconds = {(cell.names.attack, cell.names.seed): cell.cost.seconds for cell in whole}
+        """Processor seconds of one method over those of another on the same victim, over single cells; with one thread
+        in each they are what the clock shows on an idle machine."""
+        seconds = {(cell.names.attack, cell.names.seed): processor_seconds(cell) for cell in self.where(other, attacks)}
 
         def pick(cell: CellResult) -> float | None:
-            beside = seconds.get((cell.names.attack, cell.names.seed))
-            return None if beside is None or cell.cost.resumed else cell.cost.seconds / beside
+            own, beside = processor_seconds(cell), seconds.get((cell.names.attack, cell.names.seed))
+            return None if own is None or beside is None else own / beside
 
         return self.figure(method, attacks, pick)
 
@@ -167,7 +167,7 @@ class Question:
 
 
 SUMMED = ("model", "method", "attacks", "mean excess ASR", "worst", "mean fall of C-Acc", "worst", "RA",
-          "fall on clean models", "seconds")  # fmt: skip
+          "fall on clean models", "CPU s")  # fmt: skip
 COSTS = ("c_acc", "asr", "asr_excess", "ra")
 QUESTIONS = (
     Question(
@@ -178,7 +178,7 @@ QUESTIONS = (
         kind="clip",
         attacks=(*PAIR_ATTACKS, "sig-clip", CLEAN),
         methods=(GIVEN, "fine-tuning", "clean-clip", "par-paper", "par"),
-        columns=(*COSTS, "r_at_1", "retrieval_asr", "drift", "rebound", "seconds"),
+        columns=(*COSTS, "r_at_1", "retrieval_asr", "drift", "rebound", "processor"),
     ),
     Question(
         title="Unlearning with the poisoned pairs",
@@ -187,7 +187,7 @@ QUESTIONS = (
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "ubt", "abl-clip"),
-        columns=(*COSTS, "r_at_1", "auroc", "recall", "rebound", "seconds"),
+        columns=(*COSTS, "r_at_1", "auroc", "recall", "rebound", "processor"),
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
@@ -196,7 +196,7 @@ QUESTIONS = (
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
-        columns=(*COSTS, "retrieval_asr", "target_found", "seconds"),
+        columns=(*COSTS, "retrieval_asr", "target_found", "processor"),
     ),
     Question(
         title="Repairing a classifier with its own poisoned training set",
@@ -205,7 +205,7 @@ QUESTIONS = (
         kind="classifier",
         attacks=(*SAMPLE_ATTACKS, CLEAN),
         methods=(GIVEN, *SAMPLE_METHODS),
-        columns=(*COSTS, "der", "purity", "changed", "seconds"),
+        columns=(*COSTS, "der", "purity", "changed", "processor"),
     ),
     Question(
         title="More attacks on classifiers, the last two adaptive",
@@ -214,7 +214,7 @@ QUESTIONS = (
         kind="classifier",
         attacks=("bpp", "lf", "adap-blend", "boundary", "low-gap"),
         methods=(GIVEN, *SAMPLE_METHODS),
-        columns=(*COSTS, "der", "purity", "seconds"),
+        columns=(*COSTS, "der", "purity", "processor"),
     ),
     Question(
         title="Attackers of CLIPs who know the defense, and two backdoors at once",
@@ -223,7 +223,7 @@ QUESTIONS = (
         kind="clip",
         attacks=("aligned", "through-par", "feature-small", "two-targets"),
         methods=(GIVEN, "par", "ubt", "cbpt", "clean-clip"),
-        columns=(*COSTS, "auroc", "target_found", "rebound", "seconds"),
+        columns=(*COSTS, "auroc", "target_found", "rebound", "processor"),
     ),
 )
 
@@ -260,8 +260,8 @@ def page(table: Table) -> str:
         "",
         SPREAD,
         "",
-        "Small models on small images: they tell methods apart, and are no forecast for a large CLIP. *Seconds* are of",
-        "one core, of a machine that at times had other work to do.",
+        "Small models on small images: they tell methods apart, and are no forecast for a large CLIP. *CPU s* are",
+        "processor seconds of the method itself with the scores it needed, on one thread: what an idle core takes.",
         "",
         "## Over all attacks",
         "",
@@ -270,7 +270,7 @@ def page(table: Table) -> str:
     ]
     for entry in summarise(table.rows):
         control = "" if entry.control_fall is None else f"{entry.control_fall:.1f}"
-        seconds = "" if entry.seconds is None else f"{entry.seconds:.0f}"
+        seconds = "" if entry.processor is None else f"{entry.processor:.0f}"
         lines.append(
             f"| {entry.kind} | {entry.method} | {entry.rows} | {entry.excess:.1f} | {entry.worst_excess:.1f} "
             f"| {entry.fall:.1f} | {entry.worst_fall:.1f} | {entry.ra:.1f} | {control} | {seconds} |"

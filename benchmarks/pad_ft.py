@@ -80,8 +80,7 @@ VARIANTS = {
     "share-0.5": PADFTConfig(scores_share=0.5),
     "own-rule": PADFTConfig(scores_share=0.0),
     "views-4": PADFTConfig(views=4),
-    "rate-0.1": PADFTConfig(learning_rate=0.1),
-    "views-4-rate-0.1": PADFTConfig(views=4, learning_rate=0.1),
+    "rate-0.01": PADFTConfig(learning_rate=0.01, smaller_rates=()),
 }
 
 
@@ -163,18 +162,19 @@ for name, settings in (PAD_FT | VARIANTS).items():
 CLASSIC_NAMES = ("ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
 for name in CLASSIC_NAMES:
     METHODS[name] = lambda setting, victim, run, name=name: classic(setting, victim, name, run)
+LONG_UNLEARNING = {"training_epochs": 12, "steps": 100, "check_every": 10}  # what ABL had first
 CLASSIC_VARIANTS = {
-    "i-bau-rate-0.0001": ("i-bau", {"radius": 2.5, "ascent_rate": 0.5}),
-    "i-bau-radius-1-rate-1e-4": ("i-bau", {}),
-    "abl-split": ("abl", {}),
-    "abl-epochs-10": ("abl", {"isolation": "own", "isolation_epochs": 10}),
+    "i-bau-rate-0.0001": ("i-bau", {"radius": 2.5, "ascent_rate": 0.5, "learning_rate": 1e-4}),
+    "i-bau-radius-1-rate-1e-4": ("i-bau", {"radius": 1.0, "learning_rate": 1e-4}),
+    "abl-split": ("abl", LONG_UNLEARNING),
+    "abl-epochs-10": ("abl", {"isolation": "own", "isolation_epochs": 10, **LONG_UNLEARNING}),
     "abl-training-16-steps-20": ("abl", {"training_epochs": 16, "steps": 20, "check_every": 5}),
     **{f"{kind}-rate-{rate}": (kind, {"learning_rate": rate, "smaller_rates": ()})
        for kind in ("ft", "ft-sam", "fine-pruning", "nad") for rate in (0.01, 0.03, 0.1)},
     **{f"anp-rate-{rate}-epsilon-{epsilon}": ("anp", {"learning_rate": rate, "epsilon": epsilon})
        for rate, epsilon in ((0.02, 0.2), (0.05, 0.4), (0.1, 0.4), (0.2, 0.4))},
     **{f"i-bau-radius-{radius}-rate-{rate}": ("i-bau", {"radius": radius, "learning_rate": rate})
-       for radius in (1.0, 2.5) for rate in (1e-3, 3e-3)},
+       for radius in (1.0,) for rate in (3e-4, 1e-3, 3e-3)},
 }  # fmt: skip
 for name, (kind, more) in CLASSIC_VARIANTS.items():
     METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)

@@ -111,6 +111,11 @@ VARIANTS = {
     **{f"frozen-views-{rate}": Variant(method="par", config=FROZEN | VIEWS, rate=rate) for rate in (2.0, 4.0)},
     **{f"tau-{tau}": Variant(method="par", config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.5)},
     **{f"rate-{rate}": Variant(method="par", rate=rate) for rate in (0.5, 2.0, 4.0)},
+    **{
+        f"{method}-{rate}": Variant(method=method, rate=rate)
+        for method in ("clean-clip", "fine-tuning")
+        for rate in (4.0, 8.0, 16.0)
+    },
 }
 OURS = Variant(method="par", config=RECOMMENDED, rate=RECOMMENDED_FACTOR)
 """What :meth:`PARConfig.recommended` does; chosen by ``--set tune``."""

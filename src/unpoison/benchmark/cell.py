@@ -123,11 +123,13 @@ class Repaired:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """``seconds`` of the method itself, with the scores it needed, whether made now or found; ``wall`` of this cell as
-    it ran, ``cpu`` seconds of the same, ``memory`` the most resident MiB, ``threads``. ``resumed``: it went on where an
-    interrupted run had stopped, so the times are of the rest alone, and no table shows them."""
+    """``seconds`` of the method itself, with the scores it needed, whether made now or found, by the clock, and of the
+    ``processor`` (None: not measured); ``wall`` of this cell as it ran, ``cpu`` seconds of the same, ``memory`` the
+    most resident MiB, ``threads``. ``resumed``: it went on where an interrupted run had stopped, so the times are of
+    the rest alone, and no table shows them."""
 
     seconds: float = 0.0
+    processor: float | None = None
     shared: float = 0.0
     wall: float = 0.0
     cpu: float = 0.0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from unpoison.attacks.parts import Part, PoisoningParts, apply_parts, load_label
 from unpoison.attacks.poison import apply_poisoning, trigger_test_source
 from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
-from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
+from unpoison.benchmark.compute import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
 from unpoison.benchmark.settings import MethodSettings
-from unpoison.benchmark.shared import Step, shared
+from unpoison.benchmark.shared import Step, Stopwatch, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
 from unpoison.data.pixels import load_pixels
@@ -65,9 +64,9 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
-            cost=Cost(seconds=victim_step.seconds, resumed=victim_step.resumed), picture=_picture(setting, test),
+            cost=cost_of(victim_step), picture=_picture(setting, test),
         )  # fmt: skip
-    outcome, seconds, scored = _repair(setting, victim, cell.method)
+    outcome, own, scored = _repair(setting, victim, cell.method)
     after = evaluate_classifier(outcome.classifier, test, poisoning=setting.poisoning, run=setting.run)
     found = outcome.purification
     changed = changed_share(victim.weights(), outcome.classifier.weights())
@@ -83,7 +82,7 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
-        cost=Cost(seconds=seconds + scored.seconds, shared=scored.seconds, resumed=scored.resumed),
+        cost=with_scores(own, scored),
     )  # fmt: skip
 
 
@@ -177,8 +176,8 @@ def _scores(setting: Setting, config: SeparationConfig) -> Step:
     return shared(setting.shared, "scores", inputs, score)
 
 
-def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -> tuple[PurifyOutcome, float, Step]:
-    """What the method made of the victim, its own seconds, and the shared scores that it asked for."""
+def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -> tuple[PurifyOutcome, Cost, Step]:
+    """What the method made of the victim, what it took by itself, and the shared scores that it asked for."""
     entry, cell = find(method.method, DEFENSES), setting.cell
     config = method_config(method, len(setting.train), cell.model.scores)
     separation = make_config(SeparationConfig, cell.model.scores, where="scores")
@@ -195,9 +194,17 @@ def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -
         "clip": load_any_clip(cell.model.clip), "scores": scores, "split": split_by_evidence(scores), "config": config,
         "run": run,
     }  # fmt: skip
-    began = time.monotonic()
+    watch = Stopwatch()
     outcome = call_with(resolve(entry.function), victim, setting.train, offered=offered)
-    return outcome, time.monotonic() - began, scored
+    return outcome, Cost(seconds=watch.seconds, processor=watch.processor), scored
+
+
+def with_scores(own: Cost, scored: Step) -> Cost:
+    """What a method took, with the scores it needed."""
+    processor = None if own.processor is None or scored.processor is None else own.processor + scored.processor
+    return replace(
+        own, seconds=own.seconds + scored.seconds, processor=processor, shared=scored.seconds, resumed=scored.resumed
+    )
 
 
 def method_config(method: MethodSettings, samples: int, scores: Mapping[str, Any]) -> Any:

@@ -5,7 +5,6 @@ Defenses that repair a zero-shot classifier get a few clean labelled images inst
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
-from unpoison.benchmark.compute import call_with, changed_share, done, figures, side_by_side
+from unpoison.benchmark.compute import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
 from unpoison.benchmark.settings import SHOTS, MethodSettings
-from unpoison.benchmark.shared import Step, shared
+from unpoison.benchmark.shared import Step, Stopwatch, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
 from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
@@ -78,9 +77,9 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
-            cost=Cost(seconds=victim_step.seconds, resumed=victim_step.resumed), picture=_picture(setting),
+            cost=cost_of(victim_step), picture=_picture(setting),
         )  # fmt: skip
-    outcome, seconds = _repair(setting, victim, cell.method)
+    outcome, cost = _repair(setting, victim, cell.method)
     repaired_clip, classes = _parts(outcome)
     after = evaluate_clip(
         repaired_clip, setting.test, classes=classes, poisoning=setting.poisoning, retrieval=setting.retrieval,
@@ -100,7 +99,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
-        cost=Cost(seconds=seconds),
+        cost=cost,
     )  # fmt: skip
 
 
@@ -201,8 +200,8 @@ def _evaluation(setting: Setting, step: Step, victim: ImageTextModel) -> ClipEva
 
 def _repair(
     setting: Setting, victim: ImageTextModel, method: MethodSettings
-) -> tuple[ClipPurifyOutcome | ZeroShotOutcome, float]:
-    """What the method made of the victim, and its seconds. It gets the victim's own pairs, clean ones or shots."""
+) -> tuple[ClipPurifyOutcome | ZeroShotOutcome, Cost]:
+    """What the method made of the victim, and what it took. It gets the victim's own pairs, clean ones or shots."""
     entry, cell = find(method.method, DEFENSES), setting.cell
     data = setting.pairs if OWN_PAIRS in entry.needs else setting.repair
     if SHOTS in entry.needs:
@@ -213,9 +212,9 @@ def _repair(
         "reference": load_any_clip(cell.model.clip), "class_names": setting.test.class_names, "config": config,
         "run": run,
     }  # fmt: skip
-    began = time.monotonic()
+    watch = Stopwatch()
     outcome = call_with(resolve(entry.function), victim, data, offered=offered)
-    return outcome, time.monotonic() - began
+    return outcome, Cost(seconds=watch.seconds, processor=watch.processor)
 
 
 def _parts(outcome: ClipPurifyOutcome | ZeroShotOutcome) -> tuple[ImageTextModel, np.ndarray | None]:

@@ -8,8 +8,6 @@ import inspect
 import io
 import os
 import platform
-import resource
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from unpoison import __version__
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures
+from unpoison.benchmark.shared import Step, Stopwatch
 from unpoison.errors import UnpoisonError
 from unpoison.results import ClipEvaluation, Evaluation
 from unpoison.runs import Progress, Silent
@@ -36,7 +35,7 @@ def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) 
     from unpoison.benchmark.clip_cells import clip_cell
 
     torch.set_num_threads(cell.limits.threads)
-    began, used = time.monotonic(), _cpu_seconds()
+    watch = Stopwatch()
     resumed = (folder / "work" / cell.key).exists()
     make = clip_cell if cell.model.kind == "clip" else classifier_cell
     result = make(cell, folder, progress or Silent())
@@ -47,7 +46,7 @@ def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) 
             hint="Train it longer, raise the rate, or lower least_asr: its repairs say little.",
         )  # fmt: skip
     cost = replace(
-        result.cost, wall=time.monotonic() - began, cpu=_cpu_seconds() - used, threads=torch.get_num_threads(),
+        result.cost, wall=watch.seconds, cpu=watch.processor, threads=torch.get_num_threads(),
         resumed=resumed or result.cost.resumed,
     )  # fmt: skip
     return replace(result, cost=cost)
@@ -100,6 +99,11 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {device}{asked}"
 
 
+def cost_of(step: Step) -> Cost:
+    """What the victim's cell shows: what training it took."""
+    return Cost(seconds=step.seconds, processor=step.processor, resumed=step.resumed)
+
+
 def figures(found: Evaluation | ClipEvaluation) -> Figures:
     """What tables show of an evaluation."""
     more: dict[str, Any] = {}
@@ -146,8 +150,3 @@ def side_by_side(clean: Image.Image, triggered: Image.Image) -> str:
     sink = io.BytesIO()
     canvas.save(sink, "PNG")
     return base64.b64encode(sink.getvalue()).decode()
-
-
-def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,14 +19,30 @@ from unpoison.runs import RunFolder
 _COST = "cost.json"
 
 
+class Stopwatch:
+    """Seconds since it was made, by the clock and of the processor (all threads of this process)."""
+
+    def __init__(self) -> None:
+        self._began, self._used = time.monotonic(), _processor_seconds()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def processor(self) -> float:
+        return _processor_seconds() - self._used
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A finished shared step: its folder, its name, and the seconds that it took when it was made; ``resumed``: those
-    of the rest alone, after an interruption."""
+    """A finished shared step: its folder, its name, and the seconds that it took when it was made, by the clock and of
+    the processor (None: not measured); ``resumed``: those of the rest alone, after an interruption."""
 
     path: Path
     key: str
     seconds: float
+    processor: float | None
     resumed: bool
 
 
@@ -43,14 +60,23 @@ def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[R
             if not (place / _COST).exists():
                 _make(place, wanted, make)
     cost = json.loads((place / _COST).read_bytes())
-    return Step(path=place, key=key, seconds=cost["seconds"], resumed=cost.get("resumed", False))
+    return Step(
+        path=place, key=key, seconds=cost["seconds"], processor=cost.get("processor"),
+        resumed=cost.get("resumed", False),
+    )  # fmt: skip
 
 
 def _make(place: Path, inputs: Mapping[str, Any], make: Callable[[RunFolder], None]) -> None:
     resumed = place.exists()
     run = RunFolder.open(place, inputs)
-    began = time.monotonic()
+    watch = Stopwatch()
     make(run)
     for file in (place / "steps").glob("*.safetensors"):  # large, and no longer needed
         file.unlink()
-    write_atomically(place / _COST, json.dumps({"seconds": time.monotonic() - began, "resumed": resumed}).encode())
+    cost = {"seconds": watch.seconds, "processor": watch.processor, "resumed": resumed}
+    write_atomically(place / _COST, json.dumps(cost).encode())
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime

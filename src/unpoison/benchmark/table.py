@@ -128,6 +128,15 @@ def _der(result: CellResult) -> float | None:
     return None if result.repaired is None else result.repaired.der
 
 
+def processor_seconds(result: CellResult) -> float | None:
+    """Of the method; for a cell that is older than the measure, its seconds by the cell's share of the processor."""
+    cost = result.cost
+    if result.repaired is None or cost.resumed:
+        return None
+    share = min(1.0, cost.cpu / cost.wall) if cost.cpu and cost.wall else 1.0
+    return cost.seconds * share if cost.processor is None else cost.processor
+
+
 def _seconds(result: CellResult) -> float | None:
     return None if result.repaired is None or result.cost.resumed else result.cost.seconds
 
@@ -165,6 +174,7 @@ COLUMNS = (
     Column(name="target_found", title="target found", unit="%", of=_detected("target_found"), better="high"),
     Column(name="changed", title="changed", unit="%", of=_changed),
     Column(name="seconds", title="seconds", unit="s", of=_seconds),
+    Column(name="processor", title="CPU s", unit="s", of=processor_seconds),
 )
 
 
@@ -286,7 +296,7 @@ class MethodSummary:
     worst_fall: float
     ra: float
     control_fall: float | None
-    seconds: float | None
+    processor: float | None
 
 
 def summarise(rows: Sequence[Row]) -> list[MethodSummary]:
@@ -300,14 +310,14 @@ def summarise(rows: Sequence[Row]) -> list[MethodSummary]:
         if not attacked:
             continue
         control = [_fall(row) for row in members if row.is_control]
-        seconds = [row.values["seconds"].mean for row in members if "seconds" in row.values]
+        processor = [row.values["processor"].mean for row in members if "processor" in row.values]
         falls = [_fall(row) for row in attacked]
         excess = [row.values["asr_excess"].mean for row in attacked]
         found.append(
             MethodSummary(
                 kind=kind, method=method, rows=len(attacked), excess=_mean(excess), worst_excess=max(excess),
                 fall=_mean(falls), worst_fall=max(falls), ra=_mean([row.values["ra"].mean for row in attacked]),
-                control_fall=_mean(control) if control else None, seconds=_mean(seconds) if seconds else None,
+                control_fall=_mean(control) if control else None, processor=_mean(processor) if processor else None,
             )
         )  # fmt: skip
     return sorted(found, key=lambda entry: (entry.kind, entry.excess))

@@ -18,7 +18,8 @@ Where we differ, and what the paper leaves open
     No code is public. The rule of the bounds is not known: we offer three (:mod:`unpoison.defenses.clipping`). The
     numbers of step 3 are ours. Features behind frozen layers are constant, so they are computed once, from plain
     images, and the head is trained on the stored features; with ``views`` also from shifted and mirrored copies.
-    A saturated head hardly moves: ``reset_head`` draws it anew first. Part of D_c is held out; a repair that loses more
+    The rate of step 3 is the largest of four that the head bears, by held-out samples: which rate that is depends on
+    the size of the features. A saturated head hardly moves: ``reset_head`` draws it anew first. Part of D_c is held out; a repair that loses more
     than ``bound`` points there is refused.
 """
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
 from unpoison.defenses.clipping import ClippingConfig, disbelief, find_bounds
-from unpoison.defenses.repair import Repair, hold_out, label_accuracy
+from unpoison.defenses.repair import RateConfig, Repair, at_largest_rate, hold_out, label_accuracy
 from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError
 from unpoison.models.features import features_on
@@ -46,7 +47,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class PADFTConfig:
+class PADFTConfig(RateConfig):
     """PAD-FT's constants; the paper names n_c only, the rest is ours."""
 
     per_class: int = 250
@@ -59,7 +60,6 @@ class PADFTConfig:
     reset_head: bool = False
     """Draw the head anew before it is tuned."""
     epochs: int = 20
-    learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
@@ -69,11 +69,10 @@ class PADFTConfig:
     """Shifted and mirrored copies of D_c beside the plain one."""
     held_out: float = 0.1
     """Share of D_c kept aside to judge the repair by."""
-    bound: float = 5.0
-    """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples."""
 
     def __post_init__(self) -> None:
-        for name in ("per_class", "epochs", "learning_rate", "batch_size", "bound"):
+        super().__post_init__()
+        for name in ("per_class", "epochs", "batch_size", "bound"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
         if not 0 < self.held_out < 1 or not 0 <= self.scores_share <= 1 or self.views < 0:
@@ -84,7 +83,9 @@ class PADFTConfig:
     @classmethod
     def as_published(cls) -> PADFTConfig:
         """The paper's rule for D_c and its order of steps; the head is tuned from where it is."""
-        return cls(scores_share=0.0, clip=ClippingConfig(rule="quantile"), unlearn=0.0)
+        return cls(
+            scores_share=0.0, clip=ClippingConfig(rule="quantile"), unlearn=0.0, learning_rate=0.01, smaller_rates=()
+        )
 
 
 def repair_with_pad_ft(
@@ -99,26 +100,35 @@ def repair_with_pad_ft(
     bounds = find_bounds(
         classifier, pixels, chosen, config.clip, labels=split.labels, suspect=split.suspect, run=run
     )  # (2)
-    repaired = classifier.copy().bounded(bounds)
-    repaired.module.eval()
-    features = [features_on(repaired, pixels, chosen, run=run)]
-    features += [features_of_view(repaired, pixels, chosen, view, run=run) for view in range(config.views)]
+    clipped = classifier.copy().bounded(bounds)
+    clipped.module.eval()
+    features = [features_on(clipped, pixels, chosen, run=run)]
+    features += [features_of_view(clipped, pixels, chosen, view, run=run) for view in range(config.views)]
     labels = torch.from_numpy(split.labels[chosen])
     doubted = None
     if config.unlearn > 0 and len(split.suspect):
-        doubted = features_on(repaired, pixels, split.suspect, run=run), torch.from_numpy(split.labels[split.suspect])
-    tune_head(repaired, torch.stack(features), labels, config, doubted=doubted, run=run)  # (3)
-    after = label_accuracy(repaired, pixels, split.labels, held_out, run=run)
+        doubted = features_on(clipped, pixels, split.suspect, run=run), torch.from_numpy(split.labels[split.suspect])
     steps = config.epochs * -(-len(chosen) // config.batch_size)
-    head = sum(weight.numel() for weight in repaired.head().parameters())
+    head = sum(weight.numel() for weight in clipped.head().parameters())
     bound_count = sum(bound.numel() for bound in bounds)
-    total = sum(weight.numel() for weight in repaired.module.parameters())
-    return Repair(
-        classifier=repaired,
-        history=[{"step": 0.0, "held_out_accuracy": before}, {"step": float(steps), "held_out_accuracy": after}],
-        steps=steps,
-        changed_share=(head + bound_count) / (total + bound_count),
-    )
+    total = sum(weight.numel() for weight in clipped.module.parameters())
+
+    def tuned(config: PADFTConfig) -> Repair:
+        repaired = clipped.copy()
+        tune_head(repaired, torch.stack(features), labels, config, doubted=doubted, run=run)  # (3)
+        after = {
+            "step": float(steps),
+            "held_out_accuracy": label_accuracy(repaired, pixels, split.labels, held_out, run=run),
+            "learning_rate": config.learning_rate,
+        }
+        return Repair(
+            classifier=repaired,
+            history=[{"step": 0.0, "held_out_accuracy": before}, after],
+            steps=steps,
+            changed_share=(head + bound_count) / (total + bound_count),
+        )
+
+    return at_largest_rate(config, tuned)
 
 
 def tune_head(

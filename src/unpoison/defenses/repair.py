@@ -21,7 +21,7 @@ from unpoison.runs import Run
 from unpoison.training import restore, state_of
 from unpoison.types import Classifier, Images, Labels
 
-C = TypeVar("C", bound="FineTuningConfig")
+C = TypeVar("C", bound="RateConfig")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +124,33 @@ class CleanTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig(CleanTrainingConfig):
-    """Training on, of all weights: the larger the rate, the more is forgotten of what clean samples do not use."""
+class RateConfig:
+    """A learning rate as large as a network bears: the larger, the more is forgotten that clean samples do not use."""
 
     learning_rate: float = 0.1
     smaller_rates: tuple[float, ...] = (0.03, 0.01, 0.001)
     """Tried in turn where held-out accuracy falls by more than ``bound``."""
+    bound: float = 5.0
+    """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples."""
+
+    def __post_init__(self) -> None:
+        rates = (self.learning_rate, *self.smaller_rates)
+        if min(rates) <= 0 or list(rates) != sorted(rates, reverse=True):
+            raise ConfigError(f"the rates must fall and be positive, got {rates}.", hint="Try smaller_rates=().")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuningConfig(CleanTrainingConfig, RateConfig):
+    """Training on, of all weights."""
+
+    learning_rate: float = 0.1
     bound: float = 10.0
     """Wider than for gentler repairs: the held-out samples are of the suspicious model's own training set, of which it
     has a part by heart (7 points above its test accuracy in a small network), and such training forgets that too."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        rates = (self.learning_rate, *self.smaller_rates)
-        if min(rates) <= 0 or list(rates) != sorted(rates, reverse=True):
-            raise ConfigError(f"the rates must fall and be positive, got {rates}.", hint="Try smaller_rates=().")
+        CleanTrainingConfig.__post_init__(self)
+        RateConfig.__post_init__(self)
 
 
 def at_largest_rate(config: C, attempt: Callable[[C], Repair]) -> Repair:
