@@ -16,11 +16,11 @@ Steps
     3. Fine-tune the last linear layer on D_c, clips active, everything else frozen and in evaluation mode.
 Where we differ, and what the paper leaves open
     No code is public. The rule of the bounds is not known: we offer three (:mod:`unpoison.defenses.clipping`). The
-    numbers of step 3 are ours. Features behind frozen layers are constant, so they are computed once, from plain
-    images, and the head is trained on the stored features; with ``views`` also from shifted and mirrored copies.
-    The rate of step 3 is the largest of four that the head bears, by held-out samples: which rate that is depends on
-    the size of the features. A saturated head hardly moves: ``reset_head`` draws it anew first. Part of D_c is held out; a repair that loses more
-    than ``bound`` points there is refused.
+    numbers of step 3 are ours: its rate is the largest of four that the head bears, by held-out samples, since which
+    one that is depends on the size of the features. Features behind frozen layers are constant, so they are computed
+    once, from plain images, and the head is trained on the stored features; with ``views`` also from shifted and
+    mirrored copies. A saturated head hardly moves: ``reset_head`` draws it anew first. Part of D_c is held out; a
+    repair that loses more than ``bound`` points there is refused.
 """
 
 from __future__ import annotations
