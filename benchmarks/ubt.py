@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from unpoison.api_ubt import UBTOutcome, purify_with_abl_clip, purify_with_ubt
 from unpoison.attacks.pairs import apply_pair_poisoning
 from unpoison.data.pairs import open_pairs
 from unpoison.data.sources import open_images
+from unpoison.defenses.baselines.abl_clip import ABLClipConfig
 from unpoison.defenses.ubt import PUBLISHED, UBTConfig
 from unpoison.embedded_pairs import Embedded, see_pairs
 from unpoison.evaluation.clip import evaluate_clip
@@ -39,6 +41,7 @@ from unpoison.evaluation.metrics import auroc, recall
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
 from unpoison.runs import Run, RunFolder
+from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ubt"
@@ -50,6 +53,7 @@ ABL = "abl-clip"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     ABL: {},
+    **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
     "paper": PUBLISHED,
     "hinge": {"loss": "hinge"},
     "ascent": {"loss": "ascent"},
@@ -65,6 +69,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "epochs-3": {"epochs": 3},
     "weight-8-epochs-4": {"unlearn_weight": 8.0, "epochs": 4},
 }
+
+
+def abl_config(clip: ImageTextModel, pairs: int, settings: dict[str, Any]) -> ABLClipConfig:
+    """ABL's for so many pairs, at ``factor`` times the scaled rate; the table's victims get the grid's 200 steps."""
+    start = ABLClipConfig.scaled(parameters=count_parameters(clip), samples=pairs, batch_size=128, steps=200)
+    factor = settings.get("factor")
+    return start if factor is None else replace(start, learning_rate=factor * start.learning_rate)
 
 
 def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -90,8 +101,8 @@ def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.N
     if variant == "ours" and truth.any():
         result["detectors"] = detection(see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run), truth)
     begun = time.time()
-    if variant == ABL:
-        outcome = purify_with_abl_clip(clip, pairs, run=run)
+    if variant.startswith(ABL):
+        outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), VARIANTS[variant]), run=run)
     else:
         config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **VARIANTS[variant])
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)

@@ -16,16 +16,16 @@ Steps
     3. Fine-tune the last linear layer on D_c, clips active, everything else frozen and in evaluation mode.
 Where we differ, and what the paper leaves open
     No code is public. The rule of the bounds is not known: we offer three (:mod:`unpoison.defenses.clipping`). The
-    numbers of step 3 are ours: its rate is the largest of four that the head bears, by held-out samples, since which
-    one that is depends on the size of the features. Features behind frozen layers are constant, so they are computed
-    once, from plain images, and the head is trained on the stored features; with ``views`` also from shifted and
-    mirrored copies. A saturated head hardly moves: ``reset_head`` draws it anew first. Part of D_c is held out; a
-    repair that loses more than ``bound`` points there is refused.
+    numbers of step 3 are ours: where labels are unlearnt, its rate is the largest of four that the head bears, by
+    held-out samples, since which one that is depends on the size of the features. Features behind frozen layers are
+    constant, so they are computed once, from plain images, and the head is trained on the stored features; with
+    ``views`` also from shifted and mirrored copies. A saturated head hardly moves: ``reset_head`` draws it anew first.
+    Part of D_c is held out; a repair that loses more than ``bound`` points there is refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -65,6 +65,8 @@ class PADFTConfig(RateConfig):
     batch_size: int = 128
     unlearn: float = 1.0
     """Weight of -mean log(1 - p_y) on the suspect samples of the split, where there are any. Ours."""
+    gentle_rate: float = 0.01
+    """The learning rate where no label is unlearnt: the head has nothing to let go of."""
     views: int = 0
     """Shifted and mirrored copies of D_c beside the plain one."""
     held_out: float = 0.1
@@ -72,7 +74,7 @@ class PADFTConfig(RateConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_class", "epochs", "batch_size", "bound"):
+        for name in ("per_class", "epochs", "batch_size", "bound", "gentle_rate"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
         if not 0 < self.held_out < 1 or not 0 <= self.scores_share <= 1 or self.views < 0:
@@ -83,9 +85,7 @@ class PADFTConfig(RateConfig):
     @classmethod
     def as_published(cls) -> PADFTConfig:
         """The paper's rule for D_c and its order of steps; the head is tuned from where it is."""
-        return cls(
-            scores_share=0.0, clip=ClippingConfig(rule="quantile"), unlearn=0.0, learning_rate=0.01, smaller_rates=()
-        )
+        return cls(scores_share=0.0, clip=ClippingConfig(rule="quantile"), unlearn=0.0)
 
 
 def repair_with_pad_ft(
@@ -128,6 +128,8 @@ def repair_with_pad_ft(
             changed_share=(head + bound_count) / (total + bound_count),
         )
 
+    if doubted is None:
+        return tuned(replace(config, learning_rate=config.gentle_rate, smaller_rates=()))
     return at_largest_rate(config, tuned)
 
 
