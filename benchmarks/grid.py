@@ -290,12 +290,17 @@ def page(table: Table) -> str:
 
 
 def keep(runs: Path) -> None:
-    """Copy what is finished; never what is shared, decoded or half done."""
+    """Copy what is finished of the grid as it is now; cells of earlier settings go. Nothing shared or half done."""
     source = Store.read(runs)
+    planned = {f"{cell.key}.json" for plan in source.plans() for cell in plan.cells}
     for name in ("plans", "cells"):
         (KEPT / name).mkdir(parents=True, exist_ok=True)
         for file in sorted((source.path / name).glob("*.json")):
-            shutil.copyfile(file, KEPT / name / file.name)
+            if name == "plans" or file.name in planned:
+                shutil.copyfile(file, KEPT / name / file.name)
+    for file in (KEPT / "cells").glob("*.json"):
+        if file.name not in planned or not (source.path / "cells" / file.name).exists():
+            file.unlink()
     shutil.copyfile(source.path / "bench.json", KEPT / "bench.json")
     table = make_table(Store.read(KEPT))
     write_atomically(KEPT / "table.csv", as_csv(table).encode())

@@ -114,14 +114,14 @@ VARIANTS = {
     **{
         f"{method}-{rate}": Variant(method=method, rate=rate)
         for method in ("clean-clip", "fine-tuning")
-        for rate in (4.0, 8.0, 16.0)
+        for rate in (4.0, 8.0, 16.0, 32.0)
     },
 }
 OURS = Variant(method="par", config=RECOMMENDED, rate=RECOMMENDED_FACTOR)
 """What :meth:`PARConfig.recommended` does; chosen by ``--set tune``."""
 REPAIRS = {
-    "fine-tuning": Variant(method="fine-tuning"),
-    "clean-clip": Variant(method="clean-clip"),
+    "fine-tuning": Variant(method="fine-tuning", rate=16.0),  # both chosen by --set tune too
+    "clean-clip": Variant(method="clean-clip", rate=16.0),
     "par": Variant(method="par"),
     "ours": OURS,
 }
@@ -132,6 +132,6 @@ VARIANTS |= {
 METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
 KNOBS = {  # the frontier: what turns between a clean model's accuracy and the attack's end
     "par": [replace(REPAIRS["par"], config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.0, 2.15, 2.5)],
-    "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0)],
+    "clean-clip": [replace(REPAIRS["clean-clip"], rate=rate) for rate in (1.0, 4.0, 8.0, 16.0, 32.0)],
     "ours": [replace(OURS, config=RECOMMENDED | {"adversary_share": share}) for share in (0.03, 0.1, 0.2, 0.4, 0.8)],
 }

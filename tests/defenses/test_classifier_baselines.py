@@ -205,7 +205,7 @@ def test_the_largest_rate_that_a_network_bears_is_kept() -> None:
         tried.append(config.learning_rate)
         if config.learning_rate == 0.1:
             raise DivergedError("ft", step=1, loss=float("inf"))
-        reached = {0.03: 69.0, 0.01: 71.0}[config.learning_rate]
+        reached = {0.03: 69.0, 0.02: 69.0, 0.01: 71.0}[config.learning_rate]
         looks = [{"step": 0.0, "held_out_accuracy": 80.0}, {"step": 1.0, "held_out_accuracy": reached}]
         return Repair(classifier=tiny(), history=looks, steps=1)
 
@@ -213,8 +213,11 @@ def test_the_largest_rate_that_a_network_bears_is_kept() -> None:
     assert tried == [0.1, 0.03, 0.01]  # the first diverged, the second cost 11 points of 10
     with pytest.raises(DivergedError):
         at_largest_rate(FTConfig(smaller_rates=()), attempt)
-    with pytest.raises(ConfigError, match="must fall"):
-        FTConfig(learning_rate=0.01)
+    with pytest.raises(ConfigError, match="must be positive"):
+        FTConfig(smaller_rates=(0.01, 0.0))
+    tried.clear()
+    assert at_largest_rate(FTConfig(learning_rate=0.02), attempt).held_out_after == 71.0
+    assert tried == [0.02, 0.01]  # 0.03 is not smaller
 
 
 # ---- ABL

@@ -129,14 +129,14 @@ class RateConfig:
 
     learning_rate: float = 0.1
     smaller_rates: tuple[float, ...] = (0.03, 0.01, 0.001)
-    """Tried in turn where held-out accuracy falls by more than ``bound``."""
+    """Those under ``learning_rate`` are tried in turn where held-out accuracy falls by more than ``bound``."""
     bound: float = 5.0
     """Largest fall of held-out accuracy, in points, that is accepted; the model was trained on these samples."""
 
     def __post_init__(self) -> None:
         rates = (self.learning_rate, *self.smaller_rates)
-        if min(rates) <= 0 or list(rates) != sorted(rates, reverse=True):
-            raise ConfigError(f"the rates must fall and be positive, got {rates}.", hint="Try smaller_rates=().")
+        if min(rates) <= 0:
+            raise ConfigError(f"the learning rates must be positive, got {rates}.", hint="Try 0.1 and smaller ones.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def at_largest_rate(config: C, attempt: Callable[[C], Repair]) -> Repair:
 
     Raises DivergedError where the smallest rate diverges too.
     """
-    for smaller in config.smaller_rates:
+    for smaller in sorted((rate for rate in config.smaller_rates if rate < config.learning_rate), reverse=True):
         try:
             repair = attempt(config)
             if repair.held_out_after >= repair.held_out_before - config.bound:
