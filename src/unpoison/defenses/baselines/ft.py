@@ -13,8 +13,8 @@ Steps
     1. SGD on the cross-entropy of the clean samples, all layers; crop and flip.
 Where we differ, and what the paper leaves open
     Steps, rates and their linear fall are ours: the largest of four rates that the network bears. Part of the clean
-    samples is held out, and judges that and what is kept. At a tenth of the first rate a small network kept its
-    backdoor, at a third it kept half of one (benchmarks/pad_ft.py, --set tune).
+    samples is held out, and judges that and what is kept. At a third of the first rate a small network kept half
+    of one backdoor and all of another (benchmarks/pad_ft.py, --set tune).
 """
 
 from __future__ import annotations
