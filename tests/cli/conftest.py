@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,6 +94,22 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for running in started:
         running.kill()
         running.communicate()
+
+
+@pytest.fixture
+def kill_once(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> Callable[..., None]:
+    """Start ``unpoison WORDS`` and kill it as soon as ``file``, a path in ``tmp_path``, is there."""
+
+    def run(file: str, *words: str) -> None:
+        running, limit = begin(*words), time.monotonic() + 200
+        while not (tmp_path / file).exists():
+            assert running.poll() is None, running.communicate()[1]
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+
+    return run
 
 
 @pytest.fixture

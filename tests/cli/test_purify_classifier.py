@@ -1,8 +1,6 @@
 """PAD-FT, the classics and the classic detectors as their users run them."""
 
 import json
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,19 +71,12 @@ def test_the_papers_rule_warns(process: Here, victim: Path) -> None:
 
 
 def test_a_classic_goes_on_after_a_kill(
-    process: Here, begin: Here, elsewhere: Here, victim: Path, scanned: Path, tmp_path: Path
+    process: Here, kill_once: Here, elsewhere: Here, victim: Path, scanned: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "settings.toml"
     settings.write_text("steps = 60\ncheck_every = 5\nbatch_size = 16\nbound = 100.0\nheld_out = 0.2\n")
     words = ("purify", "ft", "victim", *DATA, "--split-from", str(scanned), "--config", str(settings), "-o")
-    running = begin(*words, "cut")
-    limit = time.monotonic() + 200
-    while not (tmp_path / "cut/steps/ft-0.1-00010.safetensors").exists():
-        assert running.poll() is None, running.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    kill_once("cut/steps/ft-0.1-00010.safetensors", *words, "cut")
     assert not (tmp_path / "cut/finished.json").exists()
     for folder in ("cut", "whole"):
         result = process(*words, folder)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,18 +90,11 @@ def test_the_same_command_shows_its_result_and_another_model_is_refused(
 
 
 def test_a_scan_goes_on_after_a_kill(
-    process: Callable[..., Any], begin: Callable[..., Any], model: Path, tmp_path: Path
+    process: Callable[..., Any], kill_once: Callable[..., Any], model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "slow.toml").write_text(QUICK.replace("steps = 2", "steps = 60").replace("= 3", "= 4"))
     words = ("scan", "model", "model", "--data", "shapes:80:3", "--config", "slow.toml", "--json", "-o")
-    running = begin(*words, "cut")
-    limit = time.monotonic() + 200
-    while not (tmp_path / "cut/steps/search-patch-00001.safetensors").exists():
-        assert running.poll() is None, running.communicate()[1]
-        assert time.monotonic() < limit
-        time.sleep(0.005)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    kill_once("cut/steps/search-patch-00001.safetensors", *words, "cut")
     assert not (tmp_path / "cut/finished.json").exists()
     cut, whole = (process(*words, folder) for folder in ("cut", "whole"))
     assert "search-patch-00001: continued" in cut.err
