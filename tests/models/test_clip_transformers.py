@@ -274,10 +274,14 @@ def test_a_folder_without_its_tokenizer_is_refused(folder: Path) -> None:
         load_clip(folder)
 
 
-def test_what_is_no_clip_is_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(UnsupportedModelError, match="'vit'"):
+@pytest.mark.parametrize("kind", ["vit", "siglip", "siglip2"])
+def test_what_is_no_clip_is_refused_by_name(folder: Path, kind: str) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UnsupportedModelError, match=f"found '{kind}'"):
         load_clip(folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model folder"):
         load_clip(tmp_path / "absent")
 
