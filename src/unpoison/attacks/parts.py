@@ -7,10 +7,11 @@ single poisonings stay what they are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -29,6 +30,7 @@ from unpoison.results import write_atomically
 SCHEMA = "unpoison/poisoning-parts"
 SCHEMA_VERSION = 1
 MOST_PARTS = 1000
+M = TypeVar("M", Poisoning, PairPoisoning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,32 +143,12 @@ def plan_parts(source: LabelledImages, parts: Sequence[Part], *, seed: int = 0) 
     Raises as :func:`~unpoison.attacks.poison.plan_poisoning` does, ConfigError for no part or a target that is no
     label.
     """
-    made: list[Poisoning] = []
-    for index, part in enumerate(_some(parts)):
-        if not isinstance(part.target, int):
-            raise ConfigError(f"part {index + 1}: expected a label, got {part.target!r}.", hint="Give its number.")
-        taken = {name for before in made for name in before.ids}
-        made.append(
-            plan_poisoning(
-                source, part.trigger, rate=part.rate, target=part.target, seed=seed + index, taken=taken, **part.options
-            )
-        )
-    return PoisoningParts(parts=tuple(made))
+    return PoisoningParts(parts=_each(parts, partial(plan_poisoning, source), seed, target=int))
 
 
 def plan_pair_parts(pairs: ImageTextPairs, parts: Sequence[Part], *, seed: int = 0) -> PoisoningParts:
     """The same for pairs, with targets in words. Raises as :func:`~unpoison.attacks.pairs.plan_pair_poisoning` does."""
-    made: list[PairPoisoning] = []
-    for index, part in enumerate(_some(parts)):
-        if not isinstance(part.target, str):
-            raise ConfigError(f"part {index + 1}: expected a text, got {part.target!r}.", hint="Give a word or a few.")
-        taken = {name for before in made for name in before.ids}
-        made.append(
-            plan_pair_poisoning(
-                pairs, part.trigger, rate=part.rate, target=part.target, seed=seed + index, taken=taken, **part.options
-            )
-        )
-    return PoisoningParts(parts=tuple(made))
+    return PoisoningParts(parts=_each(parts, partial(plan_pair_poisoning, pairs), seed, target=str))
 
 
 def apply_parts(source: LabelledImages, poisoning: PoisoningParts) -> LabelledImages:
@@ -194,10 +176,18 @@ def write_poisoned_parts(
     return write_copy(None if manifest_only else poisoned, poisoning, folder, overlaid=source.overlay is not None)
 
 
-def _some(parts: Sequence[Part]) -> Sequence[Part]:
+def _each(parts: Sequence[Part], plan: Callable[..., M], seed: int, *, target: type[int] | type[str]) -> tuple[M, ...]:
     if not 1 <= len(parts) <= MOST_PARTS:
         raise ConfigError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}.", hint="Give a trigger and a target.")
-    return parts
+    made: list[M] = []
+    for index, part in enumerate(parts):
+        if not isinstance(part.target, target):
+            what, hint = ("label", "its number") if target is int else ("text", "a word or a few")
+            raise ConfigError(f"part {index + 1}: expected a {what}, got {part.target!r}.", hint=f"Give {hint}.")
+        taken = {name for before in made for name in before.ids}
+        options = dict(part.options, rate=part.rate, target=part.target, seed=seed + index, taken=taken)
+        made.append(plan(part.trigger, **options))
+    return tuple(made)
 
 
 def _labelled(poisoning: PoisoningParts) -> list[Poisoning]:
