@@ -11,7 +11,7 @@ from unpoison.defenses.baselines.abl import ABLConfig
 from unpoison.defenses.baselines.ft import FTConfig
 from unpoison.defenses.clipping import ClippingConfig
 from unpoison.defenses.pad_ft import PADFTConfig
-from unpoison.planning_repairs import repair_work
+from unpoison.planning_repairs import attempts, repair_work
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,16 @@ def test_every_repair_of_a_classifier_is_some_work() -> None:
     for entry in DEFENSES:
         if "victim model" in entry.needs:
             assert sum(repair_work(resolve(entry.config)(), 1000, 10)) > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        (FTConfig(learning_rate=0.1), 4),
+        (FTConfig(learning_rate=0.02), 3),
+        (FTConfig(smaller_rates=()), 1),
+        (ABLConfig(), 1),
+    ],
+)
+def test_smaller_rates_are_further_attempts(config: Any, most: int) -> None:
+    assert attempts(config) == most

@@ -140,12 +140,16 @@ def plan_detection(samples: int, size: int, rates: Rates, *, epochs: int, passes
 
 def plan_purification(
     samples: int, size: int, rates: Rates, *, scorers: int, scorer_epochs: int, classes: int, repaired: int,
-    passed: int = 0,
+    passed: int = 0, attempts: int = 1,
 ) -> Plan:  # fmt: skip
-    """:func:`plan_scan`, then ``repaired`` images of further training and ``passed`` ones that are only looked at."""
+    """:func:`plan_scan`, then ``repaired`` images of further training and ``passed`` ones that are only looked at.
+
+    ``attempts``: how often that happens at most; the plan counts one, and says so.
+    """
     scan = plan_scan(samples, size, rates, scorers=scorers, scorer_epochs=scorer_epochs, classes=classes)
+    tries = f", one attempt of at most {attempts}" if attempts > 1 else ""
     repair = PlannedStep(
-        what="repair the model", amount=repaired + passed, unit="images",
+        what=f"repair the model{tries}", amount=repaired + passed, unit="images",
         seconds=repaired / rates.train + passed / rates.forward,
     )  # fmt: skip
     files = ("run.json", "scores.parquet", "split.parquet", "samples.json", "purification.json", "model/", "card.md")

@@ -10,6 +10,7 @@ from unpoison.defenses.baselines.i_bau import IBAUConfig
 from unpoison.defenses.baselines.nad import NADConfig
 from unpoison.defenses.clipping import ClippingConfig
 from unpoison.defenses.pad_ft import PADFTConfig
+from unpoison.defenses.repair import AllWeightsConfig
 
 _LOOKS = 2  # passes over all samples before the bounds: losses and features
 
@@ -17,7 +18,7 @@ _LOOKS = 2  # passes over all samples before the bounds: losses and features
 def repair_work(config: Any, samples: int, classes: int) -> tuple[int, int]:
     """Images that are passed forward and backward, and those that are passed forward alone.
 
-    ``config``: of any repair of a classifier. What looks at held-out samples take is left out.
+    ``config``: of any repair of a classifier. Of one attempt; what looks at held-out samples take is left out.
     """
     if isinstance(config, PADFTConfig):
         chosen = min(samples, config.per_class * classes)
@@ -32,6 +33,13 @@ def repair_work(config: Any, samples: int, classes: int) -> tuple[int, int]:
     elif isinstance(config, ABLConfig):
         trained += (config.isolation_epochs + config.training_epochs) * samples
     return trained, 0
+
+
+def attempts(config: Any) -> int:
+    """How often a repair begins again at most, each time at a smaller learning rate."""
+    if not isinstance(config, AllWeightsConfig):
+        return 1
+    return 1 + sum(rate < config.learning_rate for rate in config.smaller_rates)
 
 
 def _bounded(clip: ClippingConfig, chosen: int, classes: int) -> int:

@@ -166,7 +166,7 @@ def _purify(
         from unpoison.models.clip_transformers import load_clip
         from unpoison.outputs import save_purification
         from unpoison.planning import plan_purification, probe
-        from unpoison.planning_repairs import repair_work
+        from unpoison.planning_repairs import attempts, repair_work
         from unpoison.results import Purification, to_json
 
         if manifest is not None and test is None:
@@ -196,6 +196,7 @@ def _purify(
                 classes=len(images.class_names),
                 repaired=repaired,
                 passed=passed,
+                attempts=attempts(settings),
             )
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)

@@ -140,7 +140,7 @@ class RateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuningConfig(CleanTrainingConfig, RateConfig):
+class AllWeightsConfig(CleanTrainingConfig, RateConfig):
     """Training on, of all weights."""
 
     learning_rate: float = 0.1

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import (
+    AllWeightsConfig,
     CleanData,
-    FineTuningConfig,
     Repair,
     at_largest_rate,
     falling_rate,
@@ -47,7 +47,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinePruningConfig(FineTuningConfig):
+class FinePruningConfig(AllWeightsConfig):
     """Fine-pruning's constants; all ours."""
 
     prune_fall: float = 4.0

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import (
+    AllWeightsConfig,
     CleanData,
-    FineTuningConfig,
     Repair,
     at_largest_rate,
     falling_rate,
@@ -41,7 +41,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTConfig(FineTuningConfig):
+class FTConfig(AllWeightsConfig):
     """Fine-tuning's constants; all ours."""
 
 

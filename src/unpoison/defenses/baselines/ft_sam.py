@@ -29,8 +29,8 @@ from torch import Tensor
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import (
+    AllWeightsConfig,
     CleanData,
-    FineTuningConfig,
     Repair,
     at_largest_rate,
     falling_rate,
@@ -45,7 +45,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class FTSAMConfig(FineTuningConfig):
+class FTSAMConfig(AllWeightsConfig):
     """FT-SAM's constants."""
 
     rho: float = 2.0

@@ -33,8 +33,8 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.baselines.ft import FTConfig, repair_with_ft
 from unpoison.defenses.repair import (
+    AllWeightsConfig,
     CleanData,
-    FineTuningConfig,
     Repair,
     at_largest_rate,
     falling_rate,
@@ -49,7 +49,7 @@ from unpoison.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
-class NADConfig(FineTuningConfig):
+class NADConfig(AllWeightsConfig):
     """NAD's constants. ``teacher`` is step 1."""
 
     beta: float = 1000.0
