@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
-from unpoison.benchmark.compute import done
 from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.outcomes import done
 from unpoison.evaluation.intervals import wilson
 
 TINY: dict[str, Any] = {

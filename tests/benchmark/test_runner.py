@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.compute import failed
 from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.store import Store
 from unpoison.errors import ResultError, SchemaVersionError, UsageError

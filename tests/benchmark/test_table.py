@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.compute import failed
 from unpoison.benchmark.formats import FORMATS, as_csv, as_json, latex, markdown
 from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.settings import Reported
 from unpoison.benchmark.store import Store

@@ -148,7 +148,7 @@ def test_folders_that_are_none_are_refused(here: Callable, tmp_path: Path, cut: 
 def planted_results(tmp_path_factory: pytest.TempPathFactory, cut: Path) -> Path:
     """A folder with two results, one failure and one cell to run."""
     from unpoison.benchmark.cell import Cost, Figures
-    from unpoison.benchmark.compute import done, failed
+    from unpoison.benchmark.outcomes import done, failed
     from unpoison.benchmark.store import Store
     from unpoison.evaluation.intervals import wilson
 

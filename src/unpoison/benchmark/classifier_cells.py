@@ -15,7 +15,7 @@ from unpoison.attacks.parts import Part, PoisoningParts, apply_parts, load_label
 from unpoison.attacks.poison import apply_poisoning, trigger_test_source
 from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
-from unpoison.benchmark.compute import call_with, changed_share, cost_of, done, figures, side_by_side
+from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
 from unpoison.benchmark.settings import MethodSettings
 from unpoison.benchmark.shared import Step, Stopwatch, shared

@@ -23,7 +23,7 @@ from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
-from unpoison.benchmark.compute import call_with, changed_share, cost_of, done, figures, side_by_side
+from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
 from unpoison.benchmark.settings import SHOTS, MethodSettings
 from unpoison.benchmark.shared import Step, Stopwatch, shared

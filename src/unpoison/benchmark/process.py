@@ -18,7 +18,7 @@ from types import TracebackType
 import psutil
 
 from unpoison.benchmark.cell import Cell, CellResult, Status
-from unpoison.benchmark.compute import failed
+from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.store import cell_message
 from unpoison.errors import ResultError
 from unpoison.storage import from_json

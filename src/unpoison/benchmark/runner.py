@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.compute import failed
 from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.store import Store
 from unpoison.errors import UsageError
 from unpoison.runs import Progress, Silent

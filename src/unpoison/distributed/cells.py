@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.compute import failed
 from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.process import Worker
 from unpoison.benchmark.runner import Summary, describe, finish, select_cells, summary, to_run, unfit
 from unpoison.benchmark.store import Store, cell_message, read_message
