@@ -44,10 +44,8 @@ def build_app() -> App:
         help="Is this checkpoint backdoored? Its files, its training data, its weights, one verdict each.",
     )
     purify = App(name="purify", help="Remove a backdoor from a model.", sort_key=2, **plain)
-    purify.command(
-        "unpoison.cli.purify:cgd", name="cgd", help="Repair a classifier with its own poisoned training set."
-    )
     of_classifiers = {
+        "cgd": "Repair a classifier with its own poisoned training set.",
         "pad-ft": "Repair a classifier in minutes: clip activations, tune the last layer.",
         "ft": "Baseline: fine-tune a classifier on the clean part of its training set.",
         "ft-sam": "Baseline: the same toward flat minima.",

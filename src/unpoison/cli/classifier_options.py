@@ -19,7 +19,7 @@ Bound = Annotated[
     Parameter(
         group=METHOD,
         show_default=False,
-        help="Largest fall of held-out accuracy, in points, that is accepted. [default: 5]",
+        help="Largest accepted fall of held-out accuracy, in points. [default: the method's]",
     ),
 ]
 Config = Annotated[

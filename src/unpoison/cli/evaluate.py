@@ -46,15 +46,19 @@ def evaluate(
 
     with Console(options) as console:
         console.detail("importing libraries")
-        from unpoison.cli import purify
+        from unpoison.cli import classifier_repair
         from unpoison.cli.running import begin, run_inputs, run_without_folder, vars_of
         from unpoison.models.checkpoints import hash_weights
         from unpoison.outputs import save_report
         from unpoison.results import Evaluation, to_json
 
-        classifier, images = purify.open_pair(model, data, opening, reading, limit=options.limit, seed=options.seed)
+        classifier, images = classifier_repair.open_pair(
+            model, data, opening, reading, limit=options.limit, seed=options.seed
+        )
         if output is None:
-            result = purify.evaluate(classifier, images, manifest, model, run_without_folder(console, options))
+            result = classifier_repair.evaluate(
+                classifier, images, manifest, model, run_without_folder(console, options)
+            )
         else:
             inputs = run_inputs(
                 "evaluate", images, reading, options, model=model, model_hash=hash_weights(classifier.weights()),
@@ -62,7 +66,7 @@ def evaluate(
             )  # fmt: skip
             run = begin(console, options, output, inputs)
             if run.folder is not None and not run.folder.finished:
-                purify.evaluate(classifier, images, manifest, model, run).save(output / "evaluation.json")
+                classifier_repair.evaluate(classifier, images, manifest, model, run).save(output / "evaluation.json")
                 save_report(output)
                 run.folder.finish()
             result = Evaluation.load(output / "evaluation.json")

@@ -216,8 +216,8 @@ def _detect(
 
     from unpoison.api_detectors import DetectorConfig, scan_with_detector
     from unpoison.cli import FINDINGS, INCONCLUSIVE
+    from unpoison.cli.classifier_repair import open_pair
     from unpoison.cli.options import Opening
-    from unpoison.cli.purify import open_pair
     from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
     from unpoison.configs import make_config, merge, read_config
     from unpoison.models.checkpoints import hash_weights
