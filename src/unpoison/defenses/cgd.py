@@ -27,7 +27,9 @@ Where we differ, and what the paper leaves open
     samples held out are few, and the suspicious model knew them: by 1.0 point alone, chance chose a half-done repair.
     They count epochs (10 of at most 200 batches, no momentum, constant rate); on small sets that is too few steps to
     repair anything, so we count steps, with momentum and a rate that falls to zero. The mixed region is dropped from
-    the loader (theirs still moves BatchNorm). A set without evidence of poison leaves the model as it is.
+    the loader (theirs still moves BatchNorm). A set without evidence of poison leaves the model as it is. Their
+    alpha is 5e-4; at 0.02 the model learns from CLIP what stands under the trigger, so that triggered images get their
+    own class and not just any other (docs/decisions/0010).
     Step 6 is ours: the slope of log p vanishes where a label is sure, and victims that were trained long are as sure as
     floats can say. A result whose suspects still get their label is refused, whatever its accuracy.
 """
@@ -69,8 +71,8 @@ class CGDConfig:
     always leaves them out."""
     sigma1: float = 0.2
     sigma2: float = 0.1
-    alpha: float = 5e-4
-    """Weight of the KL term."""
+    alpha: float = 0.02
+    """Weight of the KL term. The authors' 5e-4 unlearns the trigger and leaves the image under it unread."""
     tau: float = 3.0
     """Temperature of the KL term."""
     beta: float = 0.025
@@ -120,6 +122,7 @@ class CGDConfig:
             momentum=0.0,
             schedule="constant",
             believed=100.0,
+            alpha=5e-4,
             steps=10 * min(200, max(1, samples // 256)),
         )
 
