@@ -15,6 +15,8 @@ from unpoison.attacks.parts import PoisoningParts
 from unpoison.benchmark import classifier_cells, clip_cells
 from unpoison.benchmark.compute import try_cell
 from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.settings import MethodSettings
+from unpoison.defenses.ubt import PUBLISHED
 from unpoison.models.clip_files import load_any_clip
 from unpoison.runs import Silent
 
@@ -133,3 +135,15 @@ def test_repairs_of_a_zero_shot_classifier_leave_the_weights(small_folder: Path,
     assert probe.before is not None
     assert probe.after.c_acc != probe.before.c_acc  # the probe's rows are measured, not the names' embeddings
     assert probe.after.image_to_text == probe.before.image_to_text
+
+
+def test_a_published_method_of_clips_has_its_papers_constants_at_the_models_rate() -> None:
+    clip = load_any_clip("tiny")
+    paper, ours = (
+        clip_cells.method_config(MethodSettings(method="ubt", published=which, config={"steps": 7}), clip, 1000)
+        for which in (True, False)
+    )
+    assert {name: getattr(paper, name) for name in PUBLISHED} == PUBLISHED
+    assert (ours.expose, ours.loss) == ("concept", "disbelief")
+    assert paper.learning_rate < ours.learning_rate
+    assert paper.steps == ours.steps == 7

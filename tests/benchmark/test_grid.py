@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from unpoison.benchmark import contents
 from unpoison.benchmark.grid import Grid, make_grid, read_grid
-from unpoison.catalog import DEFENSES
+from unpoison.catalog import DEFENSES, resolve
+from unpoison.defenses.cgd import CGDConfig
 from unpoison.errors import ConfigError, GridError
 
 GRIDS = Path(__file__).parents[2] / "grids"
@@ -39,6 +41,22 @@ def test_the_control_and_victims_that_two_products_share_are_one_cell(tables: di
     twice = make_grid(tables, name="g", path="g.toml")
     assert [cell.key for cell in once.cells] == [cell.key for cell in twice.cells][: len(once.cells)]
     assert len(twice.cells) == len({cell.key for cell in twice.cells}) == 12 + 2 + 2 * 1 + 2 * 2
+
+
+def test_other_defaults_of_a_method_make_other_cells(
+    grid: Grid, tables: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Raised(CGDConfig):
+        alpha: float = 0.9
+
+    monkeypatch.setattr(contents, "resolve", lambda path: Raised if path.endswith(":CGDConfig") else resolve(path))
+    contents.method_defaults.cache_clear()
+    other = make_grid(tables, name="g", path="g.toml")
+    contents.method_defaults.cache_clear()
+    changed = {new.names.method for new, old in zip(other.cells, grid.cells, strict=True) if new.key != old.key}
+    assert changed == {"cgd"}
+    assert contents.method_defaults("cgd", published=False) != contents.method_defaults("cgd", published=True)
 
 
 def test_the_hash_is_of_all_inputs_and_of_nothing_else(grid: Grid, tables: dict[str, Any], tmp_path: Path) -> None:

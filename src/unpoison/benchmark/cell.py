@@ -21,6 +21,7 @@ from unpoison.storage import JsonResult
 
 VERSION = 1
 """Raised when the same inputs would give other figures than before."""
+DEFAULTS = "method.defaults"
 Status = Literal["done", "refused", "crashed", "timed out", "out of memory"]
 
 
@@ -47,7 +48,8 @@ class Names:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """All that determines a cell's figures. ``contents``: hashes of the sources and models that are files.
+    """All that determines a cell's figures. ``contents``: hashes of the sources and models that are files, and of the
+    method's defaults.
 
     ``attack`` None: the clean control. ``method`` None: the victim as it is given.
     """
@@ -80,7 +82,8 @@ class Cell:
 
     def given(self) -> Cell:
         """The cell of the same victim before any defense: it has to be there first."""
-        return replace(self, names=replace(self.names, method=GIVEN), method=None)
+        contents = {name: value for name, value in self.contents.items() if name != DEFAULTS}
+        return replace(self, names=replace(self.names, method=GIVEN), method=None, contents=contents)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,21 @@
-"""Hashes of what a grid names: a changed file makes another cell."""
+"""Hashes of what a grid names: a changed file, or other defaults of a method, make another cell."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from unpoison.benchmark.cell import digest
+from unpoison.benchmark.outcomes import call_with
+from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.data.sources import read_request
 
 _BLOCK = 1 << 20
 _READ_WHOLE = 4 << 30  # folders above this size count by names and sizes alone
+_SIZES = {"parameters": 10_000_000, "samples": 10_000}  # any that are always the same
 
 
 def source_content(source: str) -> str | None:
@@ -32,6 +38,18 @@ def path_content(path: Path) -> str | None:
         if whole:
             total.update(_file(entry, found.st_mtime_ns).encode())
     return total.hexdigest()
+
+
+@lru_cache
+def method_defaults(method: str, *, published: bool) -> str:
+    """The hash of the constants that the package itself gives a defense. Raises UnknownMethodError."""
+    kind: Any = resolve(find(method, DEFENSES).config)
+    found = [kind()]
+    if published and hasattr(kind, "as_published"):
+        found.append(call_with(kind.as_published, offered=_SIZES))
+    if hasattr(kind, "scaled"):
+        found.append((kind.scaled if published else kind.recommended)(**_SIZES))
+    return digest([asdict(config) for config in found])
 
 
 def looks_local(source: str) -> bool:

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from unpoison.attacks.manifest import check_mode
 from unpoison.attacks.pair_manifest import MODES as PAIR_MODES
 from unpoison.attacks.triggers import make_trigger
-from unpoison.benchmark.cell import Cell, Names
+from unpoison.benchmark.cell import DEFAULTS, Cell, Names
 from unpoison.benchmark.clip_victims import Settings as ClipVictim
-from unpoison.benchmark.contents import looks_local, path_content, source_content
+from unpoison.benchmark.contents import looks_local, method_defaults, path_content, source_content
 from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
 from unpoison.benchmark.settings import (
     CLEAN,
@@ -338,5 +338,7 @@ def _check_files(cells: Any, problems: list[str]) -> None:
 def _with_contents(cell: Cell) -> Cell:
     found = {f"data.{key}": source_content(source) for key, source in cell.data.sources().items()}
     found |= {f"model.{key}": path_content(Path(getattr(cell.model, key))) for key in ("model", "clip")}
+    if cell.method is not None:
+        found[DEFAULTS] = method_defaults(cell.method.method, published=cell.method.published)
     contents = {key: value for key, value in found.items() if value is not None}
     return replace(cell, contents=contents)
