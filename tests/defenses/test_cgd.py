@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,12 +29,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 def naive_loss(f: np.ndarray, y: np.ndarray, z: np.ndarray, suspect: np.ndarray, c: CGDConfig) -> float:
     """mean_clean CE(f, y) + alpha tau^2 mean_suspect KL(softmax(z/tau) || softmax(f/tau))
-    + beta mean_suspect log(p_f[y] + eps), sample by sample."""
-    p, student, teacher = softmax(f), softmax(f / c.tau), softmax(z / c.tau)
+    + beta mean_suspect log(p_f[y] + eps), sample by sample; "others": the KL without label y."""
+    p = softmax(f)
     clean, unlearn, divergence = [], [], []
     for i in range(len(y)):
         if suspect[i]:
-            divergence.append(sum(teacher[i, k] * np.log(teacher[i, k] / student[i, k]) for k in range(f.shape[1])))
+            counted = [k for k in range(f.shape[1]) if c.teacher == "all" or k != y[i]]
+            student, teacher = (softmax(values[i : i + 1, counted] / c.tau)[0] for values in (f, z))
+            divergence.append(sum(t * np.log(t / s) for s, t in zip(student, teacher, strict=True)))
             unlearn.append(np.log(p[i, y[i]] + c.epsilon))
         else:
             clean.append(-np.log(p[i, y[i]]))
@@ -57,12 +61,13 @@ def batch(seed: int = 0, n: int = 12, classes: int = 5) -> tuple[np.ndarray, np.
         {"beta": 0.0},
         {"alpha": 0.0, "beta": 0.0},
         {"alpha": 0.7, "beta": 0.4, "tau": 2.0, "epsilon": 0.05},
+        {"alpha": 0.7, "beta": 0.4, "teacher": "all"},
     ],
 )
-def test_the_loss_against_its_equation(share: float, constants: dict[str, float]) -> None:
+def test_the_loss_against_its_equation(share: float, constants: dict[str, Any]) -> None:
     f, y, z = batch()
     suspect = np.arange(len(y)) < share * len(y)
-    config = CGDConfig(**constants)  # pyright: ignore[reportArgumentType] - floats only
+    config = CGDConfig(**constants)
     logits = torch.from_numpy(f).requires_grad_()
     loss = cgd_loss(logits, torch.from_numpy(y), torch.from_numpy(z), torch.from_numpy(suspect), config)
     assert float(loss.detach()) == pytest.approx(naive_loss(f, y, z, suspect, config), rel=1e-9, abs=1e-12)
@@ -100,6 +105,25 @@ def test_labels_that_are_sure_have_a_slope_only_where_it_is_insisted() -> None:
         slopes.append(logits.grad[[0, 1], labels].tolist())
     assert slopes[0] == [0.0, 0.0]
     assert slopes[1] == pytest.approx([0.25, 0.25])
+
+
+def test_clips_opinion_among_the_others_leaves_the_given_label_to_the_unlearning() -> None:
+    f, y, z = batch(seed=3)
+    labels, suspect = torch.from_numpy(y), torch.ones(len(y), dtype=torch.bool)
+    slopes = {}
+    for teacher in ("others", "all"):
+        logits = torch.from_numpy(f).requires_grad_()
+        cgd_loss(logits, labels, torch.from_numpy(z), suspect, CGDConfig(beta=0.0, teacher=teacher)).backward()
+        assert logits.grad is not None
+        slopes[teacher] = logits.grad.gather(1, labels[:, None])
+    assert not slopes["others"].any()
+    assert slopes["all"].any()
+
+
+def test_two_classes_have_no_others_to_tell_apart() -> None:
+    logits = torch.randn(4, 2, dtype=torch.float64)
+    labels, suspect = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.bool)
+    assert float(cgd_loss(logits, labels, -logits, suspect, CGDConfig(beta=0.0))) == 0.0
 
 
 def test_unlearning_lowers_the_given_label() -> None:

@@ -28,8 +28,9 @@ Where we differ, and what the paper leaves open
     They count epochs (10 of at most 200 batches, no momentum, constant rate); on small sets that is too few steps to
     repair anything, so we count steps, with momentum and a rate that falls to zero. The mixed region is dropped from
     the loader (theirs still moves BatchNorm). A set without evidence of poison leaves the model as it is. Their
-    alpha is 5e-4; at 0.02 the model learns from CLIP what stands under the trigger, so that triggered images get their
-    own class and not just any other (docs/decisions/0010).
+    alpha is 5e-4, over all classes; at 0.02, and among the classes that the label is not, the model learns from CLIP
+    what stands under the trigger, so that triggered images get their own class and not just any other
+    (docs/decisions/0010).
     Step 6 is ours: the slope of log p vanishes where a label is sure, and victims that were trained long are as sure as
     floats can say. A result whose suspects still get their label is refused, whatever its accuracy.
 """
@@ -73,6 +74,9 @@ class CGDConfig:
     sigma2: float = 0.1
     alpha: float = 0.02
     """Weight of the KL term. The authors' 5e-4 unlearns the trigger and leaves the image under it unread."""
+    teacher: Literal["others", "all"] = "others"
+    """What CLIP's opinion in the KL term is about: all classes, as the authors have it, or (ours) the others than the
+    given label, which are compared among themselves: how sure the label still is stays to the unlearning alone."""
     tau: float = 3.0
     """Temperature of the KL term."""
     beta: float = 0.025
@@ -123,6 +127,7 @@ class CGDConfig:
             schedule="constant",
             believed=100.0,
             alpha=5e-4,
+            teacher="all",
             steps=10 * min(200, max(1, samples // 256)),
         )
 
@@ -199,7 +204,10 @@ def cgd_loss(
     if not bool(suspect.all()):
         loss = F.cross_entropy(logits[~suspect], labels[~suspect])
     if bool(suspect.any()):
-        loss = loss + config.alpha * config.tau**2 * teacher_divergence(logits[suspect], teacher[suspect], config.tau)
+        student, asked = logits[suspect], teacher[suspect]
+        if config.teacher == "others":
+            student, asked = (without_label(values, labels[suspect]) for values in (student, asked))
+        loss = loss + config.alpha * config.tau**2 * teacher_divergence(student, asked, config.tau)
         if insist:
             loss = loss + config.insist * disbelief(logits[suspect], labels[suspect])
         else:
@@ -211,6 +219,12 @@ def teacher_divergence(logits: Logits, teacher: Logits, tau: float) -> Tensor:
     """mean KL(softmax(z / tau) || softmax(f / tau))."""
     student = (logits / tau).log_softmax(1)
     return F.kl_div(student, (teacher / tau).log_softmax(1), log_target=True, reduction="batchmean")
+
+
+def without_label(logits: Logits, labels: Labels) -> Float[Tensor, "b others"]:
+    """The logits of the classes that each sample's label is not, in their order."""
+    others = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
+    return logits[others].view(len(logits), -1)
 
 
 def label_log_likelihood(logits: Logits, labels: Labels, epsilon: float) -> Tensor:
