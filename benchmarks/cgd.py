@@ -59,7 +59,7 @@ ABLATIONS = {
     "early-axis-only": CGDConfig(),
     "no-unlearning": CGDConfig(beta=0.0, believed=100.0),
     "no-kl": CGDConfig(alpha=0.0),
-    "alpha-5e-4": CGDConfig(alpha=5e-4),
+    "authors-kl": CGDConfig(alpha=5e-4, teacher="all"),
     "published-regions": CGDConfig(regions="published"),
     "as-published": CGDConfig.as_published(samples=10_000),
 }

@@ -180,10 +180,13 @@ CLASSIC_VARIANTS = {
 for name, (kind, more) in CLASSIC_VARIANTS.items():
     METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)
 METHODS["cgd"] = lambda setting, victim, run: cgd(setting, victim, CGDConfig(), run)
-for alpha in (5e-4, 0.01, 0.05):
-    METHODS[f"cgd-alpha-{alpha:g}"] = lambda setting, victim, run, alpha=alpha: cgd(
-        setting, victim, CGDConfig(alpha=alpha), run
-    )
+CGD_VARIANTS = {
+    "cgd-authors-kl": CGDConfig(alpha=5e-4, teacher="all"),
+    "cgd-all-classes": CGDConfig(teacher="all"),
+    "cgd-alpha-0.05": CGDConfig(alpha=0.05),
+}
+for name, settings in CGD_VARIANTS.items():
+    METHODS[name] = lambda setting, victim, run, settings=settings: cgd(setting, victim, settings, run)
 
 
 def compute(setting: Setting, method: str) -> dict[str, Any]:
