@@ -50,13 +50,16 @@ def test_other_defaults_of_a_method_make_other_cells(
     class Raised(CGDConfig):
         alpha: float = 0.9
 
-    monkeypatch.setattr(contents, "resolve", lambda path: Raised if path.endswith(":CGDConfig") else resolve(path))
-    contents.method_defaults.cache_clear()
-    other = make_grid(tables, name="g", path="g.toml")
-    contents.method_defaults.cache_clear()
+    assert contents.method_defaults("cgd", published=False) != contents.method_defaults("cgd", published=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(contents, "resolve", lambda path: Raised if path.endswith(":CGDConfig") else resolve(path))
+        contents.method_defaults.cache_clear()
+        try:
+            other = make_grid(tables, name="g", path="g.toml")
+        finally:
+            contents.method_defaults.cache_clear()
     changed = {new.names.method for new, old in zip(other.cells, grid.cells, strict=True) if new.key != old.key}
     assert changed == {"cgd"}
-    assert contents.method_defaults("cgd", published=False) != contents.method_defaults("cgd", published=True)
 
 
 def test_the_hash_is_of_all_inputs_and_of_nothing_else(grid: Grid, tables: dict[str, Any], tmp_path: Path) -> None:
