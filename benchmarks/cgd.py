@@ -7,8 +7,9 @@
     python benchmarks/cgd.py table
 
 Rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned toward class 0; all 10,000 test images for every rate.
-A cell that is done is not computed again; a cell that was interrupted goes on. One thread a process: start two
-processes with other seeds to use two cores. The last rows of train (45,000..) are the ones to look at while tuning.
+A cell that is done with the same settings is not computed again; a cell that was interrupted goes on. One thread a
+process: start two processes with other seeds to use two cores. The last rows of train (45,000..) are the ones to look
+at while tuning.
 """
 
 import argparse
@@ -211,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
             variants = {"default": CGDConfig()} | (ABLATIONS if args.until == "ablations" else {})
             for label, config in variants.items():
                 file = RESULTS / f"{cell.name}-{label}.json"
-                if file.exists():
+                if file.exists() and json.loads(file.read_bytes())["config"] == json.loads(json.dumps(asdict(config))):
                     continue
                 axis = {"clip-axis-only": CLIP_AXIS, "early-axis-only": EARLY_AXIS}.get(label)
                 result = cell.purify(config, label, one_axis(axis) if axis else None)

@@ -120,9 +120,10 @@ def test_clips_opinion_among_the_others_leaves_the_given_label_to_the_unlearning
     assert slopes["all"].any()
 
 
-def test_two_classes_have_no_others_to_tell_apart() -> None:
-    logits = torch.randn(4, 2, dtype=torch.float64)
-    labels, suspect = torch.tensor([0, 1, 1, 0]), torch.ones(4, dtype=torch.bool)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_two_classes_or_one_have_no_others_to_tell_apart(classes: int) -> None:
+    logits = torch.randn(4, classes, dtype=torch.float64)
+    labels, suspect = torch.tensor([0, 1, 1, 0]) % classes, torch.ones(4, dtype=torch.bool)
     assert float(cgd_loss(logits, labels, -logits, suspect, CGDConfig(beta=0.0))) == 0.0
 
 

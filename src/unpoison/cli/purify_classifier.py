@@ -163,5 +163,5 @@ CLASSICS = {
     "i-bau": "Unlearn what one perturbation of all images can do.",
     "abl": "Train a new classifier that isolates poison and unlearns it.",
 }
-"""Verb to what it does; the command line's help and the verbs themselves have it from here."""
+"""Verb to what it does, as its docstring says."""
 ft, ft_sam, fine_pruning, nad, anp, i_bau, abl = (_classic(method, text) for method, text in CLASSICS.items())

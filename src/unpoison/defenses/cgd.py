@@ -76,7 +76,7 @@ class CGDConfig:
     """Weight of the KL term. The authors' 5e-4 unlearns the trigger and leaves the image under it unread."""
     teacher: Literal["others", "all"] = "others"
     """What CLIP's opinion in the KL term is about: all classes, as the authors have it, or (ours) the others than the
-    given label, which are compared among themselves: how sure the label still is stays to the unlearning alone."""
+    given label, which are compared among themselves: how sure the label still is, is left to the unlearning alone."""
     tau: float = 3.0
     """Temperature of the KL term."""
     beta: float = 0.025
@@ -224,7 +224,7 @@ def teacher_divergence(logits: Logits, teacher: Logits, tau: float) -> Tensor:
 def without_label(logits: Logits, labels: Labels) -> Float[Tensor, "b others"]:
     """The logits of the classes that each sample's label is not, in their order."""
     others = torch.ones_like(logits, dtype=torch.bool).scatter(1, labels[:, None], False)
-    return logits[others].view(len(logits), -1)
+    return logits[others].view(len(logits), logits.shape[1] - 1)
 
 
 def label_log_likelihood(logits: Logits, labels: Labels, epsilon: float) -> Tensor:
