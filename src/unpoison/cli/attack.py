@@ -55,8 +55,8 @@ def attack(
     manifest_only: Annotated[
         bool, Parameter(negative="", show_default=False, help="Write the manifest, not the images.")
     ] = False,
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    reading: Reading = Reading(),
+    options: Planned = Planned(),
 ) -> int:
     """Poison a copy of an image set: data.parquet, and manifest.json with the ground truth.
 

@@ -55,7 +55,7 @@ def run(
             help="Run the cells as tasks of the Ray cluster at this address; 'local' starts one on this machine.",
         ),
     ] = None,
-    options: Common = Common(),  # noqa: B008
+    options: Common = Common(),
 ) -> int:
     """Run every cell of a grid that has no result yet. A killed command goes on where it was.
 
@@ -98,7 +98,7 @@ def status(
     folder: Annotated[Path | None, Parameter(help="Results folder. [default: the one in runs/]")] = None,
     /,
     *,
-    options: Common = Common(),  # noqa: B008
+    options: Common = Common(),
 ) -> int:
     """How many cells are done, which run, which failed and why, and how long the rest may take."""
     from unpoison.cli.console import Console
@@ -139,7 +139,7 @@ def table(
         Path | None,
         Parameter(name=["--output", "-o"], show_default=False, help="File to write; html is the leaderboard."),
     ] = None,
-    options: Common = Common(),  # noqa: B008
+    options: Common = Common(),
 ) -> int:
     """The table over all seeds: models before and after each method, n, spread, intervals, the clean control."""
     from unpoison.cli.console import Console

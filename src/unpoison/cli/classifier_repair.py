@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unpoison.cli.options import Opening, Planned, Reading, run_path
+from unpoison.cli.options import Opening, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
 
+    from unpoison.cli.classifier_options import ClassifierRepairOptions
     from unpoison.data.sources import LabelledImages
     from unpoison.models.image_classifier import ImageClassifier
     from unpoison.planning import Plan
@@ -19,33 +19,23 @@ if TYPE_CHECKING:
     from unpoison.types import ZeroShotModel
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """The options of one repair, as they were given.
+def repair(
+    verb: str,
+    model: str,
+    asked: ClassifierRepairOptions,
+    own: dict[str, Any],
+    *,
+    paper: bool = False,
+    given: Path | None = None,
+) -> int:
+    """Repair ``model`` by the method that is called ``verb``, and say the exit code.
 
     ``own``: the options that are fields of the method's config; ``given``: folder of an earlier scan.
     """
-
-    model: str
-    data: str
-    clip: str
-    own: dict[str, Any]
-    config: Path | None
-    test: str | None
-    manifest: Path | None
-    opening: Opening
-    reading: Reading
-    options: Planned
-    paper: bool = False
-    given: Path | None = None
-
-
-def repair(verb: str, asked: Asked) -> int:
-    """Repair as ``asked`` by the method that is called ``verb``, and say the exit code."""
     from unpoison.cli import INCONCLUSIVE
     from unpoison.cli.console import Console
 
-    options = asked.options
+    options, own = asked.running, own | {"bound": asked.bound}
     with Console(options) as console:
         console.detail("importing libraries")
         from dataclasses import asdict, replace
@@ -63,31 +53,31 @@ def repair(verb: str, asked: Asked) -> int:
             raise UsageError("--manifest needs test images.", hint="Give them with --test SOURCE.")
         entry = find(verb, DEFENSES)
         kind = resolve(entry.config)
-        table = merge(read_config(asked.config) if asked.config is not None else {}, asked.own)
-        if asked.paper:
+        table = merge(read_config(asked.config) if asked.config is not None else {}, own)
+        if paper:
             table = merge(asdict(kind.as_published()), table)
         settings = make_config(kind, table, where=str(asked.config or "options"))
         classifier, images = open_pair(
-            asked.model, asked.data, asked.opening, asked.reading, limit=options.limit, seed=options.seed
+            model, asked.data, asked.opening, asked.reading, limit=options.limit, seed=options.seed
         )
         tested = None
         if asked.test is not None:
             tested = open_source(asked.test, Reading(), class_names=classifier.class_names)
-        path = run_path(options.output, f"purify-{verb}", asked.model)
-        evidence = _read_evidence(verb, asked.given)
-        surrogate = None if asked.paper or evidence is not None else load_clip(asked.clip)
+        path = run_path(options.output, f"purify-{verb}", model)
+        evidence = _read_evidence(verb, given)
+        surrogate = None if paper or evidence is not None else load_clip(asked.clip)
         if options.dry_run:
             dry = DryRun(plan=_plan(images, surrogate, classifier, settings, run_without_folder(console, options)),
                          folder=path)  # fmt: skip
             console.answer(dry.data(), dry.show)
             return 0
         inputs = run_inputs(
-            f"purify {verb}", images, asked.reading, options, model=asked.model,
+            f"purify {verb}", images, asked.reading, options, model=model,
             model_hash=hash_weights(classifier.weights()), opening=vars_of(asked.opening),
             clip=None if surrogate is None else asked.clip,
             clip_fingerprint=None if surrogate is None else surrogate.fingerprint, config=asdict(settings),
             test=asked.test, manifest=None if asked.manifest is None else str(asked.manifest),
-            given=None if asked.given is None else str(asked.given),
+            given=None if given is None else str(given),
         )  # fmt: skip
         run = begin(console, options, path, inputs)
         if run.folder is not None and not run.folder.finished:
@@ -95,12 +85,12 @@ def repair(verb: str, asked: Asked) -> int:
             outcome = resolve(entry.function)(classifier, images, config=settings, clip=surrogate, run=run, **more)
             purification: Purification = outcome.purification
             if tested is not None:
-                before = evaluate(classifier, tested, asked.manifest, asked.model, run)
+                before = evaluate(classifier, tested, asked.manifest, model, run)
                 after = evaluate(outcome.classifier, tested, asked.manifest, str(path / "model"), run)
                 purification = replace(purification, before=before, after=after)
             save_purification(
                 purification, outcome.classifier, outcome.scores, outcome.split, outcome.samples, path,
-                base_model=asked.model,
+                base_model=model,
             )  # fmt: skip
             run.folder.finish()
         result = Purification.load(path / "purification.json")

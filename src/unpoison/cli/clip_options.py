@@ -112,14 +112,17 @@ class Testing:
     ] = None
 
 
-Pairs = Annotated[
-    str | None,
-    Parameter(
-        metavar="SOURCE",
-        show_default=False,
-        help="Clean image-caption pairs: parquet, CSV, JSONL, shards or a folder.",
-    ),
-]
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ClipRepairOptions:
+    """What every training of a CLIP can be told, beside its pairs and the method's own options."""
+
+    training: Training = Training()
+    testing: Testing = Testing()
+    reading: PairReading = PairReading()
+    running: Planned = Planned()
+
+
 TrainedOn = Annotated[
     str,
     Parameter(
@@ -127,22 +130,29 @@ TrainedOn = Annotated[
         help="The pairs that it was trained on, poison included: parquet, CSV, JSONL, shards or a folder.",
     ),
 ]
-Synthetic = Annotated[
-    str | None,
-    Parameter(
-        metavar="SOURCE",
-        show_default=False,
-        help="Made-up pairs, instead of others or beside them: shapes:N, or any source of pictures and captions.",
-    ),
-]
 
 
+@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Sources:
     """Where the pairs come from: found ones, made-up ones or both."""
 
-    pairs: str | None
-    synthetic: str | None
+    pairs: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE",
+            show_default=False,
+            help="Clean image-caption pairs: parquet, CSV, JSONL, shards or a folder.",
+        ),
+    ] = None
+    synthetic: Annotated[
+        str | None,
+        Parameter(
+            metavar="SOURCE",
+            show_default=False,
+            help="Made-up pairs, instead of others or beside them: shapes:N, or any source of pictures and captions.",
+        ),
+    ] = None
 
     def open(self, options: Planned, reading: dict[str, Any]) -> ImageTextPairs:
         """Both as one set; ``reading`` is about ``pairs``, ``limit`` about each. Raises UsageError without any."""

@@ -25,7 +25,7 @@ def demo(
         Path | None, Parameter(show_default=False, help="TOML file with other sizes: train, test, epochs, rate, ...")
     ] = None,
     clip: Annotated[str, Parameter(help='A CLIP of transformers: "tiny" (bundled), a folder, an id.')] = "tiny",
-    options: Planned = Planned(),  # noqa: B008
+    options: Planned = Planned(),
 ) -> int:
     """Poison built-in pictures, train on them, find the poison, repair the model, write the report."""
     from unpoison.cli import INCONCLUSIVE

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def doctor(
     *,
     cache: Annotated[Path | None, Parameter(group=RUNNING, help="Cache folder to look at.", show_default=False)] = None,
-    options: Common = Common(),  # noqa: B008
+    options: Common = Common(),
 ) -> int:
     """Check this installation and this machine. Exit code 2 when something that every run needs is missing."""
     from unpoison.cli import ERROR

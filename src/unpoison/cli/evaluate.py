@@ -31,9 +31,9 @@ def evaluate(
             help="Folder for evaluation.json and report.html. [default: none]",
         ),
     ] = None,
-    opening: Opening = Opening(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Running = Running(),  # noqa: B008
+    opening: Opening = Opening(),
+    reading: Reading = Reading(),
+    options: Running = Running(),
 ) -> int:
     """Measure a classifier on clean test images. Files are written only with -o.
 

@@ -35,8 +35,8 @@ def keep(
             metavar="SOURCE", show_default=False, help="The scanned source, where it is now. [default: as scanned]"
         ),
     ] = None,
-    reading: Reading = Reading(),  # noqa: B008
-    options: Common = Common(),  # noqa: B008
+    reading: Reading = Reading(),
+    options: Common = Common(),
 ) -> int:
     """Write a clean copy of a scanned set: suspect samples are left out, decisions overrule the scan.
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import rich.console
 
 
-def methods(*, options: Common = Common()) -> int:  # noqa: B008
+def methods(*, options: Common = Common()) -> int:
     """List the attacks, detectors and defenses with what each needs and its paper."""
     from unpoison.cli.console import Console
 

@@ -21,20 +21,19 @@ if TYPE_CHECKING:
     from unpoison.runs import Run
     from unpoison.zero_shot_results import ZeroShotPurification
 
-Data = Annotated[
-    str,
-    Parameter(
-        metavar="SOURCE",
-        help="Clean labelled images, a few of each class; their class names make the classifier.",
-    ),
-]
-
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class ZeroShotOptions:
     """What all of them can be told."""
 
+    data: Annotated[
+        str,
+        Parameter(
+            metavar="SOURCE",
+            help="Clean labelled images, a few of each class; their class names make the classifier.",
+        ),
+    ]
     shots: Annotated[
         int | None,
         Parameter(group=METHOD, show_default=False, help="Images of a class to learn from. [default: 16]"),
@@ -50,13 +49,15 @@ class Tuning:
     config: Annotated[
         Path | None, Parameter(group=METHOD, show_default=False, help="TOML file with any keys of the method's config.")
     ] = None
+    testing: Testing = Testing()
+    reading: Reading = Reading()
+    running: Planned = Planned()
 
 
 def cbpt(
     model: str,
     /,
     *,
-    data: Data,
     target: Annotated[
         str | None,
         Parameter(
@@ -75,10 +76,7 @@ def cbpt(
             help="The plain reading of the paper: token prompts before each name, one contrastive dummy, SGD.",
         ),
     ] = False,
-    tuning: Tuning = Tuning(),
-    testing: Testing = Testing(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ZeroShotOptions,
 ) -> int:
     """Purify a backdoored CLIP's zero-shot classifier: invert a trigger, move the classes away from it.
 
@@ -92,20 +90,14 @@ def cbpt(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _run_purification(
-        "cbpt", model, data, tuning, testing, reading, options, paper=paper, more={"target": target}
-    )
+    return _run_purification("cbpt", model, asked, paper=paper, more={"target": target})
 
 
 def rvpt(
     model: str,
     /,
     *,
-    data: Data,
-    tuning: Tuning = Tuning(),
-    testing: Testing = Testing(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ZeroShotOptions,
 ) -> int:
     """Baseline of cbpt: learn repulsive visual prompts inside the frozen image tower, which must be a ViT.
 
@@ -116,18 +108,14 @@ def rvpt(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _run_purification("rvpt", model, data, tuning, testing, reading, options)
+    return _run_purification("rvpt", model, asked)
 
 
 def linear_probe(
     model: str,
     /,
     *,
-    data: Data,
-    tuning: Tuning = Tuning(),
-    testing: Testing = Testing(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ZeroShotOptions,
 ) -> int:
     """Baseline of cbpt: logistic regression on the embeddings of a few images.
 
@@ -138,17 +126,13 @@ def linear_probe(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return _run_purification("linear-probe", model, data, tuning, testing, reading, options)
+    return _run_purification("linear-probe", model, asked)
 
 
 def _run_purification(
     verb: str,
     model: str,
-    data: str,
-    tuning: Tuning,
-    testing: Testing,
-    reading: Reading,
-    options: Planned,
+    asked: ZeroShotOptions,
     *,
     paper: bool = False,
     more: Mapping[str, Any] = MappingProxyType({}),
@@ -158,6 +142,7 @@ def _run_purification(
     from unpoison.cli.clip_options import open_tests
     from unpoison.cli.console import Console
 
+    testing, reading, options = asked.testing, asked.reading, asked.running
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.cli.running import (
@@ -174,8 +159,8 @@ def _run_purification(
 
         tests = open_tests(testing)
         clip = load_any_clip(model)
-        images = open_source(data, reading, limit=options.limit, seed=options.seed)
-        config = _config(verb, tuning, paper=paper)
+        images = open_source(asked.data, reading, limit=options.limit, seed=options.seed)
+        config = _config(verb, asked, paper=paper)
         path = run_path(options.output, f"purify-{verb}", model)
         if options.dry_run:
             from unpoison.planning_zero_shot import plan_zero_shot
@@ -190,16 +175,17 @@ def _run_purification(
             config=vars_of(config), **more, **tests.inputs,
         )  # fmt: skip
         run = begin(console, options, path, inputs)
+        given = {"data": asked.data, "paper": paper, "shots": asked.shots, "bound": asked.bound, "config": asked.config}
         command = repeated_command(
-            verb, model, {"data": data, "paper": paper}, vars_of(tuning), dict(more),
-            vars_of(testing), vars_of(reading), {"seed": options.seed, "limit": options.limit, "output": path},
+            verb, model, given, dict(more), vars_of(testing), vars_of(reading),
+            {"seed": options.seed, "limit": options.limit, "output": path},
         )  # fmt: skip
         result = _purify(verb, clip, images, config, more, tests, run, path, model, command)
         console.answer(to_json(result), lambda out: _show(out, result, path))
     return 0 if result.accepted else INCONCLUSIVE
 
 
-def _config(verb: str, tuning: Tuning, *, paper: bool) -> Any:
+def _config(verb: str, asked: ZeroShotOptions, *, paper: bool) -> Any:
     """The defaults (or the paper's reading), then the file's keys, then the options."""
     from dataclasses import asdict
 
@@ -207,10 +193,10 @@ def _config(verb: str, tuning: Tuning, *, paper: bool) -> Any:
     from unpoison.configs import make_config, merge, read_config
 
     kind = resolve(find(verb, DEFENSES).config)
-    given = read_config(tuning.config) if tuning.config is not None else {}
-    table = merge(given, {"shots": tuning.shots, "bound": tuning.bound})
+    given = read_config(asked.config) if asked.config is not None else {}
+    table = merge(given, {"shots": asked.shots, "bound": asked.bound})
     start = asdict(kind.as_published()) if paper else {}
-    return make_config(kind, merge(start, table), where=str(tuning.config or "options"))
+    return make_config(kind, merge(start, table), where=str(asked.config or "options"))
 
 
 def _purify(

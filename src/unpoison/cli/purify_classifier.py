@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from unpoison.cli.classifier_options import Bound, Clip, Config, Data, Manifest, Test
-from unpoison.cli.classifier_repair import Asked, repair
-from unpoison.cli.options import METHOD, Opening, Planned, Reading
+from unpoison.cli.classifier_options import ClassifierRepairOptions
+from unpoison.cli.classifier_repair import repair
+from unpoison.cli.options import METHOD
 
 Steps = Annotated[
     int | None, Parameter(group=METHOD, show_default=False, help="Optimizer steps. [default: the method's]")
@@ -29,16 +29,8 @@ def cgd(
     model: str,
     /,
     *,
-    data: Data,
-    clip: Clip = "tiny",
     steps: Steps = None,
-    bound: Bound = None,
-    config: Config = None,
-    test: Test = None,
-    manifest: Manifest = None,
-    opening: Opening = Opening(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ClassifierRepairOptions,
 ) -> int:
     """Repair a backdoored classifier. The given model stays untouched; the repaired one has the same format.
 
@@ -49,19 +41,13 @@ def cgd(
     model
         Folder of unpoison or transformers, or a weights file (.safetensors, .pt, .pth) with --arch.
     """
-    asked = Asked(
-        model=model, data=data, clip=clip, own={"steps": steps, "bound": bound}, config=config, test=test,
-        manifest=manifest, opening=opening, reading=reading, options=options,
-    )  # fmt: skip
-    return repair("cgd", asked)
+    return repair("cgd", model, asked, {"steps": steps})
 
 
 def pad_ft(
     model: str,
     /,
     *,
-    data: Data,
-    clip: Clip = "tiny",
     scores: Annotated[
         Path | None,
         Parameter(
@@ -90,13 +76,7 @@ def pad_ft(
             help="As in the paper: samples chosen by the model's own losses alone, the head tuned from where it is.",
         ),
     ] = False,
-    bound: Bound = None,
-    config: Config = None,
-    test: Test = None,
-    manifest: Manifest = None,
-    opening: Opening = Opening(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ClassifierRepairOptions,
 ) -> int:
     """Repair a classifier in minutes: clip activations, tune the last layer. The given model stays untouched.
 
@@ -107,12 +87,8 @@ def pad_ft(
     model
         Folder of unpoison or transformers, or a weights file (.safetensors, .pt, .pth) with --arch.
     """
-    own = {"per_class": per_class, "clip": {"rule": rule}, "bound": bound}
-    asked = Asked(
-        model=model, data=data, clip=clip, own=own, config=config, test=test, manifest=manifest, opening=opening,
-        reading=reading, options=options, paper=paper, given=scores,
-    )  # fmt: skip
-    return repair("pad-ft", asked)
+    own = {"per_class": per_class, "clip": {"rule": rule}}
+    return repair("pad-ft", model, asked, own, paper=paper, given=scores)
 
 
 def _classic(method: str, text: str) -> Any:
@@ -122,24 +98,11 @@ def _classic(method: str, text: str) -> Any:
         model: str,
         /,
         *,
-        data: Data,
-        clip: Clip = "tiny",
         split_from: SplitFrom = None,
         steps: Steps = None,
-        bound: Bound = None,
-        config: Config = None,
-        test: Test = None,
-        manifest: Manifest = None,
-        opening: Opening = Opening(),  # noqa: B008
-        reading: Reading = Reading(),  # noqa: B008
-        options: Planned = Planned(),  # noqa: B008
+        asked: ClassifierRepairOptions,
     ) -> int:
-        own = {"steps": steps, "bound": bound}
-        asked = Asked(
-            model=model, data=data, clip=clip, own=own, config=config, test=test, manifest=manifest, opening=opening,
-            reading=reading, options=options, given=split_from,
-        )  # fmt: skip
-        return repair(method, asked)
+        return repair(method, model, asked, {"steps": steps}, given=split_from)
 
     verb.__name__ = method.replace("-", "_")
     verb.__doc__ = f"""{text} The given model stays untouched.

@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from unpoison.cli.clip_options import (
-    PairReading,
-    Pairs,
-    Sources,
-    Synthetic,
-    Testing,
-    Tests,
-    Training,
-    open_tests,
-)
-from unpoison.cli.options import METHOD, Planned, run_path
+from unpoison.cli.clip_options import ClipRepairOptions, Sources, Tests, Training, open_tests
+from unpoison.cli.options import METHOD, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -32,8 +23,7 @@ def par(
     model: str,
     /,
     *,
-    pairs: Pairs = None,
-    synthetic: Synthetic = None,
+    sources: Sources = Sources(),
     tau: Annotated[
         float | None,
         Parameter(
@@ -70,10 +60,7 @@ def par(
             help="Repair a model in which no trigger is found as well, instead of handing it back as it came.",
         ),
     ] = False,
-    training: Training = Training(),  # noqa: B008
-    testing: Testing = Testing(),  # noqa: B008
-    reading: PairReading = PairReading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Repair a backdoored CLIP: perturb and recover. The given model stays untouched; the copy has the same format.
 
@@ -87,21 +74,15 @@ def par(
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
     own = {"paper": paper, "always": always, "tau": tau, "text_tower": text_tower, "distill": distill}
-    return run_purification(
-        "par", model, Sources(pairs=pairs, synthetic=synthetic), own, training, testing, reading, options
-    )
+    return run_purification("par", model, sources, own, asked)
 
 
 def clean_clip(
     model: str,
     /,
     *,
-    pairs: Pairs = None,
-    synthetic: Synthetic = None,
-    training: Training = Training(),  # noqa: B008
-    testing: Testing = Testing(),  # noqa: B008
-    reading: PairReading = PairReading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    sources: Sources = Sources(),
+    asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Repair a backdoored CLIP with CleanCLIP, the baseline with self-supervision within each tower.
 
@@ -112,21 +93,15 @@ def clean_clip(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return run_purification(
-        "clean-clip", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
-    )
+    return run_purification("clean-clip", model, sources, {}, asked)
 
 
 def fine_tuning(
     model: str,
     /,
     *,
-    pairs: Pairs = None,
-    synthetic: Synthetic = None,
-    training: Training = Training(),  # noqa: B008
-    testing: Testing = Testing(),  # noqa: B008
-    reading: PairReading = PairReading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    sources: Sources = Sources(),
+    asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Fine-tune a CLIP on clean pairs, the plainest baseline.
 
@@ -137,9 +112,7 @@ def fine_tuning(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return run_purification(
-        "fine-tuning", model, Sources(pairs=pairs, synthetic=synthetic), {}, training, testing, reading, options
-    )
+    return run_purification("fine-tuning", model, sources, {}, asked)
 
 
 def run_purification(
@@ -147,16 +120,14 @@ def run_purification(
     model: str,
     sources: Sources,
     own: dict[str, Any],
-    training: Training,
-    testing: Testing,
-    reading: PairReading,
-    options: Planned,
+    asked: ClipRepairOptions,
     models: Mapping[str, str | None] | None = None,
 ) -> int:
     """``models``: further CLIPs of the method, by its own name for them."""
     from unpoison.cli import INCONCLUSIVE
     from unpoison.cli.console import Console
 
+    training, testing, reading, options = asked.training, asked.testing, asked.reading, asked.running
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison import __version__

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from unpoison.cli.clip_options import PairReading, Sources, Testing, TrainedOn, Training
-from unpoison.cli.options import METHOD, Planned
+from unpoison.cli.clip_options import ClipRepairOptions, Sources, TrainedOn
+from unpoison.cli.options import METHOD
 from unpoison.cli.purify_clip import run_purification
 
 
@@ -33,10 +33,7 @@ def ubt(
             help="The plain reading of the paper: an overfitted copy ranks the pairs, words and patches are unlearnt.",
         ),
     ] = False,
-    training: Training = Training(),  # noqa: B008
-    testing: Testing = Testing(),  # noqa: B008
-    reading: PairReading = PairReading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Repair a backdoored CLIP with its own poisoned training pairs: unlearn what the suspicious ones taught it.
 
@@ -56,17 +53,7 @@ def ubt(
 
         own |= PUBLISHED
     known = None if reference == "none" else reference
-    return run_purification(
-        "ubt",
-        model,
-        Sources(pairs=pairs, synthetic=None),
-        own,
-        training,
-        testing,
-        reading,
-        options,
-        {"reference": known},
-    )
+    return run_purification("ubt", model, Sources(pairs=pairs), own, asked, {"reference": known})
 
 
 def abl_clip(
@@ -74,10 +61,7 @@ def abl_clip(
     /,
     *,
     pairs: TrainedOn,
-    training: Training = Training(),  # noqa: B008
-    testing: Testing = Testing(),  # noqa: B008
-    reading: PairReading = PairReading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Repair a backdoored CLIP with its own poisoned training pairs: ABL, a baseline that always unlearns 2 percent.
 
@@ -88,6 +72,4 @@ def abl_clip(
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    return run_purification(
-        "abl-clip", model, Sources(pairs=pairs, synthetic=None), {}, training, testing, reading, options
-    )
+    return run_purification("abl-clip", model, Sources(pairs=pairs), {}, asked)

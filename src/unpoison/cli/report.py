@@ -17,7 +17,7 @@ def report(
     output: Annotated[
         Path, Parameter(name=["--output", "-o"], help="New HTML file; an existing one is refused.")
     ] = Path("report.html"),
-    options: Common = Common(),  # noqa: B008
+    options: Common = Common(),
 ) -> int:
     """Write one offline HTML file about one or more runs."""
     from unpoison.cli.console import Console

@@ -115,8 +115,8 @@ def dataset(
     caption_column: Annotated[
         str | None, Parameter(group=READING, show_default=False, help="Column that holds the captions of pairs.")
     ] = None,
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    reading: Reading = Reading(),
+    options: Planned = Planned(),
 ) -> int:
     """Find out whether a labelled image set is poisoned, toward what, and which samples are suspect; rank pairs.
 

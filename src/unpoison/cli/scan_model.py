@@ -89,9 +89,9 @@ def model(
     caption_column: Annotated[
         str | None, Parameter(group=READING, show_default=False, help="Column that holds the captions of pairs.")
     ] = None,
-    opening: Opening = Opening(),  # noqa: B008
-    reading: Reading = Reading(),  # noqa: B008
-    options: Planned = Planned(),  # noqa: B008
+    opening: Opening = Opening(),
+    reading: Reading = Reading(),
+    options: Planned = Planned(),
 ) -> int:
     """Find out whether a checkpoint is backdoored: its files, its training data, its weights, one verdict each.
 
