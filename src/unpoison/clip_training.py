@@ -53,7 +53,7 @@ class PairTrainingConfig:
     """Steps between looks at the held-out pairs, also the unit of resume. Ours."""
     collapse: float = 0.1
     """A look counts as collapsed when less than this share of the held-out accuracy above chance is left; two in a row
-    end the run. Ours."""
+    end the run, and one at its end is no result to accept. Ours."""
     bound: float = 10.0
     """Largest fall of held-out accuracy, in points, that is accepted. Ours."""
 
@@ -110,7 +110,8 @@ class ClipRepair:
 
     Each look: ``step``, ``held_out_accuracy`` (percent), ``chance`` (percent), ``image_cosine`` and ``text_cosine``
     (mean cosine with the given model's embeddings of the same pairs: 1 = nothing moved), and the means of the step's
-    own figures since the look before. ``stopped`` says why a run ended early, "" if it did not.
+    own figures since the look before. ``stopped`` says why the weights are not those of the last planned step, "" where
+    they are.
     """
 
     model: ImageTextModel

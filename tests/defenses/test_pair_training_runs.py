@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
+from unpoison.api_clip import judge
 from unpoison.clip_loop import train_steps
 from unpoison.clip_training import ClipRepair, PairTrainingConfig, frozen_copy, open_training, trainable
 from unpoison.defenses.par import PARConfig, repair_with_par
@@ -114,7 +115,7 @@ Change = Callable[[Any, int], None]
 
 def train_with(change: Change, clip: Any, pairs: Any, folder: Path | None = None, **settings: Any) -> ClipRepair:
     """The loop around a step that changes the weights by hand."""
-    config = PairTrainingConfig(batch_size=8, steps=10, check_every=2, **settings)
+    config = PairTrainingConfig(**({"batch_size": 8, "steps": 10, "check_every": 2} | settings))
     opened = None if folder is None else RunFolder.open(folder, {})
     run = Run(accelerator=Accelerator(cpu=True), folder=opened)
     data = open_training(clip, pairs, config, run=run)
@@ -162,6 +163,24 @@ def test_a_training_that_forgets_the_pairs_is_stopped(
         state_of(train_with(forget, fitted, pairs, tmp_path / "run", held_out=0.9, held_out_pairs=40)),
         dict(fitted.module.state_dict()),
     )
+
+
+@pytest.mark.parametrize(("check_every", "kept"), [(2, 4), (10, 0)])
+def test_a_training_whose_last_look_alone_has_forgotten_the_pairs_is_not_accepted(
+    check_every: int, kept: int, clip: Any, pairs: Any
+) -> None:
+    fitted = fit(clip, pairs)
+
+    def forget(trained: Any, step: int) -> None:
+        if step == 5:
+            trained.module.visual_projection.weight.data.mul_(-1)
+
+    settings: dict[str, Any] = {"steps": 6, "check_every": check_every, "held_out": 0.9, "held_out_pairs": 40}
+    repair = train_with(forget, fitted, pairs, **settings)
+    assert repair.stopped == f"The last look, step 6, had forgotten the pairs; the weights of step {kept} were kept."
+    assert (repair.steps, repair.planned) == (kept, 6)
+    assert_same(state_of(repair), dict(fitted.module.state_dict()))
+    assert judge(repair, PairTrainingConfig()) == (False, repair.stopped)
 
 
 def fit(clip: Any, pairs: Any) -> Any:
