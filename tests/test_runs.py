@@ -220,6 +220,23 @@ def test_a_full_disk_is_said_and_leaves_the_step_open(tmp_path: Path) -> None:
     assert run.step("large", Counted())["count"] == 4
 
 
+def test_a_disk_that_is_full_at_the_very_end_is_said_as_well(tmp_path: Path) -> None:
+    run = make_run(RunFolder.open(tmp_path / "run", INPUTS))
+    assert run.folder is not None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"finished\.json could not be written"):
+            run.folder.finish()
+        with pytest.raises(UsageError, match=r"words\.json could not be written"):
+            run.kept("words", list, lambda: ["a", "b"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not run.folder.finished
+    run.folder.finish()
+    assert run.folder.finished
+
+
 def test_silent_progress_yields_everything() -> None:
     assert isinstance(Silent(), Progress)
     assert list(Silent().track(range(3), total=3, what="work", weight=2, unit="images")) == [0, 1, 2]

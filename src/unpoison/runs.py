@@ -91,8 +91,8 @@ class RunFolder:
         return (self.path / _FINISHED).exists()
 
     def finish(self) -> None:
-        """Mark the run as complete: the same command then only shows its result."""
-        write_atomically(self.path / _FINISHED, b"{}")
+        """Mark the run as complete: the same command then only shows its result. Raises UsageError on a full disk."""
+        _write(self.path / _FINISHED, b"{}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +135,7 @@ class Run:
             self.progress.log(f"{name}: continued from {self._step_file(name).name}")
             return stored
         result = {key: value.contiguous() for key, value in compute().items()}
-        path = self._step_file(name)
-        try:
-            write_atomically(path, save(result))
-        except OSError as error:
-            raise UsageError(
-                f"{path} could not be written: {error.strerror}.",
-                hint=f"It takes {sum(value.nbytes for value in result.values()) / 2**20:,.0f} MiB. Make room there and "
-                "repeat the same command: it continues after the last step that was stored.",
-            ) from error
+        _write(self._step_file(name), save(result))
         return result
 
     def stored(self, name: str) -> dict[str, Tensor] | None:
@@ -170,7 +162,7 @@ class Run:
                 self.progress.log(f"{name}: continued from {path.name}")
                 return stored
         result = compute()
-        write_atomically(path, msgspec.json.encode(result))
+        _write(path, msgspec.json.encode(result))
         return result
 
     def forget(self, names: Iterable[str]) -> None:
@@ -183,6 +175,17 @@ class Run:
         if self.folder is None:
             raise UsageError("this run has no folder.", hint="Open one with RunFolder.open.")
         return self.folder.path / "steps" / f"{name}.safetensors"
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UsageError(
+            f"{path} could not be written: {error.strerror}.",
+            hint=f"It takes {len(data) / 2**20:,.0f} MiB. Make room there and repeat the same command: it continues "
+            "after the last step that was stored.",
+        ) from error
 
 
 def _read_inputs(marker: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """The pixel cache: right pixels, found again, never half written."""
 
+import fcntl
+import os
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -122,6 +125,67 @@ def test_damaged_files_are_computed_again(tmp_path: Path, damage: str) -> None:
     pixels = load_pixels(source, 16, cache=tmp_path, progress=counting)
     assert counting.batches == 1
     assert pixels.usable.all()
+
+
+class Watching(Silent):
+    """Notes the room that partial files have taken in ``folder`` before the first image is decoded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.taken: list[int] = []
+
+    def track(
+        self, items: Iterable[T], *, total: int | None, what: str, weight: int = 1, unit: str = ""
+    ) -> Iterator[T]:
+        self.taken = [512 * path.stat().st_blocks for path in self.folder.glob(".pixels-*.partial")]
+        yield from items
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", None])
+def test_the_room_is_taken_before_anything_is_decoded(
+    tmp_path: Path, call: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if call is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    watching = Watching(tmp_path)
+    pixels = load_pixels(open_images("shapes:60"), 64, cache=tmp_path, progress=watching)
+    assert len(watching.taken) == 1
+    assert watching.taken[0] >= 60 * 64 * 64 * 3
+    assert pixels.array.max() > 0
+    assert len(list(tmp_path.iterdir())) == 2
+    again = load_pixels(open_images("shapes:60"), 64, cache=tmp_path, progress=Silent())
+    assert np.array_equal(again.array, pixels.array)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_full_disk_is_said_before_anything_is_decoded(
+    tmp_path: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unpoison.data.pixels._IN_MEMORY", 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    counting = Counting()
+    source = open_images("shapes:400")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # as good as full: longer files are refused
+    try:
+        with pytest.raises(UsageError, match="decoded images cannot be written") as caught:
+            load_pixels(source, 32, cache=tmp_path if cached else None, progress=counting)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "1 MiB" in caught.value.hint
+    assert counting.batches == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_decodes_is_not(tmp_path: Path) -> None:
+    left, fresh, held = (tmp_path / f".pixels-{name}.partial" for name in ("left", "fresh", "held"))
+    for path in (left, fresh, held):
+        path.write_bytes(b"half")
+    for path in (left, held):
+        os.utime(path, (0, 0))
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        load_pixels(open_images("shapes:60"), 16, cache=tmp_path, progress=Silent())
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [fresh.name, held.name]
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ Change = Callable[[Any, int], None]
 
 def train_with(change: Change, clip: Any, pairs: Any, folder: Path | None = None, **settings: Any) -> ClipRepair:
     """The loop around a step that changes the weights by hand."""
-    config = PairTrainingConfig(**({"batch_size": 8, "steps": 10, "check_every": 2} | settings))
+    chosen: dict[str, Any] = {"batch_size": 8, "steps": 10, "check_every": 2} | settings
+    config = PairTrainingConfig(**chosen)
     opened = None if folder is None else RunFolder.open(folder, {})
     run = Run(accelerator=Accelerator(cpu=True), folder=opened)
     data = open_training(clip, pairs, config, run=run)

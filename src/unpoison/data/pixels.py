@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -26,6 +29,8 @@ from unpoison.runs import Progress
 _BATCH = 1024
 _IN_MEMORY = 1 << 30  # bytes of pixels; more go to a temporary file when there is no cache folder
 _VERSION = b"pixels-1"  # raised when decoding or resizing changes
+_ABANDONED = 60  # seconds without a change after which a half-decoded file that nobody locks is a killed run's
+_ZEROS = bytes(1 << 20)
 
 
 @runtime_checkable
@@ -62,8 +67,9 @@ def load_pixels(source: ImageRows, size: int, *, cache: Path | None, progress: P
 
     With a ``cache`` folder the array is kept there under a hash of the images' bytes, the size and the overlay, and a
     later call maps it into memory; it appears there whole or not at all. Without one it lives in memory, or in a
-    temporary file from 1 GiB on. Raises SourceFormatError when more than a tenth of the rows cannot be used,
-    UsageError when the cache folder cannot be written.
+    temporary file from 1 GiB on. The room on the disk is taken before the first image is decoded. Raises
+    SourceFormatError when more than a tenth of the rows cannot be used, UsageError when there is no room or the cache
+    folder cannot be written.
     """
     shape = (len(source), size, size, 3)
     if cache is None:
@@ -132,28 +138,59 @@ def _fill(source: ImageRows, array: np.ndarray, progress: Progress) -> Pixels:
 
 def _fill_file(source: ImageRows, path: Path, shape: tuple[int, ...], progress: Progress) -> Pixels:
     """Decode into a file of another name, then rename: a killed run leaves nothing that looks finished."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{path.stem}-", suffix=".partial", dir=path.parent)
-    except OSError as error:
-        raise UsageError(
-            f"the cache folder {path.parent} cannot be written: {error.strerror}.",
-            hint="Choose a cache folder that you may write to.",
-        ) from error
-    os.close(handle)
-    partial = Path(name)
-    try:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    size = int(np.prod(shape))
+    with ExitStack() as cleanup:
+        with _writing(path.parent, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path.parent)
+            handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=".partial", dir=path.parent)
+            file, partial = cleanup.enter_context(open(handle, "w+b")), Path(name)  # noqa: PTH123 # a handle, no path
+            cleanup.callback(partial.unlink, missing_ok=True)
+            with suppress(OSError):  # where the file system knows no locks nobody takes the file for abandoned
+                fcntl.flock(file, fcntl.LOCK_EX)
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            _reserve(file, size)
+            array = np.lib.format.open_memmap(partial, mode="r+")
         pixels = _fill(source, array, progress)
-        array.flush()
         rows = {str(row): pixels_row.reason for row, pixels_row in zip(
             np.flatnonzero(~pixels.usable).tolist(), pixels.skipped, strict=True
         )}  # fmt: skip
-        write_atomically(path.with_suffix(".json"), msgspec.json.encode(rows))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with _writing(path.parent, size):
+            array.flush()
+            write_atomically(path.with_suffix(".json"), msgspec.json.encode(rows))
+            partial.replace(path)
     return pixels
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """``size`` more bytes on the disk. Whoever writes through a map into a hole is killed when the disk is full."""
+    file.flush()
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+        return
+    for start in range(0, size, len(_ZEROS)):
+        file.write(_ZEROS[: size - start])
+    file.flush()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed runs left half-decoded; a run at work holds a lock on its file."""
+    for path in folder.glob(".pixels-*.partial"):
+        with suppress(OSError), path.open("rb") as file:
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+@contextmanager
+def _writing(folder: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"the folder {folder} for decoded images cannot be written: {error.strerror}.",
+            hint=f"They take {size / 2**20:,.0f} MiB. Make room, or choose another folder with --cache or TMPDIR.",
+        ) from error
 
 
 def _stored(path: Path, shape: tuple[int, ...], source: ImageRows) -> Pixels | None:
@@ -175,8 +212,11 @@ def _scratch(shape: tuple[int, ...]) -> np.ndarray:
     count = int(np.prod(shape))
     if count < _IN_MEMORY:
         return np.zeros(shape, dtype=np.uint8)
-    with tempfile.TemporaryFile(prefix="unpoison-pixels-") as file:  # gone from the disk when the array is
-        file.truncate(count)
+    with (
+        _writing(Path(tempfile.gettempdir()), count),
+        tempfile.TemporaryFile(prefix="unpoison-pixels-") as file,  # gone from the disk when the array is
+    ):
+        _reserve(file, count)
         return np.memmap(file, dtype=np.uint8, mode="r+", shape=shape)
 
 
