@@ -20,7 +20,7 @@ from torch import Tensor
 from unpoison import __version__
 from unpoison.clip_loop import no_steps
 from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
-from unpoison.clip_training import ClipRepair, PairTrainingConfig, open_training
+from unpoison.clip_training import ClipRepair, PairTrainingConfig, check_towers, open_training
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
@@ -30,6 +30,7 @@ from unpoison.detection.inversion import picture_of
 from unpoison.detection.trigger_search import TriggerSearch, load_search, store_search
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
+from unpoison.models.checkpoints import check_finite
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
@@ -100,7 +101,10 @@ def look_for_trigger(
 def _search(
     clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None, run: Run
 ) -> tuple[TriggerSearch, Sequence[str]]:
-    """What ``search_concepts`` gives, kept where the run keeps its steps."""
+    """What ``search_concepts`` gives, kept where the run keeps its steps. Raises ModelError before it searches."""
+    check_finite(clip.module.state_dict(), name="the model")
+    with ready(clip, run):
+        check_towers(clip, run)
 
     def search() -> dict[str, Tensor]:
         found, captions = search_concepts(clip, pairs, config, run=run)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from unpoison.api_clip import ClipPurifyOutcome
-from unpoison.catalog import DEFENSES, NEEDS, Entry, resolve
+from unpoison.catalog import DEFENSES, NEEDS, Entry, find, resolve
 from unpoison.clip_training import PairTrainingConfig
 from unpoison.data.pairs import ImageTextPairs, open_pairs
 from unpoison.errors import ModelError, NotEnoughDataError
@@ -22,6 +22,11 @@ from unpoison.runs import Run
 QUICK: dict[str, Any] = {"batch_size": 12, "steps": 2, "check_every": 1, "learning_rate": 1e-3, "bound": 100.0}
 REPAIRS = tuple(entry for entry in DEFENSES if {"suspicious CLIP", "clean pairs"} <= set(entry.needs))
 repairs = pytest.mark.parametrize("entry", REPAIRS, ids=lambda entry: entry.name)
+ways = pytest.mark.parametrize(
+    ("entry", "more"),
+    [pytest.param(entry, {}, id=entry.name) for entry in REPAIRS]
+    + [pytest.param(find("par", REPAIRS), {"search_concepts": 8}, id="par-searching")],
+)
 HOSTILE = {
     "html": "<script>alert(1)</script> <b>a cat</b>",
     "emoji": "🐈‍⬛ 👩🏽‍🚀 \u202eback\u200b",
@@ -104,20 +109,25 @@ def test_the_seed_decides(entry: Entry, clip: TransformersCLIP, pairs: ImageText
     assert first != other
 
 
-@repairs
-def test_weights_that_are_no_numbers_are_refused(entry: Entry, clip: TransformersCLIP, pairs: ImageTextPairs) -> None:
-    clip.module.get_parameter("text_projection.weight").data[0, 0] = float("nan")
-    with pytest.raises(ModelError, match=r"1 tensors hold NaN.*'text_projection.weight'") as caught:
-        purify(entry, clip, pairs)
+@ways
+@pytest.mark.parametrize("name", ["text_projection.weight", "visual_projection.weight"])
+def test_weights_that_are_no_numbers_are_refused(
+    name: str, entry: Entry, more: dict[str, Any], clip: TransformersCLIP, pairs: ImageTextPairs
+) -> None:
+    clip.module.get_parameter(name).data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=rf"1 tensors hold NaN.*'{name}'") as caught:
+        purify(entry, clip, pairs, **more)
     assert "earlier checkpoint" in caught.value.hint
 
 
-@repairs
-def test_towers_that_disagree_are_refused(entry: Entry, clip: TransformersCLIP, pairs: ImageTextPairs) -> None:
+@ways
+def test_towers_that_disagree_are_refused(
+    entry: Entry, more: dict[str, Any], clip: TransformersCLIP, pairs: ImageTextPairs
+) -> None:
     narrow: Any = clip.module
     narrow.text_projection = torch.nn.Linear(16, 5, bias=False)
     with pytest.raises(ModelError, match="images have 8 dimensions, texts 5"):
-        purify(entry, clip, pairs)
+        purify(entry, clip, pairs, **more)
 
 
 @repairs
