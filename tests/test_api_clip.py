@@ -18,7 +18,7 @@ from unpoison.api_clip import (
     purify_with_fine_tuning,
     purify_with_par,
 )
-from unpoison.catalog import DEFENSES, find, resolve
+from unpoison.catalog import DEFENSES, resolve
 from unpoison.clip_results import ClipPurification
 from unpoison.clip_training import ClipRepair
 from unpoison.data.pairs import open_pairs
@@ -71,12 +71,20 @@ def test_a_purification_is_on_record(method: str, clip: Any, pairs: Any, tmp_pat
     assert result.config["batch_size"] == 12
     assert result.trained_pairs + result.held_out_pairs == 40
     assert result.not_covered
-    assert result.protects == find(method, DEFENSES).protects
+    assert result.protects == "both towers' weights"
+    assert not any("text tower" in line for line in result.not_covered)
     assert any("tokenizer cuts off" in warning for warning in result.warnings)
     result.save(tmp_path / "purification.json")
     assert ClipPurification.load(tmp_path / "purification.json") == replace(
         result, config=ClipPurification.load(tmp_path / "purification.json").config
     )
+
+
+def test_a_text_tower_that_was_left_as_it_is_is_not_said_to_be_protected(clip: Any, pairs: Any) -> None:
+    config = PARConfig(**QUICK, text_tower="frozen")
+    result = purify_with_par(clip, pairs, config=config, run=Run(accelerator=Accelerator(cpu=True))).purification
+    assert result.protects == "the image tower's weights; the text tower is as it came"
+    assert any("texts set off" in line for line in result.not_covered)
 
 
 def found_triggers(*suspects: int) -> Any:
@@ -110,6 +118,8 @@ def test_a_model_is_repaired_where_a_trigger_was_found(
     assert result.steps == (2 if suspects else 0)
     assert result.accepted
     assert ("As planted." in result.reason) == (not suspects)
+    assert ("as it came" in result.protects) == (not suspects)
+    assert any("trigger in texts" in line.lower() for line in result.not_covered) == (not suspects)
     assert outcome.clip is not clip
     result.save(tmp_path / "purification.json")
     assert ClipPurification.load(tmp_path / "purification.json").search == result.search

@@ -32,7 +32,7 @@ from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.models.checkpoints import check_finite
 from unpoison.runs import Run
-from unpoison.types import ImageTextModel
+from unpoison.types import ImageTextModel, Tower
 
 Config = TypeVar("Config", bound=PairTrainingConfig)
 
@@ -43,9 +43,19 @@ CLIP_LIMITS = (
     "after are measured only where test images and a manifest are given.",
     "The pairs are taken to be clean; a backdoor in them is learnt.",
 )
+TEXT_TOWER_LIMIT = (
+    "A backdoor that texts set off: the text tower is as it came. What a trigger in a caption does, it still does."
+)
+PROTECTS: dict[tuple[Tower, ...], str] = {
+    (): "nothing more than before; the model is as it came",
+    ("image",): "the image tower's weights; the text tower is as it came",
+    ("image", "text"): "both towers' weights",
+}
+"""What a repair that changed these towers makes safe to use."""
 LEFT_ALONE = (
     "Whether the model is clean: no trigger was found by a search that knows the concepts of these captions alone. "
     "Repair it all the same where there is reason to doubt it.",
+    "A trigger in texts: only changes of images were looked for.",
     "A target that no caption comes near, and models trained to hide their trigger from such a search.",
 )
 
@@ -192,12 +202,13 @@ def describe_repair(
     """What a training on ``pairs`` did to ``clip``, judged on held-out pairs."""
     accepted, reason = judge(repair, config)
     kept = repair.kept
+    changed = config.trains if repair.planned else ()
     return ClipPurification(
         method=method,
         config=asdict(config),
         accepted=accepted,
         reason=reason,
-        protects="both towers' weights",
+        protects=PROTECTS[changed],
         bound=config.bound,
         steps=repair.steps,
         planned_steps=repair.planned,
@@ -217,7 +228,7 @@ def describe_repair(
         skipped=(*pairs.skipped, *repair.skipped),
         history=repair.history,
         inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | versions(),
-        not_covered=CLIP_LIMITS,
+        not_covered=CLIP_LIMITS if "text" in changed else (*CLIP_LIMITS, TEXT_TOWER_LIMIT),
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.api import MIN_SAMPLES, ScanOutcome
-from unpoison.api_clip import ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
+from unpoison.api_clip import TEXT_TOWER_LIMIT, ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
 from unpoison.api_pairs import ranked_outcome
 from unpoison.clip_results import PairExposure
 from unpoison.data.pairs import ImageTextPairs
@@ -36,6 +36,7 @@ UBT_LIMITS = (
     "images and a manifest are given.",
     "Poison that does not stand out among these pairs: too few of it, or captions that fit their images.",
     "A second backdoor with another target: one group of pairs is unlearnt.",
+    TEXT_TOWER_LIMIT,
 )
 ABL_LIMITS = (
     "Whether a backdoor was there, and whether it is gone: the rates before and after are measured only where test "
@@ -108,7 +109,6 @@ def purify_with_ubt(
         purification,
         accepted=accepted,
         reason=f"{_reason(exposure, config)} {said} {purification.reason}",
-        protects="the image tower's weights",
         exposure=_finding(exposure, found),
         warnings=(*known.warnings, *purification.warnings),
         inputs=purification.inputs | {name: model.fingerprint for name, model in models.items() if name != "suspect"},

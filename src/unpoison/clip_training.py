@@ -23,7 +23,7 @@ from unpoison.models.checkpoints import check_finite
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
 from unpoison.schedules import scaled_rate
-from unpoison.types import Embeddings, Images, ImageTextModel
+from unpoison.types import Embeddings, Images, ImageTextModel, Tower
 
 Config = TypeVar("Config", bound="PairTrainingConfig")
 Look = dict[str, float]
@@ -74,6 +74,11 @@ class PairTrainingConfig:
         for name in ("held_out", "collapse"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.", hint="Try 0.05.")
+
+    @property
+    def trains(self) -> tuple[Tower, ...]:
+        """The towers whose weights are changed."""
+        return ("image", "text")
 
     @classmethod
     def scaled(cls: type[Config], *, parameters: int, samples: int, **more: object) -> Config:

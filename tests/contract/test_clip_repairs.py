@@ -95,7 +95,7 @@ def test_the_given_model_is_left_as_it_is(
     assert {name: value.requires_grad for name, value in outcome.clip.module.named_parameters()} == asked
     # and what was done is on record
     result = outcome.purification
-    assert (result.method, result.protects) == (entry.name, entry.protects)
+    assert (result.method, result.protects) == (entry.name, "both towers' weights")
     assert result.inputs["model"] == fingerprint
     assert result.inputs["torch"] == torch.__version__
     assert result.reason

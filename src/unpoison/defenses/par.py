@@ -10,7 +10,7 @@ Idea
 Needs
     The suspicious CLIP and clean or synthetic image-caption pairs. Neither trigger, target nor poisoned data.
 Protects
-    Both towers' weights.
+    Both towers' weights; with ``text_tower = "frozen"`` the image tower's alone.
 Steps
     1. Two copies: the suspect (phi_P, psi_P), frozen, and (phi, psi), all of whose weights are trained. Embeddings
        have length 1.
@@ -79,7 +79,7 @@ from unpoison.detection.inversion import InvertedTrigger
 from unpoison.errors import ConfigError
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, linear_then_cosine, set_rate
-from unpoison.types import Embeddings, Images, ImageTextModel
+from unpoison.types import Embeddings, Images, ImageTextModel, Tower
 
 _NOISE_ROWS = 64  # rows of a batch that share one stream of noise: any chunk of the batch can draw its own
 
@@ -150,6 +150,10 @@ class PARConfig(PairTrainingConfig):
         if self.noise < 0 or self.crop < 0 or self.distill_weight < 0:
             raise ConfigError("noise, crop and distill_weight cannot be negative.", hint="Use 0 to switch one off.")
 
+    @property
+    def trains(self) -> tuple[Tower, ...]:
+        return ("image", "text") if self.text_tower == "train" else ("image",)
+
     @classmethod
     def recommended(cls, *, parameters: int, samples: int, **more: object) -> PARConfig:
         """Ours: PAR with what "ours" below adds to it, at twice the scaled rate, and a push that ends early.
@@ -191,7 +195,7 @@ def repair_with_par(
     old = Suspect(clip=suspect, data=data, run=run, plain=config.distill == "relations")
     mine = process_slice(data.batch_size, run)
     with trainable(clip, run) as trained:
-        towers = [*trained.tower("image"), *(trained.tower("text") if config.text_tower == "train" else [])]
+        towers = [named for tower in config.trains for named in trained.tower(tower)]
         weights = choose_weights(trained, towers)
         groups = decay_groups(towers, config.weight_decay)
         side = max(1, round(config.adversary_patch * clip.image_size))

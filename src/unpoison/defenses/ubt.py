@@ -61,7 +61,7 @@ from unpoison.detection.exposure import Exposure, ExposureConfig
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
-from unpoison.types import Embeddings, Images, ImageTextModel
+from unpoison.types import Embeddings, Images, ImageTextModel, Tower
 
 FEWEST = 8
 _HEARD = 1000  # clean captions in which words are counted
@@ -104,6 +104,10 @@ class UBTConfig(PairTrainingConfig):
     """w of step 5."""
     margin: float = 0.02
     """How far over c the judges' cosine may end."""
+
+    @property
+    def trains(self) -> tuple[Tower, ...]:
+        return ("image",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
