@@ -20,7 +20,7 @@ from torch import Tensor
 from unpoison import __version__
 from unpoison.clip_loop import no_steps
 from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
-from unpoison.clip_training import ClipRepair, PairTrainingConfig, check_towers, open_training
+from unpoison.clip_training import ClipRepair, PairTrainingConfig, check_precision, check_towers, open_training
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
@@ -77,9 +77,10 @@ def purify_with_par(
     for this model and these pairs, ``PARConfig()`` the paper's as it stands. With ``config.search_concepts`` a trigger
     is looked for first; where none is found the copy is as the model came, and the result says so. It is refused
     (``accepted`` is false) when training was stopped early or the held-out accuracy fell by more than ``config.bound``.
-    Raises NotEnoughDataError, SourceFormatError, ModelError.
+    Raises UsageError for fp16 where gradients are not scaled, NotEnoughDataError, SourceFormatError, ModelError.
     """
     config, run = config or _recommended(PARConfig, clip, pairs), run or Run()
+    check_precision(run)
     if not config.search_concepts:
         return _purify("par", repair_with_par, clip, pairs, config, run)
     try:

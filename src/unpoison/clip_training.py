@@ -18,7 +18,7 @@ from unpoison.contrastive import gather_with_gradient, train_mode
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.data.training_pairs import Batch, TrainingPairs, prepare_pairs, process_slice
-from unpoison.errors import ConfigError, ModelError, UnsupportedModelError
+from unpoison.errors import ConfigError, ModelError, UnsupportedModelError, UsageError
 from unpoison.models.checkpoints import check_finite
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
@@ -151,8 +151,10 @@ def open_training(
 ) -> TrainingPairs:
     """Decode the images at the model's size and split the pairs.
 
-    Raises ModelError for weights that are not finite, NotEnoughDataError, SourceFormatError.
+    Raises UsageError as :func:`check_precision`, ModelError for weights that are not finite, NotEnoughDataError,
+    SourceFormatError.
     """
+    check_precision(run)
     check_finite(clip.module.state_dict(), name="the model")
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     return prepare_pairs(
@@ -256,6 +258,15 @@ class Suspect:
                     mine = self._data.encode(self._clip, captions[process_slice(len(captions), self._run)])
                 self._texts = gather_with_gradient(mine, self._run.accelerator)
         return self._texts
+
+
+def check_precision(run: Run) -> None:
+    """Raise UsageError for fp16 where gradients are not scaled, as on a CPU: small ones would vanish."""
+    if run.accelerator.mixed_precision == "fp16" and run.accelerator.scaler is None:
+        raise UsageError(
+            f"fp16 does not train on the device {run.device.type!r}: nothing scales the gradients there.",
+            hint="Use --precision bf16, or no for float32 (in Python: Accelerator(mixed_precision='bf16')).",
+        )
 
 
 def check_towers(clip: ImageTextModel, run: Run) -> None:

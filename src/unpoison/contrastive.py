@@ -150,6 +150,13 @@ def optimiser_step(optimiser: torch.optim.Optimizer, accelerator: Accelerator) -
     return scaler.get_scale() >= before
 
 
+def lower_scale(accelerator: Accelerator) -> None:
+    """After gradients that were infinite and that no optimiser saw: a lower scale for the next (fp16)."""
+    scaler: Any = accelerator.scaler
+    if scaler is not None:
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+
+
 def train_mode(module: nn.Module) -> None:
     """Training mode, but BatchNorm keeps its statistics: a batch must not change what one image's embedding is."""
     module.train()

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,37 @@ def test_another_command_does_not_continue_the_run(here: Callable[..., Any], mod
         result = here("purify", *words, "-o", "out", "--json")
         assert result.code == 2
         assert said in json.loads(result.out)["error"]["message"]
+
+
+@pytest.fixture
+def other_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Accelerate's own settings, as `accelerate launch` hands them over."""
+    from accelerate.state import AcceleratorState
+
+    def choose(precision: str) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+
+    yield choose
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_precision_is_part_of_a_run_wherever_it_was_set(
+    here: Callable[..., Any], model: str, tmp_path: Path, other_precision: Callable[[str], None]
+) -> None:
+    words = ("purify", "fine-tuning", model, *QUICK, "-o", "out")
+    assert here(*words).code == 0
+    other_precision("bf16")
+    result = here(*words)
+    assert result.code == 2
+    assert "precision: 'no' there, 'bf16' now" in " ".join(result.err.split())
+    other_precision("fp16")
+    for more in ((), ("--dry-run",)):
+        result = here(*words[:-1], "never", *more)
+        assert result.code == 2
+        assert "fp16 does not train" in result.err
+        assert "--precision bf16" in result.err
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.usefixtures("one_thread")

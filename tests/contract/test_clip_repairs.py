@@ -14,7 +14,7 @@ from unpoison.api_clip import ClipPurifyOutcome
 from unpoison.catalog import DEFENSES, NEEDS, Entry, find, resolve
 from unpoison.clip_training import PairTrainingConfig
 from unpoison.data.pairs import ImageTextPairs, open_pairs
-from unpoison.errors import ModelError, NotEnoughDataError
+from unpoison.errors import ModelError, NotEnoughDataError, UsageError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
 from unpoison.runs import Run
@@ -107,6 +107,23 @@ def test_the_seed_decides(entry: Entry, clip: TransformersCLIP, pairs: ImageText
     first, again, other = (hash_weights(weights(purify(entry, clip, pairs, seed).clip)) for seed in (0, 0, 1))
     assert first == again
     assert first != other
+
+
+@ways
+def test_fp16_without_a_scale_is_refused(
+    entry: Entry, more: dict[str, Any], clip: TransformersCLIP, pairs: ImageTextPairs
+) -> None:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        run = Run(accelerator=Accelerator(cpu=True, mixed_precision="fp16"))
+        config = resolve(entry.config)(**(QUICK | more))
+        with pytest.raises(UsageError, match="fp16 does not train on the device 'cpu'") as caught:
+            resolve(entry.function)(clip, pairs, config=config, run=run)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert "bf16" in caught.value.hint
 
 
 @ways

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from unpoison.defenses.par import PARConfig, repair_with_par
 from unpoison.defenses.universal import ADDED, FOUND, NONE, PASTED, WRITTEN, Places, Universal, draw_places
 from unpoison.detection.inversion import InvertedTrigger
 from unpoison.errors import ConfigError
-from unpoison.runs import Run
+from unpoison.runs import Run, RunFolder
 
 SIDE, SIZE = 3, 8
 
@@ -79,6 +81,45 @@ def test_a_step_climbs_along_the_sign(adversary: Universal, places: Places) -> N
     np.testing.assert_allclose(adversary.score, 0.9 * score + gain / np.abs(gain).mean(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("row", [1, 2, 5])
+def test_gradients_that_are_not_finite_move_nothing(bad: float, row: int, adversary: Universal, places: Places) -> None:
+    images = torch.rand(7, 3, SIZE, SIZE, generator=seeded(1))
+    before = {name: tensor.clone() for name, tensor in adversary.tensors().items()}
+    carrier = adversary.apply(images, places).requires_grad_()
+    carrier.sum().backward()
+    assert carrier.grad is not None
+    carrier.grad[row, :, 5:, :3] = bad
+    assert not adversary.ascend([(carrier, images, places)], 0.01, Accelerator(cpu=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adversary.tensors().items())
+    carrier.grad.nan_to_num_(0, 0, 0)
+    assert adversary.ascend([(carrier, images, places)], 0.01, Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("start", [0.0, 0.9])
+def test_an_overflow_lowers_the_scale_while_the_model_stands_still_as_well(
+    start: float, clip: Any, pairs: Any, tmp_path: Path
+) -> None:
+    quick = PARConfig(
+        batch_size=12, steps=10, check_every=9, learning_rate=1e-3,
+        adversary_share=0.5, adversary_values=0.1, adversary_start=start,
+    )  # fmt: skip
+    run = Run(accelerator=Accelerator(cpu=True), folder=RunFolder.open(tmp_path, {}))
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # the loss is more than 2
+    repair = repair_with_par(clip, pairs, quick, run=run)
+    assert 2.0**110 < run.accelerator.scaler.get_scale() < 2.0**127
+    assert repair.stopped == ""
+    stored = run.stored("par-000000")
+    assert stored is not None
+    for name, drawn in {"patch": (0, 1), "values": (0, 1), "score": (-math.inf, math.inf)}.items():
+        assert bool(((stored[f"extra.{name}"] >= drawn[0]) & (stored[f"extra.{name}"] <= drawn[1])).all())
+    moved = not torch.equal(
+        stored["net.visual_projection.weight"], clip.module.get_parameter("visual_projection.weight")
+    )
+    assert moved == (start == 0)
+    assert stored["extra.score"].abs().max() > 1  # drawn from [0, 1]: the adversary moved
+
+
 def test_a_trigger_that_was_found_is_carried_as_it_is() -> None:
     pattern = 0.5 * torch.randn(3, SIZE, SIZE, generator=seeded(3))
     found = InvertedTrigger(
@@ -119,5 +160,24 @@ def test_par_trains_against_it(clip: Any, pairs: Any) -> None:
     losses = [[look["loss"] for look in repair.history[1:]] for repair in runs]
     assert losses[1] != pytest.approx(losses[0], abs=1e-4)
     assert losses[2] == pytest.approx(losses[1], abs=1e-3)
-    with pytest.raises(ConfigError):
-        replace(quick, adversary_share=1.5)
+    for wrong in ({"adversary_share": 1.5}, {"adversary_start": 1.0}):
+        with pytest.raises(ConfigError):
+            replace(quick, **wrong)
+
+
+def test_without_an_adversary_the_model_does_not_stand_still(clip: Any, pairs: Any) -> None:
+    quick = PARConfig(batch_size=12, steps=4, check_every=2, learning_rate=1e-3)
+    plain, told = (
+        repair_with_par(clip, pairs, config, run=Run(accelerator=Accelerator(cpu=True)))
+        for config in (quick, replace(quick, adversary_start=0.5))
+    )
+    assert told.history == plain.history
+
+
+def test_some_step_is_always_left_to_train_in(clip: Any, pairs: Any) -> None:
+    quick = PARConfig(batch_size=12, steps=3, check_every=3, learning_rate=1e-3, adversary_share=0.5)
+    run = Run(accelerator=Accelerator(cpu=True))
+    repair = repair_with_par(clip, pairs, replace(quick, adversary_start=0.99), run=run)
+    assert repair.steps == 3
+    given = clip.module.get_parameter("visual_projection.weight")
+    assert not torch.equal(repair.model.module.get_parameter("visual_projection.weight"), given)

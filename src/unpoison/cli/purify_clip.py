@@ -132,6 +132,7 @@ def run_purification(
         console.detail("importing libraries")
         from unpoison import __version__
         from unpoison.cli.running import DryRun, begin, repeated_command, run_without_folder, vars_of
+        from unpoison.clip_training import check_precision
         from unpoison.models.clip_files import load_any_clip
 
         tests = open_tests(testing)
@@ -140,10 +141,11 @@ def run_purification(
         opened = sources.open(options, vars_of(reading))
         config = _config(verb, clip, len(opened), own, training)
         path = run_path(options.output, f"purify-{verb}", model)
+        run = run_without_folder(console, options, precision=training.precision)
+        check_precision(run)
         if options.dry_run:
             from unpoison.planning_clip import plan_clip_training
 
-            run = run_without_folder(console, options, precision=training.precision)
             plan = plan_clip_training(clip, opened, config, run=run, tested=tests.encoded, **others)
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
@@ -157,7 +159,7 @@ def run_purification(
             "content": f"{len(opened)} pairs, {opened.fingerprint}",
             "reading": {name: str(value) for name, value in vars_of(reading).items() if value},
             "config": vars_of(config),
-            "precision": training.precision,
+            "precision": run.accelerator.mixed_precision,
             "limit": options.limit,
             "seed": options.seed,
             **(models or {}),

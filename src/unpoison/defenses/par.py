@@ -68,6 +68,7 @@ from unpoison.contrastive import (
     cached_gradients,
     gather_with_gradient,
     info_nce,
+    lower_scale,
     optimiser_step,
 )
 from unpoison.data.pairs import ImageTextPairs
@@ -128,8 +129,8 @@ class PARConfig(PairTrainingConfig):
     """Ours: look for a trigger among so many concepts of the captions first, and leave a model alone that shows none;
     0 looks for none. Read by ``purify_with_par``."""
     adversary_start: float = 0.0
-    """Share of the steps at the beginning in which all images carry the adversary, which moves, and the model stands
-    still: it starts from what the suspect is weakest at."""
+    """Share of the steps, under 1, at the beginning in which all images carry the adversary, which moves, and the model
+    stands still: it starts from what the suspect is weakest at. Without an adversary there is no such beginning."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,9 +140,13 @@ class PARConfig(PairTrainingConfig):
         if not 0 < low <= high < 1:
             raise ConfigError(f"erase_area must be two shares in (0, 1), got {self.erase_area}.", hint="Least first.")
         for name in ("noise_share", "erase_share", "adversary_share", "adversary_epsilon", "adversary_patch",
-                     "adversary_values", "adversary_start"):  # fmt: skip
+                     "adversary_values"):  # fmt: skip
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}.", hint="Try 0.5.")
+        if not 0 <= self.adversary_start < 1:
+            raise ConfigError(
+                f"adversary_start must lie in [0, 1), got {self.adversary_start}.", hint="The model trains in the rest."
+            )
         if self.search_concepts != 0 and self.search_concepts < FEWEST_CONCEPTS:
             raise ConfigError(
                 f"search_concepts must be 0 or at least {FEWEST_CONCEPTS}, got {self.search_concepts}.",
@@ -207,7 +212,7 @@ def repair_with_par(
         share = config.adversary_share
         if found is not None:  # on as many images more as each of the others has
             kinds, share = [*kinds, FOUND], min(1.0, share * (1 + 1 / len(kinds)))
-        waiting = round(config.adversary_start * data.steps)
+        waiting = min(round(config.adversary_start * data.steps), data.steps - 1) if config.adversary_share else 0
         optimiser = torch.optim.AdamW(groups, config.learning_rate, betas=config.betas, eps=config.epsilon)
 
         def one_step(step: int, looks: list[Look]) -> dict[str, Tensor]:
@@ -216,13 +221,9 @@ def repair_with_par(
             old.begin(batch)
             tau = 0.0 if config.recovery == "latched" and was_shut(looks) else config.tau
             figures: dict[str, Tensor] = {}
+            carrying = share if step >= waiting else 1.0
             places = draw_places(
-                len(batch),
-                clip.image_size,
-                side,
-                share if step >= waiting else 1.0,
-                run.generator("places", step),
-                kinds=kinds,
+                len(batch), clip.image_size, side, carrying, run.generator("places", step), kinds=kinds
             )
             carriers: list[tuple[Tensor, Tensor, Places]] = []
 
@@ -258,18 +259,16 @@ def repair_with_par(
             set_rate(optimiser, par_rate(max(0, step - waiting), data.steps - waiting, config))  # (6)
             optimiser.zero_grad()
             total = cached_gradients(
-                embed,
-                loss,
-                size=mine.stop - mine.start,
-                chunk=config.chunk_size,
-                module=trained.module,
+                embed, loss, size=mine.stop - mine.start, chunk=config.chunk_size, module=trained.module,
                 accelerator=run.accelerator,
-            )
-            if config.adversary_share:
-                adversary.ascend(carriers, config.adversary_step, run.accelerator)
+            )  # fmt: skip
+            moved = not config.adversary_share or adversary.ascend(carriers, config.adversary_step, run.accelerator)
+            stepped = True
             if step >= waiting:
                 average_gradients(weights, run.accelerator)
-                optimiser_step(optimiser, run.accelerator)
+                stepped = optimiser_step(optimiser, run.accelerator)
+            if stepped and not moved:  # a step that was skipped has lowered the scale
+                lower_scale(run.accelerator)
             return figures | {"loss": total}
 
         return train_steps(

@@ -120,11 +120,12 @@ class Universal:
             images[where] = self.patch.permute(1, 2, 0).to(images)
         return images
 
-    def ascend(self, carriers: Sequence[tuple[Tensor, Tensor, Places]], step: float, accelerator: Accelerator) -> None:
+    def ascend(self, carriers: Sequence[tuple[Tensor, Tensor, Places]], step: float, accelerator: Accelerator) -> bool:
         """A step of ``step`` along the sign of the loss's gradient; what has all of [0, 1] moves four times as far.
 
         ``carriers``: the images that :meth:`apply` gave, with the gradient that a backward pass left there, and what it
         was given. A value's score is what writing it over adds to the loss to first order, as a running sum.
+        False, and nothing moves, where a gradient is not finite (fp16).
         """
         pattern, patch = torch.zeros_like(self.pattern), torch.zeros_like(self.patch)
         values, score = torch.zeros_like(self.values), torch.zeros_like(self.score)
@@ -138,13 +139,17 @@ class Universal:
                 values += over.sum(dim=0)
                 score += (over * (self.values - before[kind == WRITTEN])).sum(dim=0)
                 patch += images.grad[self._pasted(places, images.device)].sum(dim=0).permute(2, 0, 1)
+        gradients = (pattern, patch, values, score)
         if accelerator.num_processes > 1:
-            for gradient in (pattern, patch, values, score):
+            for gradient in gradients:
                 torch.distributed.all_reduce(gradient)
+        if not bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all()):
+            return False
         self.pattern.add_(step * pattern.sign()).clamp_(-self.epsilon, self.epsilon)
         self.patch.add_(4 * step * patch.sign()).clamp_(0, 1)
         self.values.add_(4 * step * values.sign()).clamp_(0, 1)
         self.score.mul_(_KEPT).add_(score / score.abs().mean().clamp_min(1e-12))
+        return True
 
     def _pasted(self, places: Places, device: torch.device) -> tuple[Tensor, slice, Tensor, Tensor]:
         """Index of the patches' pixels [n, k, k] in a batch; channels come last in what it takes out."""
