@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.data.pixels import Pixels, to_images
-from unpoison.errors import NotEnoughDataError
+from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 from unpoison.types import Embeddings, ImageTextModel
 
@@ -146,10 +146,16 @@ def prepare_pairs(
     """Hold pairs out, number the captions and settle on a batch size that the pairs and the processes allow.
 
     Fewer pairs than a batch make the batch smaller, which is said in ``warnings``; of rows that cannot be used none is
-    drawn. Raises NotEnoughDataError for fewer than 16 usable pairs, or than two pairs a process.
+    drawn. Raises ConfigError for a batch that has no pair for some process, NotEnoughDataError for fewer than 16 usable
+    pairs, or than four pairs a process.
     """
     usable = np.flatnonzero(pixels.usable)
     processes = run.accelerator.num_processes
+    if batch_size < processes:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be shared by {processes} processes.",
+            hint=f"Raise batch_size to {processes} or more, or start fewer processes.",
+        )
     need = max(FEWEST, 4 * processes)
     if len(usable) < need:
         raise NotEnoughDataError(
