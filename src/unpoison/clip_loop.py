@@ -149,9 +149,7 @@ def train_steps(
         batch_size=data.batch_size,
         trained_pairs=len(data.rows),
         held_out_pairs=len(data.held_out),
-        truncated=sum(
-            sum(clip.truncated(data.texts[start : start + _COUNTED])) for start in range(0, len(data.texts), _COUNTED)
-        ),
+        truncated=_truncated(clip, data),
         skipped=data.pixels.skipped,
         stopped=progress.stopped,
         warnings=data.warnings,
@@ -169,9 +167,15 @@ def no_steps(clip: ImageTextModel, data: TrainingPairs) -> ClipRepair:
         batch_size=data.batch_size,
         trained_pairs=0,
         held_out_pairs=len(data.held_out),
+        truncated=_truncated(clip, data),
         skipped=data.pixels.skipped,
         warnings=data.warnings,
     )
+
+
+def _truncated(clip: ImageTextModel, data: TrainingPairs) -> int:
+    starts = range(0, len(data.texts), _COUNTED)
+    return sum(sum(clip.truncated(data.texts[start : start + _COUNTED])) for start in starts)
 
 
 def _restore(
