@@ -80,7 +80,7 @@ def purify_with_ubt(
             f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
         )
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
-    exposure = _unpack(run.step("exposure", lambda: _pack(_expose(known, config, run))))
+    exposure = _unpack(run.agreed(run.step("exposure", lambda: _pack(_expose(known, config, run)))))
     models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
     suspicious = ranked_outcome(
         known,
@@ -128,8 +128,8 @@ def purify_with_abl_clip(
     run = run or Run()
     config = config or ABLClipConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
     begun = time.monotonic()
-    cosines = run.step("cosines", lambda: {"cosines": torch.from_numpy(_own_cosines(clip, pairs, run))})["cosines"]
-    repair = repair_with_abl_clip(clip, pairs, cosines.numpy(), config, run=run)
+    state = run.step("cosines", lambda: {"cosines": torch.from_numpy(_own_cosines(clip, pairs, run))})
+    repair = repair_with_abl_clip(clip, pairs, run.agreed(state)["cosines"].numpy(), config, run=run)
     purification = describe_repair("abl-clip", clip, pairs, config, repair, time.monotonic() - begun, run)
     return ClipPurifyOutcome(clip=repair.model, purification=replace(purification, not_covered=ABL_LIMITS))
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import msgspec
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -138,12 +139,25 @@ class Run:
         _write(self._step_file(name), save(result))
         return result
 
+    def agreed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of several processes, each with its own ``state``, the main one's in all: none may decide by its rounding.
+
+        Returns when every process has come so far.
+        """
+        if self.accelerator.num_processes == 1:
+            return state
+        self.accelerator.wait_for_everyone()
+        held = [{key: value.cpu() for key, value in state.items()}]
+        return broadcast_object_list(held)[0]
+
     def stored(self, name: str) -> dict[str, Tensor] | None:
         """What an earlier, interrupted run of the same folder stored for this step, if it did and it can be read."""
         if self.folder is None or not self._step_file(name).exists():
             return None
         try:
             return load(self._step_file(name).read_bytes())
+        except FileNotFoundError:  # another process has forgotten it since
+            return None
         except SafetensorError:
             self.progress.log(f"{self._step_file(name).name} is damaged and is computed again")
             return None
