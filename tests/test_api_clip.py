@@ -116,6 +116,8 @@ def test_a_model_is_repaired_where_a_trigger_was_found(
     assert result.search is not None
     assert [entry.caption for entry in result.search.suspected] == (["a red star"] if suspects else [])
     assert result.steps == (2 if suspects else 0)
+    assert result.truncated_captions > 1
+    assert any(f"cuts off {result.truncated_captions} different captions" in line for line in result.warnings)
     assert result.accepted
     assert ("As planted." in result.reason) == (not suspects)
     assert ("as it came" in result.protects) == (not suspects)
@@ -125,6 +127,27 @@ def test_a_model_is_repaired_where_a_trigger_was_found(
     assert ClipPurification.load(tmp_path / "purification.json").search == result.search
     monkeypatch.setattr(api_clip, "search_concepts", None)  # a run that is continued does not search again
     assert look_for_trigger(clip, pairs, run=run) == result.search
+
+
+@pytest.mark.parametrize("suspects", [(), (0,)])
+def test_images_are_decoded_once(
+    suspects: tuple[int, ...], clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = type(pairs).decode
+
+    def counting(self: Any, indices: Any) -> Any:
+        decoded.extend(int(index) for index in indices)
+        return decode(self, indices)
+
+    def searching(clip: Any, pairs: Any, config: Any, *, run: Run, pixels: Any) -> Any:
+        assert len(pixels.array) == len(pairs)
+        return found_triggers(*suspects)()
+
+    monkeypatch.setattr(type(pairs), "decode", counting)
+    monkeypatch.setattr(api_clip, "search_concepts", searching)
+    purify_with_par(clip, pairs, config=PARConfig(**QUICK, search_concepts=8), run=Run())
+    assert sorted(decoded) == list(range(len(pairs)))
 
 
 def test_pairs_that_are_too_few_to_search_are_said_to_be(clip: Any) -> None:

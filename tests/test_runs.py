@@ -206,6 +206,14 @@ def test_stored_steps_can_be_asked_for_and_forgotten(tmp_path: Path) -> None:
     assert run.stored("second") is None
 
 
+def test_a_step_that_another_process_forgets_meanwhile_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(RunFolder.open(tmp_path / "run", INPUTS))
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # as it was when it was asked for
+    assert run.stored("gone") is None
+
+
 def test_a_full_disk_is_said_and_leaves_the_step_open(tmp_path: Path) -> None:
     run = make_run(RunFolder.open(tmp_path / "run", INPUTS))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -22,6 +22,7 @@ from unpoison.clip_loop import no_steps
 from unpoison.clip_results import ClipPurification, FoundTrigger, TriggerFinding
 from unpoison.clip_training import ClipRepair, PairTrainingConfig, check_precision, check_towers, open_training
 from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig, repair_with_clean_clip
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig, repair_with_fine_tuning
 from unpoison.defenses.par import PARConfig, repair_with_par
@@ -83,15 +84,21 @@ def purify_with_par(
     check_precision(run)
     if not config.search_concepts:
         return _purify("par", repair_with_par, clip, pairs, config, run)
+    _check_model(clip, run)
+    pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
+    repair = partial(repair_with_par, pixels=pixels)
     try:
-        search, captions = _search(clip, pairs, ConceptSearchConfig(concepts=config.search_concepts), run)
+        search, captions = _search(clip, pairs, ConceptSearchConfig(concepts=config.search_concepts), run, pixels)
     except NotEnoughDataError as error:
-        outcome = _purify("par", repair_with_par, clip, pairs, config, run)
+        outcome = _purify("par", repair, clip, pairs, config, run)
         warning = f"No trigger was looked for before the repair: {error.message}"
         noted = replace(outcome.purification, warnings=(*outcome.purification.warnings, warning))
         return replace(outcome, purification=noted)
     finding = describe_search(search, captions)
-    repair = partial(repair_with_par, found=search.trigger_of(search.suspects[0])) if search.suspects else leave_alone
+    if search.suspects:
+        repair = partial(repair, found=search.trigger_of(search.suspects[0]))
+    else:
+        repair = partial(leave_alone, pixels=pixels)
     outcome = _purify("par", repair, clip, pairs, config, run)
     found = replace(outcome.purification, search=finding, left_alone=not finding.suspected)
     if found.left_alone and found.accepted:
@@ -106,24 +113,33 @@ def look_for_trigger(
 
     Raises NotEnoughDataError for few images or captions, SourceFormatError, ModelError.
     """
-    return describe_search(*_search(clip, pairs, config, run or Run()))
+    run = run or Run()
+    _check_model(clip, run)
+    return describe_search(*_search(clip, pairs, config, run))
 
 
-def _search(
-    clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None, run: Run
-) -> tuple[TriggerSearch, Sequence[str]]:
-    """What ``search_concepts`` gives, kept where the run keeps its steps. Raises ModelError before it searches."""
+def _check_model(clip: ImageTextModel, run: Run) -> None:
     check_finite(clip.module.state_dict(), name="the model")
     with ready(clip, run):
         check_towers(clip, run)
 
+
+def _search(
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: ConceptSearchConfig | None,
+    run: Run,
+    pixels: Pixels | None = None,
+) -> tuple[TriggerSearch, Sequence[str]]:
+    """What ``search_concepts`` gives, kept where the run keeps its steps, and the same in all processes."""
+
     def search() -> dict[str, Tensor]:
-        found, captions = search_concepts(clip, pairs, config, run=run)
+        found, captions = search_concepts(clip, pairs, config, run=run, pixels=pixels)
         return store_search(found) | {
             "captions": torch.frombuffer(bytearray(json.dumps(captions).encode()), dtype=torch.uint8)
         }
 
-    stored = run.step("trigger-search", search)
+    stored = run.agreed(run.step("trigger-search", search))
     run.forget(kept_concept_steps(config or ConceptSearchConfig()))
     return load_search(stored, run.device), json.loads(bytes(stored["captions"].tolist()))
 
@@ -144,9 +160,16 @@ def describe_search(search: TriggerSearch, captions: Sequence[str]) -> TriggerFi
     return TriggerFinding(reason=search.reason, found=tuple(sorted(entries, key=lambda entry: entry.size)))
 
 
-def leave_alone(clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run) -> ClipRepair:
+def leave_alone(
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: PairTrainingConfig,
+    *,
+    run: Run,
+    pixels: Pixels | None = None,
+) -> ClipRepair:
     """A copy as the model came, looked at once on held-out pairs."""
-    data = open_training(clip, pairs, config, run=run)
+    data = open_training(clip, pairs, config, run=run, pixels=pixels)
     copy = clip.copy()
     with ready(copy, run):
         return no_steps(copy, data)

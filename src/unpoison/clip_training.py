@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unpoison.contrastive import gather_with_gradient, train_mode
 from unpoison.data.pairs import ImageTextPairs
-from unpoison.data.pixels import load_pixels
+from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.training_pairs import Batch, TrainingPairs, prepare_pairs, process_slice
 from unpoison.errors import ConfigError, ModelError, UnsupportedModelError, UsageError
 from unpoison.models.checkpoints import check_finite
@@ -147,16 +147,22 @@ class ClipRepair:
 
 
 def open_training(
-    clip: ImageTextModel, pairs: ImageTextPairs, config: PairTrainingConfig, *, run: Run
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: PairTrainingConfig,
+    *,
+    run: Run,
+    pixels: Pixels | None = None,
 ) -> TrainingPairs:
-    """Decode the images at the model's size and split the pairs.
+    """Decode the images at the model's size, unless their ``pixels`` are at hand, and split the pairs.
 
     Raises UsageError as :func:`check_precision`, ModelError for weights that are not finite, NotEnoughDataError,
     SourceFormatError.
     """
     check_precision(run)
     check_finite(clip.module.state_dict(), name="the model")
-    pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
+    if pixels is None:
+        pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     return prepare_pairs(
         pairs,
         pixels,

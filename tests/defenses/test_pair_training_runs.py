@@ -24,6 +24,7 @@ from unpoison.api_clip import judge
 from unpoison.clip_loop import train_steps
 from unpoison.clip_training import ClipRepair, PairTrainingConfig, frozen_copy, open_training, trainable
 from unpoison.defenses.par import PARConfig, repair_with_par
+from unpoison.errors import ConfigError
 from unpoison.runs import Run, RunFolder
 
 SCRIPT = Path(__file__).with_name("small_clip.py")
@@ -75,6 +76,70 @@ def test_two_processes_train_what_one_trains(small_folder: Path, clip: Any, pair
     history = json.loads((tmp_path / "two.json").read_text())
     for found, expected in zip(history, one.history, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+SEARCH = """
+import sys, types
+from accelerate import Accelerator
+import torch
+from unpoison import api_clip
+from unpoison.data.pairs import open_pairs
+from unpoison.defenses.par import PARConfig
+from unpoison.detection.inversion import InvertedTrigger
+from unpoison.detection.trigger_search import TriggerSearch
+from unpoison.models.clip_transformers import load_clip
+from unpoison.runs import Run
+
+run = Run(accelerator=Accelerator(cpu=True))
+trigger = InvertedTrigger(
+    form="additive", target=0, mask=torch.ones(1, 16, 16), pattern=torch.zeros(3, 16, 16), size=0.1, success=90.0
+)
+suspects = (0,) if run.accelerator.process_index == int(sys.argv[2]) else ()  # one process rounds the other way
+search = TriggerSearch(triggers=(trigger,), index=(3.0,), suspects=suspects, reason="Planted.")
+api_clip.search_concepts = lambda *_, **__: (search, ("a star",))
+config = PARConfig(batch_size=8, steps=2, check_every=1, search_concepts=8, bound=100.0)
+outcome = api_clip.purify_with_par(load_clip(sys.argv[1]), open_pairs("shapes:40:3"), config=config, run=run)
+print("steps", outcome.purification.steps)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("suspecting", "steps"), [(0, 2), (1, 0)])
+def test_processes_that_find_different_things_do_what_the_first_one_found(
+    suspecting: int, steps: int, small_folder: Path
+) -> None:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEARCH, str(small_folder), str(suspecting)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)} | world,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for process in processes:
+            out, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+            assert f"steps {steps}" in out
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(
+    clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(accelerator=Accelerator(cpu=True))
+    monkeypatch.setattr(Accelerator, "num_processes", 8)
+    with pytest.raises(ConfigError, match="a batch of 7 cannot be shared by 8 processes") as caught:
+        open_training(clip, pairs, PairTrainingConfig(batch_size=7, steps=1), run=run)
+    assert "8 or more" in caught.value.hint
+    assert open_training(clip, pairs, PairTrainingConfig(batch_size=8, steps=1), run=run).batch_size == 8
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -72,6 +72,7 @@ from unpoison.contrastive import (
     optimiser_step,
 )
 from unpoison.data.pairs import ImageTextPairs
+from unpoison.data.pixels import Pixels
 from unpoison.data.training_pairs import process_slice
 from unpoison.data.transforms import brighten, crop_at, erase_square
 from unpoison.defenses.universal import ADDED, FOUND, PASTED, WRITTEN, Places, Universal, draw_places
@@ -189,13 +190,14 @@ RECOMMENDED_FACTOR = 2.0
 
 
 def repair_with_par(
-    clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run, found: InvertedTrigger | None = None
-) -> ClipRepair:
+    clip: ImageTextModel, pairs: ImageTextPairs, config: PARConfig, *, run: Run, found: InvertedTrigger | None = None,
+    pixels: Pixels | None = None,
+) -> ClipRepair:  # fmt: skip
     """Steps 1 to 6 on a copy of ``clip``; the adversary, if there is one, carries the trigger that was ``found``, too.
 
     Raises NotEnoughDataError, SourceFormatError, ModelError.
     """
-    data = open_training(clip, pairs, config, run=run)
+    data = open_training(clip, pairs, config, run=run, pixels=pixels)
     suspect = frozen_copy(clip, run)  # (1)
     old = Suspect(clip=suspect, data=data, run=run, plain=config.distill == "relations")
     mine = process_slice(data.batch_size, run)

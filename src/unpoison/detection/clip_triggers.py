@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.data.pairs import ImageTextPairs
-from unpoison.data.pixels import load_pixels, to_images
+from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.detection.trigger_search import (
     STEP,
     TriggerSearch,
@@ -71,15 +71,22 @@ def kept_concept_steps(config: ConceptSearchConfig) -> list[str]:
 
 
 def search_concepts(
-    clip: ImageTextModel, pairs: ImageTextPairs, config: ConceptSearchConfig | None = None, *, run: Run
+    clip: ImageTextModel,
+    pairs: ImageTextPairs,
+    config: ConceptSearchConfig | None = None,
+    *,
+    run: Run,
+    pixels: Pixels | None = None,
 ) -> tuple[TriggerSearch, tuple[str, ...]]:
     """What was found, and for each concept its most typical caption. The model stays as it is.
 
+    ``pixels`` are those of ``pairs`` at the model's size; None: decoded here.
     Raises NotEnoughDataError for few usable images or few different captions, SourceFormatError, ModelError.
     """
     config = config or ConceptSearchConfig()
     random = np.random.default_rng(run.seed_of("concepts"))
-    pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
+    if pixels is None:
+        pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     rows = np.flatnonzero(pixels.usable)
     order = random.permutation(rows)
     described = np.sort(random.permutation(rows)[: config.captions])
