@@ -227,6 +227,7 @@ def _run(
 
     from unpoison.catalog import DEFENSES, find, resolve
     from unpoison.clip_results import ClipPurification
+    from unpoison.models.clip_files import load_any_clip, save_clip
     from unpoison.outputs import save_scan
     from unpoison.outputs_clip import model_folder, save_clip_purification
     from unpoison.report.runs import SUSPICIOUS
@@ -238,8 +239,11 @@ def _run(
         outcome = resolve(find(verb, DEFENSES).function)(clip, pairs, config=config, run=run, **others)
         if main:
             result = replace(outcome.purification, command=repeat, synthetic_pairs=sources.made_up(pairs))
-            after = tests.evaluate(outcome.clip, run, name=str(path / model_folder(result)), suspect=clip)
-            result = replace(result, before=before, after=after)
+            if tests.images is not None:  # of the files: weights in the types that they are stored in
+                saved = path / model_folder(result)
+                save_clip(outcome.clip, saved)
+                after = tests.evaluate(load_any_clip(saved), run, name=str(saved), suspect=clip)
+                result = replace(result, before=before, after=after)
             suspicious = getattr(outcome, "suspicious", None)
             if suspicious is not None:
                 (path / SUSPICIOUS).mkdir(exist_ok=True)
