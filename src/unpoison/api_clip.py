@@ -32,6 +32,7 @@ from unpoison.detection.trigger_search import TriggerSearch, load_search, store_
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.models.checkpoints import check_finite
+from unpoison.models.clip_files import notes_on_saving
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel, Tower
 
@@ -248,7 +249,7 @@ def describe_repair(
         held_out_pairs=repair.held_out_pairs,
         truncated_captions=repair.truncated,
         stopped=repair.stopped,
-        warnings=(*repair.warnings, *_warnings(repair)),
+        warnings=(*repair.warnings, *_warnings(repair), *notes_on_saving(clip)),
         skipped=(*pairs.skipped, *repair.skipped),
         history=repair.history,
         inputs={"model": clip.fingerprint, "pairs": pairs.name, "pairs_content": pairs.fingerprint} | versions(),

@@ -6,14 +6,12 @@ from pathlib import Path
 
 from unpoison.clip_results import ClipPurification
 from unpoison.errors import UsageError
-from unpoison.models.clip_files import save_clip
+from unpoison.models.clip_files import library_of, save_clip
 from unpoison.report.clip_card import clip_card
 from unpoison.report.html import write_report
 from unpoison.report.runs import read_runs
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel
-
-_LIBRARIES = {"open_clip_config.json": "open_clip", "config.json": "transformers"}
 
 
 def save_clip_purification(result: ClipPurification, clip: ImageTextModel, folder: Path, *, base_model: str) -> None:
@@ -24,7 +22,7 @@ def save_clip_purification(result: ClipPurification, clip: ImageTextModel, folde
     model = folder / model_folder(result)
     save_clip(clip, model)
     try:
-        card = clip_card(result, base_model=base_model, library=_library(model)).encode()
+        card = clip_card(result, base_model=base_model, library=library_of(clip)).encode()
         write_atomically(model / "README.md", card)
         write_atomically(folder / "card.md", card)
         result.save(folder / "purification.json")
@@ -39,7 +37,3 @@ def save_clip_purification(result: ClipPurification, clip: ImageTextModel, folde
 def model_folder(result: ClipPurification) -> str:
     """A model that was not accepted gets a name that says so: nobody should take it for repaired."""
     return "model" if result.accepted else "model-not-accepted"
-
-
-def _library(model: Path) -> str:
-    return next((library for file, library in _LIBRARIES.items() if (model / file).exists()), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import unpoison
 from unpoison.clip_results import ClipPurification
@@ -115,6 +116,34 @@ def test_figures_before_and_after(here: Callable[..., Any], model: str, tmp_path
     changed = here(*words)
     assert changed.code == 2
     assert "manifest_content" in changed.err
+
+
+def test_what_is_measured_and_described_is_what_was_saved(
+    here: Callable[..., Any], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unpoison.data.sources import open_images
+    from unpoison.evaluation.clip import evaluate_clip
+    from unpoison.models.clip_files import load_any_clip
+    from unpoison.runs import Run
+
+    monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _: torch.float32)
+    given = Path(shutil.copytree(model, tmp_path / "given"))
+    weights = {key: value.bfloat16() for key, value in load_file(given / "model.safetensors").items()}
+    save_file(weights, given / "model.safetensors", {"format": "pt"})
+    (given / "open_clip_config.json").write_text("{}")
+    words = ("purify", "fine-tuning", "given", *QUICK, "--learning-rate", "1e-3", "-o", "out", "--test", "shapes:24:5")
+    result = here(*words, "--json")
+    assert result.code == 0, result.err
+    answer = json.loads(result.out)
+    kept = load_any_clip(tmp_path / "out" / "model")
+    measured = evaluate_clip(
+        kept, open_images("shapes:24:5"), suspect=load_any_clip(given), run=Run(), name="out/model"
+    )
+    assert measured.drift is not None
+    assert answer["after"]["drift"]["image_raw"] == pytest.approx(measured.drift.image_raw, abs=1e-7)
+    assert answer["after"]["drift"]["image_raw"] < 1 - 1e-5
+    assert any("open_clip_config.json" in warning for warning in answer["warnings"])
+    assert "library_name: transformers\n" in (tmp_path / "out" / "card.md").read_text(encoding="utf-8")
 
 
 def test_settings_from_a_file_below_those_of_the_command(here: Callable[..., Any], model: str, tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from unpoison.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from unpoison.models.clip_files import load_any_clip, save_clip
+from unpoison.models.clip_files import library_of, load_any_clip, notes_on_saving, save_clip
 from unpoison.models.clip_transformers import TransformersCLIP
+from unpoison.models.open_clip_config import CONFIG_NAME
 
 TEXTS = ["a cat", "an owl"]
 
@@ -116,6 +117,28 @@ def test_a_pickled_folder_is_read_as_tensors_and_written_as_it_was(folder: Path,
     (folder / "x.bin").replace(folder / "pytorch_model.bin")
     with pytest.raises(CheckpointMismatchError, match="visual_projection"):
         load_any_clip(folder)
+
+
+def test_of_a_folder_for_two_libraries_only_what_was_opened_is_written(folder: Path, tmp_path: Path) -> None:
+    (folder / CONFIG_NAME).write_text("{}")
+    clip = trained(folder)
+    assert library_of(clip) == "transformers"
+    assert [CONFIG_NAME in note for note in notes_on_saving(clip)] == [True]
+    assert notes_on_saving(clip.copy()) == notes_on_saving(clip)
+    save_clip(clip, tmp_path / "out")
+    assert not (tmp_path / "out" / CONFIG_NAME).exists()
+    assert_opens_with_the_library(tmp_path / "out", clip)
+    assert notes_on_saving(load_any_clip(tmp_path / "out")) == ()
+
+
+def test_weights_that_the_library_renames_are_said_to_come_back_under_its_names(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({f"clip.{key}": value.half() for key, value in load_file(path).items()}, path, {"format": "pt"})
+    clip = trained(folder)
+    assert ["other keys" in note for note in notes_on_saving(clip)] == [True]
+    save_clip(clip, tmp_path / "out")
+    assert not any(key.startswith("clip.") for key in stored(tmp_path / "out" / "model.safetensors"))
+    assert_opens_with_the_library(tmp_path / "out", clip)
 
 
 def test_a_model_made_in_memory_is_saved_as_the_library_does(clip_folder: Path, tmp_path: Path) -> None:

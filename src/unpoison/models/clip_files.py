@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unpoison.models.clip_transformers import load_clip
+from unpoison.models.clip_open_clip import OpenClip
+from unpoison.models.clip_transformers import TransformersCLIP, load_clip
 from unpoison.models.folders import find_model_folder, read_json
 from unpoison.models.open_clip_config import CONFIG_NAME
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel
+
+_LIBRARIES: dict[type, str] = {TransformersCLIP: "transformers", OpenClip: "open_clip"}
 
 
 def load_any_clip(model: str | Path = "tiny") -> ImageTextModel:
@@ -40,6 +43,16 @@ def save_clip(clip: ImageTextModel, folder: Path, *, card: str | None = None) ->
     clip.save(folder)
     if card is not None:
         write_atomically(folder / "README.md", card.encode())
+
+
+def library_of(clip: ImageTextModel) -> str:
+    """Which library opens what :func:`save_clip` writes: "transformers", "open_clip", or "" for neither."""
+    return next((name for kind, name in _LIBRARIES.items() if isinstance(clip, kind)), "")
+
+
+def notes_on_saving(clip: ImageTextModel) -> tuple[str, ...]:
+    """How what :func:`save_clip` writes differs from what was opened, beside the weights: sentences for people."""
+    return clip.notes if isinstance(clip, TransformersCLIP) else ()
 
 
 def _is_transformers(folder: Path) -> bool:

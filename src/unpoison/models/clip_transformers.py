@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from unpoison.models.clip_origin import (
     write_clip,
 )
 from unpoison.models.folders import check_model_folder, file_inside, find_model_folder, open_pretrained, read_json
+from unpoison.models.open_clip_config import CONFIG_NAME
 from unpoison.models.preprocessing import Preprocessing, read_preprocessing
 from unpoison.types import Embeddings, Images, PatchEmbeddings, TokenEmbeddings, Tokens, Tower
 
@@ -36,6 +38,14 @@ _TOWERS = {
     "image": ("vision_model.", "visual_projection."),
     "text": ("text_model.", "text_projection."),
 }
+_RENAMED = (
+    "The weights lie in the given folder under other keys than transformers has for them: they are written under its "
+    "own keys and in the type that they were computed in."
+)
+_FOREIGN = (
+    f"The given folder holds {CONFIG_NAME} as well: it was opened with transformers, nothing is written for open_clip, "
+    "and that file is left out."
+)
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -49,7 +59,10 @@ class TransformersCLIP:
         preprocessing: Preprocessing,
         *,
         origin: ClipOrigin | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
+        self.notes = notes
+        """How a saved folder will differ from the one that was opened, beside the weights."""
         self._model = model
         self._origin = origin
         self._config: Any = model.config  # the stubs allow None and plain dictionaries for its parts
@@ -163,9 +176,9 @@ class TransformersCLIP:
         return [(name, value) for name, value in self._model.named_parameters() if name.startswith(_TOWERS[which])]
 
     def save(self, folder: Path) -> None:
-        """Write the folder as it was opened: same files, keys and types. Raises UsageError, ModelError.
+        """Write the folder as it was opened: same files, keys and types, but for what ``notes`` say.
 
-        A model that was made in memory is written as save_pretrained does.
+        A model that was made in memory is written as save_pretrained does. Raises UsageError, ModelError.
         """
         if self._origin is not None:
             write_clip(self._origin, self._model.state_dict(), folder)
@@ -241,11 +254,18 @@ def load_clip(model: str | Path = "tiny") -> TransformersCLIP:
         origin = describe_folder(folder, network.state_dict())
     else:
         network, origin = _open_pickled(folder)
+    notes = []
+    if origin is None:
+        notes.append(_RENAMED)
+    elif CONFIG_NAME in origin.companions:
+        notes.append(_FOREIGN)
+        companions = {name: data for name, data in origin.companions.items() if name != CONFIG_NAME}
+        origin = replace(origin, companions=companions)
     tokenizer = _open_tokenizer(folder, vocabulary=network.config.text_config.vocab_size)
     path = folder / "preprocessor_config.json"
     settings = read_json(path) if path.exists() else {}
     preprocessing = read_preprocessing(settings, network.config.vision_config.image_size)
-    return TransformersCLIP(network, tokenizer, preprocessing, origin=origin)
+    return TransformersCLIP(network, tokenizer, preprocessing, origin=origin, notes=tuple(notes))
 
 
 def _open_pickled(folder: Path) -> tuple[CLIPModel, ClipOrigin]:
