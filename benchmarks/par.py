@@ -115,7 +115,8 @@ class Cell:
         name = f"{self.attack}-{self.seed}-{self.label}"
         made = json.loads((self.victim / "victim.json").read_bytes())
         inputs = {"victim": made["fingerprint"], "variant": self.variant and asdict(self.variant),
-                  "steps": self.args.steps, "batch": self.args.batch, "pairs": self.pairs.fingerprint}  # fmt: skip
+                  "steps": self.args.steps, "batch": self.args.batch,
+                  "pairs": self.pairs.caption_fingerprint}  # fmt: skip
         key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
         folder = RunFolder.open(self.args.work / f"{name}-{key}", inputs)
         run = Run(seed=self.seed, progress=Printed(), cache=self.args.work / "cache", folder=folder)

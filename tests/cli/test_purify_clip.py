@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import unpoison
 from unpoison.clip_results import ClipPurification
+from unpoison.data.pairs import open_pairs
 
 QUICK = ("--pairs", "shapes:40:3", "--steps", "2", "--batch-size", "8", "--bound", "100", "--quiet")
 FILES = {"run.json", "steps", "model", "card.md", "purification.json", "report.html", "finished.json"}
@@ -236,6 +239,36 @@ def test_another_command_does_not_continue_the_run(here: Callable[..., Any], mod
         result = here("purify", *words, "-o", "out", "--json")
         assert result.code == 2
         assert said in json.loads(result.out)["error"]["message"]
+
+
+def test_other_images_under_the_same_captions_are_other_pairs(
+    here: Callable[..., Any], model: str, tmp_path: Path
+) -> None:
+    def write(name: str, seed: int) -> None:
+        world = open_pairs("shapes:40:3")
+        images = [*world.raw(range(39)), *open_pairs(f"shapes:1:{seed}").raw([0])]
+        rows = {"image": [{"bytes": image, "path": None} for image in images], "id": world.ids}
+        rows["captions"] = [list(texts) for texts in world.captions(range(40))]
+        pq.write_table(pa.table(rows), tmp_path / name)
+
+    def refused() -> str:
+        result = here(*words, "--json")
+        assert result.code == 2
+        return json.loads(result.out)["error"]["message"]
+
+    write("pairs.parquet", 8)
+    write("test.parquet", 8)
+    words = ("purify", "fine-tuning", model, "--pairs", "pairs.parquet", "--test", "shapes:24:5", "--retrieval",
+             "test.parquet", *QUICK[2:], "-o", "out")  # fmt: skip
+    first = json.loads(here(*words, "--json").out)
+    content = first["inputs"]["pairs_content"]
+    assert content in (tmp_path / "out" / "card.md").read_text()
+    write("test.parquet", 9)
+    assert "retrieval_content: '40 pairs, " in refused()
+    write("test.parquet", 8)
+    write("pairs.parquet", 9)
+    assert f"content: '40 pairs, {content}' there, '40 pairs, " in refused()
+    assert json.loads(here(*words[:-1], "other", "--json").out)["inputs"]["pairs_content"] != content
 
 
 @pytest.mark.usefixtures("one_thread")

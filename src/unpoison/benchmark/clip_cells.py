@@ -73,7 +73,11 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     victim_step = _victim(setting)
     victim = load_any_clip(victim_step.path / "model")  # as stored: rounded to the type that it came in
     before = _evaluation(setting, victim_step, victim)
-    prints = {"pairs": setting.pairs.fingerprint, "test": setting.test.fingerprint(), "victim": victim.fingerprint}
+    prints = {
+        "pairs": setting.pairs.caption_fingerprint,
+        "test": setting.test.fingerprint(),
+        "victim": victim.fingerprint,
+    }
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
@@ -121,7 +125,12 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     if data.clean is not None or data.clean_captioned is not None:
         images = None if data.clean is None else open_images(data.clean)
         repair = _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
-    inputs: dict[str, Any] = {"kind": "clip", "pairs": clean.fingerprint, "base": base.fingerprint, "seed": seed}
+    inputs: dict[str, Any] = {
+        "kind": "clip",
+        "pairs": clean.caption_fingerprint,
+        "base": base.fingerprint,
+        "seed": seed,
+    }
     target = test.class_names[target_label(data.target, test.class_names)]
     known: dict[str, Any] = {
         "cell": cell, "folder": folder, "run": run, "base": base, "clean": clean, "repair": repair,
@@ -193,7 +202,7 @@ def _evaluation(setting: Setting, step: Step, victim: ImageTextModel) -> ClipEva
         )
         found.save(place.path / "evaluation.json")
 
-    retrieval = None if setting.retrieval is None else setting.retrieval.fingerprint
+    retrieval = None if setting.retrieval is None else setting.retrieval.caption_fingerprint
     inputs = {"victim": step.key, "test": setting.test.fingerprint(), "retrieval": retrieval}
     return ClipEvaluation.load(shared(setting.shared, "evaluation", inputs, measure).path / "evaluation.json")
 

@@ -244,5 +244,5 @@ def open_tests(testing: Testing) -> Tests:
         from unpoison.data.pairs import open_pairs
 
         retrieval = open_pairs(testing.retrieval)
-        inputs |= {"retrieval": testing.retrieval, "retrieval_content": retrieval.fingerprint}
+        inputs |= {"retrieval": testing.retrieval, "retrieval_content": describe(retrieval)}
     return Tests(images=images, poisoning=poisoning, retrieval=retrieval, inputs=inputs)

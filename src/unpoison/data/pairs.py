@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -73,9 +74,18 @@ class ImageTextPairs(EncodedImages):
         cleaned = zip(rows.tolist(), _clean_rows(self.texts, rows), strict=True)
         return [self.replaced.get(self.ids[row]) or captions for row, captions in cleaned]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of ids, captions and overlay: tells a changed set without reading its images."""
+        """Hash of ids, captions, overlay and images: by their bytes where the rows hold them, else by each file's size
+        and time of change, so that no file is read. It tells a changed set, also one in which only an image changed."""
+        digest = hashlib.blake2b(self.caption_fingerprint.encode(), digest_size=16)
+        for stamp in self.image_stamps():
+            digest.update(len(stamp).to_bytes(8, "little") + stamp)
+        return digest.hexdigest()
+
+    @cached_property
+    def caption_fingerprint(self) -> str:
+        """Hash of ids, captions and overlay alone: names what is kept of a set whose images are known another way."""
         digest = hashlib.blake2b(digest_size=16)
         if self.overlay is not None:
             digest.update(self.overlay.fingerprint.encode())
