@@ -224,6 +224,17 @@ def test_made_up_pairs_alone_and_beside_others(here: Callable[..., Any], model: 
     assert result.command.startswith(f"unpoison purify par {model} --pairs shapes:30:4 --synthetic shapes:20:3 ")
     assert "20 made up" in (tmp_path / "both" / "model" / "README.md").read_text()
     assert "20 made up" in (tmp_path / "both" / "report.html").read_text()
+    for name, seed in (("found", 5), ("drawn", 6)):
+        (tmp_path / name).mkdir()
+        world = open_pairs(f"shapes:20:{seed}")
+        for row, (image, (text, *_)) in enumerate(zip(world.raw(range(20)), world.captions(range(20)), strict=True)):
+            assert isinstance(image, bytes)
+            (tmp_path / name / f"{row}.png").write_bytes(image)
+            (tmp_path / name / f"{row}.txt").write_text(text)
+    folders = here("purify", "par", model, "--always", "--pairs", "found", "--synthetic", "drawn", *short, "-o", "two")
+    assert folders.code == 0, folders.err
+    result = ClipPurification.load(tmp_path / "two" / "purification.json")
+    assert (result.synthetic_pairs, result.trained_pairs + result.held_out_pairs, result.skipped) == (20, 40, ())
     neither = here("purify", "par", model, "--always", *short, "-o", "neither")
     assert neither.code == 2
     assert "--synthetic SOURCE" in neither.err
