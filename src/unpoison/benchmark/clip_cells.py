@@ -34,7 +34,7 @@ from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
 from unpoison.errors import ConfigError
-from unpoison.evaluation.clip import evaluate_clip
+from unpoison.evaluation.clip import evaluate_clip, rebound
 from unpoison.evaluation.metrics import auroc, der, precision, recall
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import ClipEvaluation, SkippedRow
@@ -99,7 +99,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
         der=_der(figures(before), figures(after)),
         config=found.config,
         detection=_detection(setting, outcome),
-        rebound=None if isinstance(outcome, ZeroShotOutcome) else _rebound(setting, outcome.clip),
+        rebound=None if isinstance(outcome, ZeroShotOutcome) else _rebound(setting, outcome.clip, after),
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
@@ -250,16 +250,22 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
     return make_config(kind, merge(start, method.config), where=where)
 
 
-def _rebound(setting: Setting, clip: ImageTextModel) -> Figures | None:
+def _rebound(setting: Setting, clip: ImageTextModel, after: ClipEvaluation) -> Figures | None:
     """The repaired CLIP after an epoch of fine-tuning on other clean images, as its next owner would do."""
     cell = setting.cell
     if cell.data.later is None:
         return None
-    pairs = pairs_of_labels(open_images(cell.data.later), TEMPLATES)
-    config = FineTuningConfig.scaled(parameters=count_parameters(clip), samples=len(pairs), epochs=1)
     place = RunFolder.open(setting.folder / "work" / cell.key / "rebound", cell.inputs)
-    tuned = purify_with_fine_tuning(clip, pairs, config=config, run=replace(setting.run, folder=place))
-    return figures(evaluate_clip(tuned.clip, setting.test, poisoning=setting.poisoning, run=setting.run))
+
+    def fine_tune(clip: ImageTextModel, pairs: ImageTextPairs) -> ImageTextModel:
+        config = FineTuningConfig.scaled(parameters=count_parameters(clip), samples=len(pairs), epochs=1)
+        return purify_with_fine_tuning(clip, pairs, config=config, run=replace(setting.run, folder=place)).clip
+
+    def evaluate(clip: ImageTextModel) -> ClipEvaluation:
+        return evaluate_clip(clip, setting.test, poisoning=setting.poisoning, run=setting.run)
+
+    pairs = pairs_of_labels(open_images(cell.data.later), TEMPLATES)
+    return figures(rebound(clip, pairs, fine_tune, evaluate=evaluate, before=after).after)
 
 
 def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -> dict[str, float | None]:
