@@ -23,6 +23,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.clean_clip import CleanClipConfig
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
 from unpoison.defenses.par import PARConfig
-from unpoison.evaluation.clip import evaluate_clip
+from unpoison.evaluation.clip import evaluate_clip, rebound
 from unpoison.models.clip_files import load_any_clip
 from unpoison.report.html import write_report
 from unpoison.report.runs import read_run
@@ -115,7 +116,8 @@ class Cell:
         name = f"{self.attack}-{self.seed}-{self.label}"
         made = json.loads((self.victim / "victim.json").read_bytes())
         inputs = {"victim": made["fingerprint"], "variant": self.variant and asdict(self.variant),
-                  "steps": self.args.steps, "batch": self.args.batch, "pairs": self.pairs.fingerprint}  # fmt: skip
+                  "steps": self.args.steps, "batch": self.args.batch,
+                  "pairs": self.pairs.caption_fingerprint}  # fmt: skip
         key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
         folder = RunFolder.open(self.args.work / f"{name}-{key}", inputs)
         run = Run(seed=self.seed, progress=Printed(), cache=self.args.work / "cache", folder=folder)
@@ -157,9 +159,13 @@ class Cell:
         result["after"] = figures(after)
         if not self.args.no_rebound:
             later = replace(run, folder=RunFolder.open(folder.path / "rebound", {}))
-            config = self.config(FineTuningConfig, repaired, epochs=1)
-            tuned = purify_with_fine_tuning(repaired, self.data.later, config=config, run=later)
-            result["rebound"] = figures(evaluate(tuned.clip, whole=False))
+
+            def fine_tune(clip: ImageTextModel, pairs: ImageTextPairs) -> ImageTextModel:
+                config = self.config(FineTuningConfig, clip, epochs=1)
+                return purify_with_fine_tuning(clip, pairs, config=config, run=later).clip
+
+            again = rebound(repaired, self.data.later, fine_tune, evaluate=partial(evaluate, whole=False), before=after)
+            result["rebound"] = figures(again.after)
         repaired.save(folder.path / "model")
         for file in folder.path.rglob("steps/*.safetensors"):  # large, and no longer needed
             file.unlink()

@@ -84,7 +84,7 @@ def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.N
     pairs = data.train if poisoning is None else apply_pair_poisoning(data.train, poisoning)
     truth = np.isin(pairs.ids, [] if poisoning is None else poisoning.ids)
     clip, reference = load_any_clip(victim.model), load_any_clip("tiny")
-    inputs = {"victim": clip.fingerprint, "pairs": pairs.fingerprint, "variant": VARIANTS[variant]}
+    inputs = {"victim": clip.fingerprint, "pairs": pairs.caption_fingerprint, "variant": VARIANTS[variant]}
     name = f"{args.set}-{attack}-{seed}-{variant}"
     run = Run(seed=seed, progress=Printed(), cache=args.work / "cache", folder=RunFolder.open(args.work / name, inputs))
     images, retrieval = (f"{args.shared}/data/{source}" for source in SETS[args.set])

@@ -150,7 +150,7 @@ def open_data(shared: Path) -> Data:
         captioned=captioned,
         test=open_images(folder / LABELLED / "test.parquet"),
         retrieval=open_pairs(folder / CAPTIONED / "test.parquet"),
-        fingerprint=_digest(*(_file_digest(file) for file in files), labelled.fingerprint),
+        fingerprint=_digest(*(_file_digest(file) for file in files), labelled.caption_fingerprint),
     )
 
 

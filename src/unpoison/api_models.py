@@ -258,13 +258,13 @@ def _judge_data(
 
 
 def files_of(model: str | Path) -> Path:
-    """Where the files of a model are; a hub id is fetched as safetensors and JSON alone."""
+    """Where the files of a model are; a hub id is fetched as safetensors and JSON, as a pickle where there are none."""
     if model == "tiny":
         return TINY
     if isinstance(model, str) and model.startswith(PREFIX):
         return locate_open_clip(model)
     path = Path(model)
-    return path if path.exists() else find_model_folder(model)
+    return path if path.exists() else find_model_folder(model, pickles=True)
 
 
 def _not_covered(power: Power | None) -> tuple[str, ...]:

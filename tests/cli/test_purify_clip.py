@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import unpoison
 from unpoison.clip_results import ClipPurification
+from unpoison.data.pairs import open_pairs
 
 QUICK = ("--pairs", "shapes:40:3", "--steps", "2", "--batch-size", "8", "--bound", "100", "--quiet")
 FILES = {"run.json", "steps", "model", "card.md", "purification.json", "report.html", "finished.json"}
@@ -250,6 +253,17 @@ def test_made_up_pairs_alone_and_beside_others(here: Callable[..., Any], model: 
     assert result.command.startswith(f"unpoison purify par {model} --pairs shapes:30:4 --synthetic shapes:20:3 ")
     assert "20 made up" in (tmp_path / "both" / "model" / "README.md").read_text()
     assert "20 made up" in (tmp_path / "both" / "report.html").read_text()
+    for name, seed in (("found", 5), ("drawn", 6)):
+        (tmp_path / name).mkdir()
+        world = open_pairs(f"shapes:20:{seed}")
+        for row, (image, (text, *_)) in enumerate(zip(world.raw(range(20)), world.captions(range(20)), strict=True)):
+            assert isinstance(image, bytes)
+            (tmp_path / name / f"{row}.png").write_bytes(image)
+            (tmp_path / name / f"{row}.txt").write_text(text)
+    folders = here("purify", "par", model, "--always", "--pairs", "found", "--synthetic", "drawn", *short, "-o", "two")
+    assert folders.code == 0, folders.err
+    result = ClipPurification.load(tmp_path / "two" / "purification.json")
+    assert (result.synthetic_pairs, result.trained_pairs + result.held_out_pairs, result.skipped) == (20, 40, ())
     neither = here("purify", "par", model, "--always", *short, "-o", "neither")
     assert neither.code == 2
     assert "--synthetic SOURCE" in neither.err
@@ -296,6 +310,36 @@ def test_precision_is_part_of_a_run_wherever_it_was_set(
         assert "fp16 does not train" in result.err
         assert "--precision bf16" in result.err
     assert not (tmp_path / "never").exists()
+
+
+def test_other_images_under_the_same_captions_are_other_pairs(
+    here: Callable[..., Any], model: str, tmp_path: Path
+) -> None:
+    def write(name: str, seed: int) -> None:
+        world = open_pairs("shapes:40:3")
+        images = [*world.raw(range(39)), *open_pairs(f"shapes:1:{seed}").raw([0])]
+        rows = {"image": [{"bytes": image, "path": None} for image in images], "id": world.ids}
+        rows["captions"] = [list(texts) for texts in world.captions(range(40))]
+        pq.write_table(pa.table(rows), tmp_path / name)
+
+    def refused() -> str:
+        result = here(*words, "--json")
+        assert result.code == 2
+        return json.loads(result.out)["error"]["message"]
+
+    write("pairs.parquet", 8)
+    write("test.parquet", 8)
+    words = ("purify", "fine-tuning", model, "--pairs", "pairs.parquet", "--test", "shapes:24:5", "--retrieval",
+             "test.parquet", *QUICK[2:], "-o", "out")  # fmt: skip
+    first = json.loads(here(*words, "--json").out)
+    content = first["inputs"]["pairs_content"]
+    assert content in (tmp_path / "out" / "card.md").read_text()
+    write("test.parquet", 9)
+    assert "retrieval_content: '40 pairs, " in refused()
+    write("test.parquet", 8)
+    write("pairs.parquet", 9)
+    assert f"content: '40 pairs, {content}' there, '40 pairs, " in refused()
+    assert json.loads(here(*words[:-1], "other", "--json").out)["inputs"]["pairs_content"] != content
 
 
 @pytest.mark.usefixtures("one_thread")

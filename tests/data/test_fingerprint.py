@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from unpoison.data.pairs import open_pairs
 from unpoison.data.sources import LabelledImages, open_images
 
 
@@ -48,3 +49,26 @@ def test_files_that_cannot_be_read_do_not_stop_it(class_folders: Path) -> None:
     first = source.fingerprint()
     (class_folders / "dog" / "0.png").unlink()
     assert source.fingerprint() != first
+
+
+def test_pairs_by_their_captions_and_by_their_images(tmp_path: Path) -> None:
+    def prints(name: str, seeds: list[int], first: str = "a dog") -> tuple[str, str]:
+        rows = {"image": [{"bytes": picture(seed), "path": None} for seed in seeds], "caption": [first, "b", "c", "d"]}
+        pq.write_table(pa.table(rows | {"id": list("wxyz")}), tmp_path / name)
+        pairs = open_pairs(tmp_path / name)
+        return pairs.caption_fingerprint, pairs.fingerprint
+
+    captions, whole = prints("a.parquet", [0, 1, 2, 3])
+    assert prints("copy.parquet", [0, 1, 2, 3]) == (captions, whole)
+    same, other = prints("images.parquet", [0, 1, 2, 9])
+    assert (same, other == whole) == (captions, False)
+    assert not {captions, whole} & set(prints("captions.parquet", [0, 1, 2, 3], "a cat"))
+
+
+def test_a_folder_of_pairs_by_its_files(class_folders: Path) -> None:
+    for file in sorted(class_folders.rglob("*.png")):
+        file.with_suffix(".txt").write_text("a pet")
+    first = open_pairs(class_folders).fingerprint
+    assert open_pairs(class_folders).fingerprint == first
+    (class_folders / "cat" / "0.png").write_bytes(picture(77) + b" ")
+    assert open_pairs(class_folders).fingerprint != first

@@ -452,13 +452,52 @@ def test_joined_sets_keep_their_rows_apart(tmp_path: Path) -> None:
     assert joined.ids[19:] == ["one/train:19", "two/train:5", "two/train:2", *(f"three/{name}" for name in names)]
     assert joined.captions([20, 22]) == [("picture 5",), ("000.png", "again")]
     assert joined.raw([21, 24]) == [picture(2), picture(2)]
-    (tmp_path / "c").mkdir()
-    (tmp_path / "c" / "x.png").write_bytes(picture(0))
-    (tmp_path / "c" / "x.txt").write_text("x")
-    with pytest.raises(DataError, match="Images of 2 folders"):
-        join_pairs(parts | {"four": open_pairs(tmp_path / "c")})
     with pytest.raises(ConfigError, match="without an overlay"):
         join_pairs({"one": parts["one"].with_overlay(_Black(), {})})
+
+
+def write_captioned(folder: Path, kind: str, seed: int) -> Path:
+    """Three pictures with captions under the names that every such folder has; gives back what is to be opened."""
+    folder.mkdir(parents=True)
+    names = [f"{row}.png" for row in range(3)]
+    for row, name in enumerate(names):
+        (folder / name).write_bytes(picture(seed + row))
+        if kind == "folder":
+            (folder / name).with_suffix(".txt").write_text(f"{folder.name} {row}")
+    lines = [{"image": name, "caption": f"{folder.name} {row}"} for row, name in enumerate(names)]
+    if kind == ".csv":
+        (folder / "list.csv").write_text("\n".join(["image,caption", *(",".join(line.values()) for line in lines)]))
+    elif kind == ".jsonl":
+        (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder if kind == "folder" else folder / f"list{kind}"
+
+
+@pytest.mark.parametrize(("one", "two"), [("folder", "folder"), ("folder", ".csv"), (".jsonl", ".csv")])
+def test_each_of_the_joined_sets_reads_its_own_folder(one: str, two: str, tmp_path: Path) -> None:
+    places = {"a": write_captioned(tmp_path / "a", one, 0), "b": write_captioned(tmp_path / "b", two, 10)}
+    parts = {name: open_pairs(place) for name, place in places.items()}
+    joined = join_pairs({"found": parts["a"], "drawn": parts["b"]})
+    assert joined.raw(range(6)) == [picture(seed) for seed in (0, 1, 2, 10, 11, 12)]
+    assert joined.captions([1, 4]) == [("a 1",), ("b 1",)]
+    few = joined.select([4, 1, 4])
+    assert few.raw([0, 1, 2]) == [picture(11), picture(1), picture(11)]
+    assert few.with_overlay(_Black(), {}).raw([1]) == [picture(1)]
+    more = join_pairs({"few": few, "shapes": open_pairs("shapes:2"), "again": parts["a"]})
+    assert [more.raw([row])[0] for row in (0, 1, 5)] == [picture(11), picture(1), picture(0)]
+    before = joined.fingerprint
+    (tmp_path / "b" / "2.png").write_bytes(picture(99) + b" ")
+    assert join_pairs({"found": parts["a"], "drawn": parts["b"]}).fingerprint != before
+
+
+def test_joined_sets_are_confined_to_their_own_folders(tmp_path: Path) -> None:
+    parts = {name: open_pairs(write_captioned(tmp_path / name, "folder", 0)) for name in ("a", "b")}
+    joined = join_pairs(parts)
+    (tmp_path / "b" / "1.png").unlink()
+    (tmp_path / "b" / "1.png").symlink_to(tmp_path / "a" / "1.png")
+    good, bad = joined.raw([1, 4])
+    assert good == picture(1)
+    assert isinstance(bad, SkippedRow)
+    assert (bad.id, "leads out of the data set's folder" in bad.reason) == ("b/1.png", True)
 
 
 def test_cut_captions_are_counted(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unpoison.api_models import files_of
+from unpoison.detection.model_files import judge_files
 from unpoison.errors import (
     CheckpointMismatchError,
     MissingExtraError,
@@ -25,6 +27,7 @@ from unpoison.errors import (
 )
 from unpoison.models.clip_files import library_of, load_any_clip, notes_on_saving, save_clip
 from unpoison.models.clip_transformers import TransformersCLIP
+from unpoison.models.folders import find_model_folder
 from unpoison.models.open_clip_config import CONFIG_NAME
 
 TEXTS = ["a cat", "an owl"]
@@ -139,6 +142,73 @@ def test_weights_that_the_library_renames_are_said_to_come_back_under_its_names(
     save_clip(clip, tmp_path / "out")
     assert not any(key.startswith("clip.") for key in stored(tmp_path / "out" / "model.safetensors"))
     assert_opens_with_the_library(tmp_path / "out", clip)
+
+
+def snapshots_of(repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has ``repository`` as one/clip, in the layout of the hub's cache; gives back what is fetched."""
+    fetched: list[str] = []
+
+    def snapshot_download(model: str, *, allow_patterns: list[str]) -> str:
+        assert model == "one/clip"
+        snapshot, blobs = cache / "models--one--clip/snapshots/abc", cache / "models--one--clip/blobs"
+        for place in (snapshot, blobs):
+            place.mkdir(parents=True, exist_ok=True)
+        for file in sorted(repository.iterdir()):
+            if any(file.match(pattern) for pattern in allow_patterns) and not (snapshot / file.name).exists():
+                fetched.append(file.name)
+                shutil.copy(file, blobs / file.name)
+                (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return fetched
+
+
+def test_of_the_hub_pickled_weights_are_fetched_where_there_are_no_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    torch.save({"other": torch.zeros(1)}, folder / "training_args.bin")
+    given = load_any_clip(folder)
+    fetched = snapshots_of(folder, tmp_path / "both", monkeypatch)
+    assert load_any_clip("one/clip").fingerprint == given.fingerprint
+    assert "model.safetensors" in fetched
+    assert not any(name.endswith(".bin") for name in fetched)
+    (folder / "model.safetensors").unlink()
+    fetched = snapshots_of(folder, tmp_path / "pickled", monkeypatch)
+    clip = load_any_clip("one/clip")
+    torch.testing.assert_close(clip.encode_texts(TEXTS), given.encode_texts(TEXTS), rtol=0, atol=0)
+    assert [name for name in fetched if name.endswith(".bin")] == ["pytorch_model.bin"]
+    assert judge_files(files_of("one/clip")).word == "accepted"
+    save_clip(clip, tmp_path / "out")
+    assert torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True).keys() == weights.keys()
+
+
+def test_a_pickle_of_the_hub_that_runs_code_is_not_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"weight": Runs()}, folder / "pytorch_model.bin")
+    snapshots_of(folder, tmp_path / "hub", monkeypatch)
+    with pytest.raises(UnsafeCheckpointError):
+        load_any_clip("one/clip")
+    assert judge_files(files_of("one/clip")).word == "refused"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_of_open_clip_are_fetched_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"weights")
+    snapshots_of(folder, tmp_path / "hub", monkeypatch)
+    assert not (find_model_folder("one/clip") / "open_clip_pytorch_model.bin").exists()
+    assert (find_model_folder("one/clip", pickles=True) / "open_clip_pytorch_model.bin").read_bytes() == b"weights"
 
 
 def test_a_model_made_in_memory_is_saved_as_the_library_does(clip_folder: Path, tmp_path: Path) -> None:

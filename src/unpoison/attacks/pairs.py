@@ -125,7 +125,7 @@ def plan_pair_poisoning(
         new_captions=tuple(texts),
         source=pairs.name,
         source_size=len(pairs),
-        source_fingerprint=pairs.fingerprint,
+        source_fingerprint=pairs.caption_fingerprint,
         aligned_by="" if surrogate is None or captions != "aligned" else surrogate.fingerprint,
         selection=RANDOM if selection is None else selection.how,
         selected_by="" if selection is None else selection.model,

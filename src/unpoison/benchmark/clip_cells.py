@@ -34,7 +34,7 @@ from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.fine_tuning import FineTuningConfig
 from unpoison.errors import ConfigError
-from unpoison.evaluation.clip import evaluate_clip
+from unpoison.evaluation.clip import evaluate_clip, rebound
 from unpoison.evaluation.metrics import auroc, der, precision, recall
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import ClipEvaluation, SkippedRow
@@ -73,7 +73,11 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
     victim_step = _victim(setting)
     victim = load_any_clip(victim_step.path / "model")  # as stored: rounded to the type that it came in
     before = _evaluation(setting, victim_step, victim)
-    prints = {"pairs": setting.pairs.fingerprint, "test": setting.test.fingerprint(), "victim": victim.fingerprint}
+    prints = {
+        "pairs": setting.pairs.caption_fingerprint,
+        "test": setting.test.fingerprint(),
+        "victim": victim.fingerprint,
+    }
     if cell.method is None:
         return done(
             cell, before=figures(before), after=figures(before), fingerprints=prints,
@@ -95,7 +99,7 @@ def clip_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
         der=_der(figures(before), figures(after)),
         config=found.config,
         detection=_detection(setting, outcome),
-        rebound=None if isinstance(outcome, ZeroShotOutcome) else _rebound(setting, outcome.clip),
+        rebound=None if isinstance(outcome, ZeroShotOutcome) else _rebound(setting, outcome.clip, after),
     )
     return done(
         cell, before=figures(before), after=figures(after), repaired=repaired, fingerprints=prints,
@@ -121,7 +125,12 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     if data.clean is not None or data.clean_captioned is not None:
         images = None if data.clean is None else open_images(data.clean)
         repair = _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
-    inputs: dict[str, Any] = {"kind": "clip", "pairs": clean.fingerprint, "base": base.fingerprint, "seed": seed}
+    inputs: dict[str, Any] = {
+        "kind": "clip",
+        "pairs": clean.caption_fingerprint,
+        "base": base.fingerprint,
+        "seed": seed,
+    }
     target = test.class_names[target_label(data.target, test.class_names)]
     known: dict[str, Any] = {
         "cell": cell, "folder": folder, "run": run, "base": base, "clean": clean, "repair": repair,
@@ -193,7 +202,7 @@ def _evaluation(setting: Setting, step: Step, victim: ImageTextModel) -> ClipEva
         )
         found.save(place.path / "evaluation.json")
 
-    retrieval = None if setting.retrieval is None else setting.retrieval.fingerprint
+    retrieval = None if setting.retrieval is None else setting.retrieval.caption_fingerprint
     inputs = {"victim": step.key, "test": setting.test.fingerprint(), "retrieval": retrieval}
     return ClipEvaluation.load(shared(setting.shared, "evaluation", inputs, measure).path / "evaluation.json")
 
@@ -241,16 +250,22 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
     return make_config(kind, merge(start, method.config), where=where)
 
 
-def _rebound(setting: Setting, clip: ImageTextModel) -> Figures | None:
+def _rebound(setting: Setting, clip: ImageTextModel, after: ClipEvaluation) -> Figures | None:
     """The repaired CLIP after an epoch of fine-tuning on other clean images, as its next owner would do."""
     cell = setting.cell
     if cell.data.later is None:
         return None
-    pairs = pairs_of_labels(open_images(cell.data.later), TEMPLATES)
-    config = FineTuningConfig.scaled(parameters=count_parameters(clip), samples=len(pairs), epochs=1)
     place = RunFolder.open(setting.folder / "work" / cell.key / "rebound", cell.inputs)
-    tuned = purify_with_fine_tuning(clip, pairs, config=config, run=replace(setting.run, folder=place))
-    return figures(evaluate_clip(tuned.clip, setting.test, poisoning=setting.poisoning, run=setting.run))
+
+    def fine_tune(clip: ImageTextModel, pairs: ImageTextPairs) -> ImageTextModel:
+        config = FineTuningConfig.scaled(parameters=count_parameters(clip), samples=len(pairs), epochs=1)
+        return purify_with_fine_tuning(clip, pairs, config=config, run=replace(setting.run, folder=place)).clip
+
+    def evaluate(clip: ImageTextModel) -> ClipEvaluation:
+        return evaluate_clip(clip, setting.test, poisoning=setting.poisoning, run=setting.run)
+
+    pairs = pairs_of_labels(open_images(cell.data.later), TEMPLATES)
+    return figures(rebound(clip, pairs, fine_tune, evaluate=evaluate, before=after).after)
 
 
 def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -> dict[str, float | None]:

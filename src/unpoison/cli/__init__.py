@@ -92,7 +92,7 @@ def build_app() -> App:
     verbs = {
         "keep": "Write a clean copy of a scanned set.",
         "attack": "Poison a copy of an image set, to test defenses with.",
-        "evaluate": "Measure a classifier: accuracy, and attack success where a manifest is given.",
+        "evaluate": "Measure a classifier or a CLIP: accuracy, and attack success where a manifest is given.",
         "schema": "Print the JSON Schema of a result.",
         "report": "Write one offline HTML file about one or more runs.",
         "methods": "List the attacks, detectors and defenses.",

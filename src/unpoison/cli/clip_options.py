@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from unpoison.cli.options import METHOD, READING, TEST, Planned
+from unpoison.cli.options import METHOD, READING, TEST, Planned, Reading
 
 if TYPE_CHECKING:
     from unpoison.attacks.parts import PoisoningParts
@@ -219,8 +219,8 @@ class Tests:
         )
 
 
-def open_tests(testing: Testing) -> Tests:
-    from unpoison.cli.options import Reading
+def open_tests(testing: Testing, reading: Reading = Reading(), *, limit: int | None = None, seed: int = 0) -> Tests:
+    """``reading`` is about the labelled images; ``limit`` about these and about the pairs, drawn by ``seed``."""
     from unpoison.cli.running import describe, open_source
     from unpoison.errors import UsageError
 
@@ -229,7 +229,7 @@ def open_tests(testing: Testing) -> Tests:
             raise UsageError(f"--{option} needs test images.", hint="Give them with --test LABELLED_IMAGES.")
     if testing.test is None:
         return Tests(inputs={"test": None})
-    images = open_source(testing.test, Reading())
+    images = open_source(testing.test, reading, limit=limit, seed=seed)
     inputs: dict[str, Any] = {"test": testing.test, "test_content": describe(images)}
     poisoning = retrieval = None
     if testing.manifest is not None:
@@ -243,6 +243,6 @@ def open_tests(testing: Testing) -> Tests:
     if testing.retrieval is not None:
         from unpoison.data.pairs import open_pairs
 
-        retrieval = open_pairs(testing.retrieval)
-        inputs |= {"retrieval": testing.retrieval, "retrieval_content": retrieval.fingerprint}
+        retrieval = open_pairs(testing.retrieval, limit=limit, seed=seed)
+        inputs |= {"retrieval": testing.retrieval, "retrieval_content": describe(retrieval)}
     return Tests(images=images, poisoning=poisoning, retrieval=retrieval, inputs=inputs)

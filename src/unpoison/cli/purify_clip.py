@@ -131,7 +131,7 @@ def run_purification(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison import __version__
-        from unpoison.cli.running import DryRun, begin, repeated_command, run_without_folder, vars_of
+        from unpoison.cli.running import DryRun, begin, describe, repeated_command, run_without_folder, vars_of
         from unpoison.clip_training import check_precision
         from unpoison.models.clip_files import load_any_clip
 
@@ -156,7 +156,7 @@ def run_purification(
             "model": model,
             "model_fingerprint": clip.fingerprint,
             "pairs": opened.name,
-            "content": f"{len(opened)} pairs, {opened.fingerprint}",
+            "content": describe(opened),
             "reading": {name: str(value) for name, value in vars_of(reading).items() if value},
             "config": vars_of(config),
             "precision": run.accelerator.mixed_precision,

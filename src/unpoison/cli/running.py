@@ -15,6 +15,7 @@ from unpoison.errors import UsageError
 if TYPE_CHECKING:
     import rich.console
 
+    from unpoison.data.pairs import ImageTextPairs
     from unpoison.data.sources import LabelledImages
     from unpoison.planning import Plan
     from unpoison.runs import Run
@@ -98,8 +99,12 @@ def run_inputs(verb: str, source: LabelledImages, reading: Reading, options: Run
     }
 
 
-def describe(source: LabelledImages) -> str:
+def describe(source: LabelledImages | ImageTextPairs) -> str:
     """How many samples, and a fingerprint that tells a changed source, also one in which only an image changed."""
+    from unpoison.data.pairs import ImageTextPairs
+
+    if isinstance(source, ImageTextPairs):
+        return f"{len(source)} pairs, {source.fingerprint}"
     return f"{len(source)} samples, {source.fingerprint()}"
 
 

@@ -111,7 +111,6 @@ def model(
         from unpoison import __version__
         from unpoison.api_models import ModelScanConfig, files_of, plan_model_scan, scan_model
         from unpoison.cli.running import begin, describe, open_source, read_class_names, vars_of
-        from unpoison.cli.scan_pairs import describe_pairs
         from unpoison.configs import make_config, read_config
         from unpoison.data.pairs import open_pairs
         from unpoison.detection.model_files import hash_files
@@ -134,7 +133,7 @@ def model(
                 trained_on, image_column=reading.image_column, caption_column=caption_column, split=reading.split,
                 seed=options.seed, strict=reading.strict,
             )  # fmt: skip
-            content = describe_pairs(learnt)
+            content = describe(learnt)
         elif trained_on is not None:
             learnt = open_source(trained_on, reading, seed=options.seed)
             content = describe(learnt)

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     import rich.console
 
     from unpoison.cli.console import Console
-    from unpoison.data.pairs import ImageTextPairs
     from unpoison.results import DatasetScan, SampleScores
 
 TOP = 10
@@ -38,7 +37,7 @@ def scan(
     from unpoison import __version__
     from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, scan_pairs
     from unpoison.cli import INCONCLUSIVE
-    from unpoison.cli.running import DryRun, begin, run_without_folder
+    from unpoison.cli.running import DryRun, begin, describe, run_without_folder
     from unpoison.configs import make_config, merge, read_config
     from unpoison.data.pairs import open_pairs
     from unpoison.errors import UsageError
@@ -78,7 +77,7 @@ def scan(
         "verb": "scan dataset",
         "pairs": True,
         "source": pairs.name,
-        "content": describe_pairs(pairs),
+        "content": describe(pairs),
         "reading": {name: str(value) for name, value in how.items() if value},
         "method": method,
         "clip": clip if detector.suspect else None,
@@ -99,21 +98,6 @@ def scan(
     found, scores = DatasetScan.load(path / "scan.json"), SampleScores.load(path / "scores.parquet")
     console.answer(to_json(found), lambda out: _show(out, found, scores, path))
     return INCONCLUSIVE
-
-
-def describe_pairs(pairs: ImageTextPairs) -> str:
-    """How many pairs, and fingerprints that tell a changed set, also one in which only an image changed."""
-    return f"{len(pairs)} pairs, {pairs.fingerprint}, {_images(pairs)}"
-
-
-def _images(pairs: ImageTextPairs) -> str:
-    """A fingerprint that tells a set in which only an image changed."""
-    from hashlib import blake2b
-
-    digest = blake2b(digest_size=16)
-    for stamp in pairs.image_stamps():
-        digest.update(len(stamp).to_bytes(8, "little") + stamp)
-    return digest.hexdigest()
 
 
 def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,13 +39,14 @@ class EncodedImages:
     """Encoded images with ids. Opening them decodes nothing and copies no image.
 
     ``dataset`` has the column "image" of {"bytes", "path"}; its rows stand beside ``ids``. Images named by a path are
-    read only inside ``root``. ``skipped`` are the rows left out when opening.
+    read only inside ``root``, or inside the row's own of ``roots``. ``skipped`` are the rows left out when opening.
     """
 
     name: str
     dataset: datasets.Dataset
     ids: list[str]
     root: Path | None = None
+    roots: Sequence[Path | None] | None = None
     skipped: tuple[SkippedRow, ...] = ()
     overlay: Overlay | None = None
 
@@ -80,13 +82,14 @@ class EncodedImages:
 
     def image_stamps(self) -> Iterable[bytes]:
         """What tells that an image changed: its bytes where the rows hold them, else its file's size and time."""
-        for table in self._arrow.iter(_AT_ONCE):
-            for cell in image_cells(table):
-                yield cell if isinstance(cell, bytes) else self._inside.stamp(cell or "").encode()
+        tables = self._arrow.iter(_AT_ONCE)
+        for row, cell in enumerate(chain.from_iterable(map(image_cells, tables))):
+            yield cell if isinstance(cell, bytes) else self._inside(row).stamp(cell or "").encode()
 
     def _chosen(self, rows: np.ndarray) -> dict[str, Any]:
         """The fields of these rows alone, for ``dataclasses.replace``."""
-        return {"dataset": self.dataset.select(rows), "ids": [self.ids[row] for row in rows.tolist()]}
+        roots = None if self.roots is None else [self.roots[row] for row in rows.tolist()]
+        return {"dataset": self.dataset.select(rows), "ids": [self.ids[row] for row in rows.tolist()], "roots": roots}
 
     def _stacked(self, overlay: Overlay | None) -> Overlay | None:
         """``overlay``, if given, applied after the one already there."""
@@ -98,7 +101,7 @@ class EncodedImages:
         if path is None:
             return SkippedRow(id=self.ids[row], reason="the row has no image")
         try:
-            return self._inside.read(path)
+            return self._inside(row).read(path)
         except PathRefused as refused:
             return SkippedRow(id=self.ids[row], reason=refused.reason)
 
@@ -106,9 +109,12 @@ class EncodedImages:
     def _arrow(self) -> datasets.Dataset:
         return self.dataset.with_format("arrow")
 
+    def _inside(self, row: int) -> InsideFolder:
+        return self._folders[self.root if self.roots is None else self.roots[row]]
+
     @cached_property
-    def _inside(self) -> InsideFolder:
-        return InsideFolder(self.root)
+    def _folders(self) -> dict[Path | None, InsideFolder]:
+        return {root: InsideFolder(root) for root in {self.root, *(self.roots or ())}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from unpoison.data.captions import (
     BLOCK,
@@ -73,9 +73,18 @@ class ImageTextPairs(EncodedImages):
         cleaned = zip(rows.tolist(), _clean_rows(self.texts, rows), strict=True)
         return [self.replaced.get(self.ids[row]) or captions for row, captions in cleaned]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash of ids, captions and overlay: tells a changed set without reading its images."""
+        """Hash of ids, captions, overlay and images: by their bytes where the rows hold them, else by each file's size
+        and time of change, so that no file is read. It tells a changed set, also one in which only an image changed."""
+        digest = hashlib.blake2b(self.caption_fingerprint.encode(), digest_size=16)
+        for stamp in self.image_stamps():
+            digest.update(len(stamp).to_bytes(8, "little") + stamp)
+        return digest.hexdigest()
+
+    @cached_property
+    def caption_fingerprint(self) -> str:
+        """Hash of ids, captions and overlay alone: names what is kept of a set whose images are known another way."""
         digest = hashlib.blake2b(digest_size=16)
         if self.overlay is not None:
             digest.update(self.overlay.fingerprint.encode())
@@ -142,6 +151,7 @@ def pairs_of_labels(images: LabelledImages, templates: Sequence[str], *, seed: i
         dataset=images.dataset,
         ids=images.ids,
         root=images.root,
+        roots=images.roots,
         skipped=images.skipped,
         overlay=images.overlay,
         texts=captions_dataset(captions()),
@@ -151,22 +161,16 @@ def pairs_of_labels(images: LabelledImages, templates: Sequence[str], *, seed: i
 def join_pairs(parts: Mapping[str, ImageTextPairs]) -> ImageTextPairs:
     """Several sets as one, in order; the ids get the part's name before them ("flickr8k/train:0").
 
-    Raises ConfigError for no part or a part with an overlay, DataError where images of several folders are named by
-    paths: only one folder may be read from.
+    Images named by a path are read only inside the folder of their own part. Raises ConfigError for no part or a part
+    with an overlay.
     """
     if not parts or any(part.overlay is not None or part.replaced for part in parts.values()):
         raise ConfigError("expected sets without an overlay.", hint="Join the clean sets and change what comes out.")
-    roots = {part.root for part in parts.values() if part.root is not None and _reads_files(part)}
-    if len(roots) > 1:
-        raise DataError(
-            f"Images of {len(roots)} folders cannot be joined: {', '.join(sorted(map(str, roots)))}.",
-            hint="Write all but one of the sets to parquet files that hold the images.",
-        )
     return ImageTextPairs(
         name=" + ".join(part.name for part in parts.values()),
         dataset=datasets.concatenate_datasets([part.dataset for part in parts.values()]),
         ids=[f"{name}/{sample}" for name, part in parts.items() for sample in part.ids],
-        root=next(iter(roots), None),
+        roots=[root for part in parts.values() for root in part.roots or [part.root] * len(part)],
         skipped=tuple(
             SkippedRow(id=f"{name}/{row.id}", reason=row.reason) for name, part in parts.items() for row in part.skipped
         ),
@@ -269,12 +273,6 @@ def _open_shapes(count: int, seed: int) -> PairLayout:
     texts = captions_dataset([caption] for caption in world.captions)
     by_path = np.zeros(count, dtype=bool)
     return PairLayout(dataset=dataset, ids=ids, texts=texts, by_path=by_path, root=None, reasons={})
-
-
-def _reads_files(part: ImageTextPairs) -> bool:
-    """Whether an image of the underlying table has no bytes and must be read from its path."""
-    column: pa.ChunkedArray = part.dataset.data.column("image")
-    return any(chunk.field("bytes").null_count for chunk in column.chunks)
 
 
 def _blocks(total: int) -> Iterator[range]:

@@ -28,7 +28,7 @@ def load_any_clip(model: str | Path = "tiny") -> ImageTextModel:
         return load_open_clip(model)
     if Path(model).is_file():
         return load_open_clip(Path(model))
-    folder = find_model_folder(model)
+    folder = find_model_folder(model, pickles=True)
     if (folder / CONFIG_NAME).exists() and not _is_transformers(folder):
         return load_open_clip(folder)
     return load_clip(model)

@@ -239,7 +239,7 @@ def load_clip(model: str | Path = "tiny") -> TransformersCLIP:
     """
     if model == "tiny" and not TINY.is_dir():
         raise ModelError("The bundled tiny CLIP is not in this installation.", hint="Give --clip a folder or a hub id.")
-    folder = TINY if model == "tiny" else find_model_folder(model)
+    folder = TINY if model == "tiny" else find_model_folder(model, pickles=True)
     check_model_folder(folder, pickles=True)
     config = folder / "config.json"
     kind = read_json(config).get("model_type") if config.exists() else None

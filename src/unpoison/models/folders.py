@@ -20,6 +20,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _ASK_FOR_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 _MAX_JSON_BYTES = 64 * 1024**2
 _PATTERNS = ["*.json", "*.safetensors", "merges.txt", "vocab.txt"]
+_PICKLED = ("pytorch_model.bin", "open_clip_pytorch_model.bin")
 
 
 def check_model_folder(folder: Path, *, pickles: bool = False) -> None:
@@ -78,8 +79,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
-def find_model_folder(model: str | Path) -> Path:
-    """The folder that ``model`` names, or the local snapshot of the hub id that it is. Raises ModelError."""
+def find_model_folder(model: str | Path, *, pickles: bool = False) -> Path:
+    """The folder that ``model`` names, or the local snapshot of the hub id that it is. Raises ModelError.
+
+    ``pickles``: where the hub has no safetensors of it, one pickled weights file is fetched, for a caller that reads
+    such files as tensors only or looks at them without loading.
+    """
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -88,7 +93,12 @@ def find_model_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        snapshot = Path(snapshot_download(model, allow_patterns=_PATTERNS))
+        for name in _PICKLED if pickles else ():
+            if any(snapshot.glob("*.safetensors")) or any((snapshot / found).exists() for found in _PICKLED):
+                break
+            snapshot = Path(snapshot_download(model, allow_patterns=[*_PATTERNS, name]))
+        return snapshot
     except Exception as error:  # the hub client raises errors of several libraries for one thing: it is not to be had
         raise ModelError(
             f"{model}: no such folder, and the hub could not give a model of this name ({type(error).__name__}).",

@@ -17,7 +17,7 @@ from unpoison.report.clip_views import clip_view, drift_rows, trigger_pictures
 from unpoison.report.frontier import frontier
 from unpoison.report.model_views import model_view, trigger_picture
 from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
-from unpoison.report.rates import excess_of, rate_rows
+from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import count, counted, duration, interval, percent, plain, shortened, tied
 from unpoison.report.views import (
@@ -32,7 +32,7 @@ from unpoison.report.views import (
     scan_view,
 )
 from unpoison.report.zero_shot_view import dummy_pictures, zero_shot_view
-from unpoison.results import DatasetScan, write_atomically
+from unpoison.results import ClipEvaluation, DatasetScan, write_atomically
 
 
 def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
@@ -299,7 +299,12 @@ def _purification_steps(run: ReportRun, accepted: bool, separation: ScanView | N
 
 def _evaluation_views(run: ReportRun) -> list[EvaluationView]:
     return [
-        EvaluationView(name=name, result=result, verdict=evaluation_verdict(result), rows=rate_rows(result, None))
+        EvaluationView(
+            name=name,
+            result=result,
+            verdict=evaluation_verdict(result),
+            rows=rate_rows(result, None) + (retrieval_rows(result, None) if isinstance(result, ClipEvaluation) else []),
+        )
         for name, result in run.evaluations.items()
     ]
 

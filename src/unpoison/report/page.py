@@ -11,7 +11,7 @@ from unpoison.report.rates import RateRow, excess_of
 from unpoison.report.runs import ReportRun
 from unpoison.report.text import duration, percent
 from unpoison.report.views import Figure, ScanView, Verdict, facts
-from unpoison.results import DatasetScan, Evaluation, Purification
+from unpoison.results import ClipEvaluation, DatasetScan, Evaluation, Purification
 from unpoison.zero_shot_results import ZeroShotPurification
 
 
@@ -33,7 +33,7 @@ class Tile:
 @dataclass(frozen=True, kw_only=True)
 class EvaluationView:
     name: str
-    result: Evaluation
+    result: Evaluation | ClipEvaluation
     verdict: Verdict
     rows: list[RateRow]
 
@@ -82,13 +82,19 @@ def repair_summary(result: ClipPurification | ZeroShotPurification) -> dict[str,
 
 def provenance(
     run: ReportRun,
-    result: DatasetScan | ModelScan | Purification | ClipPurification | ZeroShotPurification | Evaluation,
+    result: DatasetScan
+    | ModelScan
+    | Purification
+    | ClipPurification
+    | ZeroShotPurification
+    | Evaluation
+    | ClipEvaluation,
     *,
     source: str | None = None,
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Captioned tables: the run, what it was given, its configuration, the content hashes of its inputs."""
     rows: list[tuple[str, object]] = [("folder or file", run.path), ("source", source)]
-    if not isinstance(result, Evaluation):
+    if not isinstance(result, Evaluation | ClipEvaluation):
         method = result.weights.method if isinstance(result, ModelScan) else result.method
         rows += [("method", method or None), ("seed", result.seed)]
     if isinstance(result, ClipPurification | ZeroShotPurification):
@@ -98,9 +104,9 @@ def provenance(
         rows.append(("finished", run.finished_at.strftime("%Y-%m-%d %H:%M UTC")))
     rows.append(("report by", f"unpoison {__version__}"))
     tables = [("Run", facts((name, value) for name, value in rows if value is not None))]
-    if not isinstance(result, Evaluation):
+    if not isinstance(result, Evaluation | ClipEvaluation):
         tables.append(("Configuration", facts(result.config.items())))
     tables.append(("The command's inputs", facts(run.inputs.items())))
-    if not isinstance(result, Evaluation):
+    if not isinstance(result, Evaluation | ClipEvaluation):
         tables.append(("Hashes and versions", facts(result.inputs.items())))
     return tables

@@ -19,6 +19,7 @@ from unpoison.model_results import ModelScan
 from unpoison.report.text import plain
 from unpoison.results import (
     REGION_NAMES,
+    ClipEvaluation,
     DatasetScan,
     Evaluation,
     Purification,
@@ -45,6 +46,7 @@ _KINDS = {
     "unpoison/clip-purification": ClipPurification,
     "unpoison/zero-shot-purification": ZeroShotPurification,
     "unpoison/evaluation": Evaluation,
+    "unpoison/clip-evaluation": ClipEvaluation,
 }
 
 
@@ -84,7 +86,7 @@ class ReportRun:
     clip: ClipPurification | None = None
     zero_shot: ZeroShotPurification | None = None
     model_scan: ModelScan | None = None
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    evaluations: dict[str, Evaluation | ClipEvaluation] = field(default_factory=dict)
     scores: SampleScores | None = None
     split: Split | None = None
     samples: tuple[ReportSample, ...] = ()
@@ -108,7 +110,9 @@ def read_run(path: Path) -> ReportRun:
     scan = _read_json(path / "scan.json", DatasetScan)
     model_scan = _read_json(path / MODEL_SCAN, ModelScan)
     purified = _read_file(path / "purification.json") if (path / "purification.json").exists() else None
-    evaluations = {file.stem: Evaluation.load(file) for file in sorted(path.glob("evaluation*.json"))}
+    evaluations: dict[str, Evaluation | ClipEvaluation] = {}
+    for file in sorted(path.glob("evaluation*.json")):
+        evaluations |= _read_file(file).evaluations
     if scan is None and model_scan is None and purified is None and not evaluations:
         raise ResultError(
             f"{path}: expected scan.json, {MODEL_SCAN}, purification.json or evaluation*.json, found none of them.",
@@ -164,7 +168,7 @@ def _read_file(path: Path) -> ReportRun:
         clip=result if isinstance(result, ClipPurification) else None,
         zero_shot=result if isinstance(result, ZeroShotPurification) else None,
         model_scan=result if isinstance(result, ModelScan) else None,
-        evaluations={path.stem: result} if isinstance(result, Evaluation) else {},
+        evaluations={path.stem: result} if isinstance(result, Evaluation | ClipEvaluation) else {},
         finished_at=datetime.fromtimestamp(path.stat().st_mtime, UTC),
     )
 

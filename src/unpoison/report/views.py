@@ -17,7 +17,7 @@ from unpoison.report.charts import ClassCount
 from unpoison.report.rates import RateRow, excess_of
 from unpoison.report.runs import ReportRun, ReportSample
 from unpoison.report.text import counted, interval, percent, shortened
-from unpoison.results import CLEAN, MIXED, SUSPECT, Evaluation, PoisonEstimate, Purification, SkippedRow
+from unpoison.results import CLEAN, MIXED, SUSPECT, ClipEvaluation, Evaluation, PoisonEstimate, Purification, SkippedRow
 
 SHOWN_SKIPPED = 50
 AXIS_WORDS = {
@@ -207,7 +207,7 @@ def purification_verdict(result: Purification) -> Verdict:
     return Verdict(tone="ok", word="Accepted", sentence=sentence, detail=result.reason)
 
 
-def evaluation_verdict(result: Evaluation) -> Verdict:
+def evaluation_verdict(result: Evaluation | ClipEvaluation) -> Verdict:
     accuracy = f"{percent(result.c_acc.value)} ({interval(result.c_acc)} %) of {counted(result.c_acc.n, 'clean image')}"
     if result.asr is None:
         return Verdict(
