@@ -69,8 +69,8 @@ def test_every_end_of_a_process_is_a_result(worker: Worker, grid: Grid, tmp_path
 
 def test_a_cell_passes_through_a_message_unchanged(grid: Grid, tmp_path: Path) -> None:
     for cell in grid.cells:
-        again, folder = read_message(cell_message(cell, tmp_path))
-        assert (again, again.key, folder) == (cell, cell.key, tmp_path)
+        again, folder, start = read_message(cell_message(cell, tmp_path))
+        assert (again, again.key, folder, start) == (cell, cell.key, tmp_path, Path.cwd())
 
 
 def test_errors_of_a_cell_are_its_value(grid: Grid, tmp_path: Path) -> None:

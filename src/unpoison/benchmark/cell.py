@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from unpoison.benchmark.settings import (
@@ -72,7 +73,7 @@ class Cell:
         body["attack"] = None if self.attack is None else self.attack.inputs()
         return {"benchmark": VERSION} | body
 
-    @property
+    @cached_property
     def key(self) -> str:
         return digest(self.inputs)
 

@@ -28,10 +28,13 @@ COMMAND = (sys.executable, "-m", "unpoison.benchmark.worker")
 
 
 class Worker:
-    """Computes cells in a process of its own; a new one is started after a crash, a hang or too much memory."""
+    """Computes cells in a process of its own; a new one is started after a crash, a hang or too much memory.
 
-    def __init__(self, logs: Path, *, command: Sequence[str] = COMMAND) -> None:
-        self._logs = logs
+    ``start``: the folder that relative paths of cells start from, this process's own unless given.
+    """
+
+    def __init__(self, logs: Path, *, start: Path | None = None, command: Sequence[str] = COMMAND) -> None:
+        self._logs, self._start = logs, start
         self._command = tuple(command)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes] = queue.Queue()
@@ -98,7 +101,7 @@ class Worker:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(  # noqa: S603 - our own module
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                    start_new_session=True,
+                    start_new_session=True, cwd=self._start,
                 )  # fmt: skip
             threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
         return self._process

@@ -115,6 +115,14 @@ class Store:
     def has(self, key: str) -> bool:
         return self.file(key).exists()
 
+    def stamp(self, key: str) -> tuple[int, int] | None:
+        """Another one for every result that is saved under the key; None without a result."""
+        try:
+            found = self.file(key).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def load(self, key: str) -> CellResult:
         return CellResult.load(self.file(key))
 
@@ -192,11 +200,11 @@ def _read(note: Path) -> dict[str, Any] | None:
 
 
 def cell_message(cell: Cell, folder: Path) -> bytes:
-    """A cell and the folder it works in as one line, for another process."""
-    return msgspec.json.encode({"cell": asdict(cell), "folder": str(folder)})
+    """A cell, the folder it works in and the one that its relative paths start from, as a line for another process."""
+    return msgspec.json.encode({"cell": asdict(cell), "folder": str(folder), "start": str(Path.cwd())})
 
 
-def read_message(line: bytes) -> tuple[Cell, Path]:
+def read_message(line: bytes) -> tuple[Cell, Path, Path]:
     """What :func:`cell_message` wrote."""
     body = msgspec.json.decode(line)
-    return msgspec.convert(body["cell"], Cell), Path(body["folder"])
+    return msgspec.convert(body["cell"], Cell), Path(body["folder"]), Path(body["start"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from unpoison.errors import MissingExtraError, UsageError
 
 LOCAL = "local"
 _CONNECT = 5.0
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -26,13 +28,13 @@ def cluster(address: str, processors: int | None = None) -> Iterator[Any]:
         raise MissingExtraError("--ray", "ray") from error
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
-        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
+        ray.init(address=LOCAL, num_cpus=processors, include_dashboard=False, **quiet)  # none that runs already
     else:
         check_answers(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise no_answer(address, str(error).strip().splitlines()[0] if str(error).strip() else "") from error
+            raise no_answer(address, reason_of(error)) from error
     try:
         yield ray
     finally:
@@ -78,4 +80,14 @@ def no_answer(address: str, why: str) -> UsageError:
     )
 
 
-__all__ = ["LOCAL", "check_answers", "cluster", "count_workers", "pool_size"]
+def reason_of(error: BaseException) -> str:
+    """The error behind Ray's, in one line: Ray quotes whole tracebacks, in color, and adds advice."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception) and not type(cause).__module__.startswith("ray."):
+        return f"{type(cause).__name__}: {cause}".strip().splitlines()[0].rstrip(".")
+    lines = [line.strip() for line in _COLORS.sub("", str(error)).strip().splitlines()]
+    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]+(Error|Exception): ", line)]
+    return (named[-1] if named else next(iter(lines), "") or type(error).__name__).rstrip(".")
+
+
+__all__ = ["LOCAL", "check_answers", "cluster", "count_workers", "pool_size", "reason_of"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from unpoison.detection.cgd import (
     train_early_model,
     training_rows,
 )
-from unpoison.distributed.cluster import LOCAL, cluster, pool_size
+from unpoison.distributed.cluster import LOCAL, cluster, pool_size, reason_of
 from unpoison.distributed.parts import Judges, Part, judge, keep, key_of, portable, stored
 from unpoison.errors import ResultError
 from unpoison.models.classifier import new_classifier
@@ -244,17 +243,10 @@ def _judged_on_ray(
             yield ray.cloudpickle.loads(row["part"])
     except ray.exceptions.RayError as error:
         raise ResultError(
-            f"the workers cannot judge {source.name}: {_reason(error)}.",
+            f"the workers cannot judge {source.name}: {reason_of(error)}.",
             hint="Every node needs this version of unpoison, and a source in files at the same path as here. Parts "
             "that were judged are kept: the same command goes on after them.",
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The error behind Ray's, which quotes whole tracebacks and adds advice."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]+(Error|Exception): ", line)]
-    return (named or lines or [type(error).__name__])[-1].rstrip(".")
 
 
 @contextmanager
