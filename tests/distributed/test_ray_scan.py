@@ -227,6 +227,10 @@ def test_what_cannot_be(
     words = ["scan", "dataset", str(file), "-o", "none", "--ray"]
     assert main([*words, "local", "--method", "strip"]) == 2
     assert "--ray is for cgd, not for strip" in capsys.readouterr().err
+    assert main([*words, "--method", "dao"]) == 2  # the address left out
+    assert "--ray is for cgd, not for dao" in capsys.readouterr().err
+    assert main([*words[:-1], "--method", "strip", "--ray"]) == 2
+    assert "--ray is for cgd, not for strip" in capsys.readouterr().err
     assert main([*words, "local", "--pairs"]) == 2
     assert "--ray is for cgd, not for pairs" in capsys.readouterr().err
     with socket.socket() as taken:

@@ -52,7 +52,9 @@ def run(
         str | None,
         Parameter(
             show_default=False,
-            help="Run the cells as tasks of the Ray cluster at this address; 'local' starts one on this machine.",
+            metavar="[ADDRESS]",
+            help="Run the cells as tasks of the Ray cluster at HOST:PORT or 'auto'. Last or before another option, it "
+            "needs no address: one is started on this machine ('local').",
         ),
     ] = None,
     options: Common = Common(),

@@ -66,7 +66,10 @@ def check_answers(address: str) -> None:
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit() or not host:
-        raise UsageError(f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.", hint="For example 10.0.0.1:6379.")
+        raise UsageError(
+            f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.",
+            hint="For example 10.0.0.1:6379; --ray alone, last or before another option, starts one on this machine.",
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
     except (OSError, OverflowError) as error:
@@ -76,7 +79,7 @@ def check_answers(address: str) -> None:
 def no_answer(address: str, why: str) -> UsageError:
     return UsageError(
         f"no Ray cluster answers at {address} ({why}).",
-        hint="Start one with `ray start --head`, or run on this machine: --ray local.",
+        hint="Start one with `ray start --head`, or run on this machine: --ray alone.",
     )
 
 
