@@ -17,7 +17,7 @@ from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
-from unpoison.benchmark.settings import MethodSettings
+from unpoison.benchmark.settings import MethodSettings, class_number
 from unpoison.benchmark.shared import Step, Stopwatch, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
@@ -26,7 +26,6 @@ from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import SeparationConfig, score_with_cgd
 from unpoison.detection.thresholds import split_by_evidence
-from unpoison.errors import UnknownMethodError
 from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier, labelled_parts
 from unpoison.evaluation.metrics import auroc, precision, recall
 from unpoison.models.classifier import ImageClassifier, load_classifier, new_classifier, save_classifier
@@ -90,7 +89,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     """The set, poisoned where there is an attack; the poisoning is made once."""
     run = Run(seed=cell.names.seed, progress=progress, cache=folder / "cache")
     clean = open_images(cell.data.train or "")
-    seed, target = cell.names.seed, target_label(cell.data.target, clean.class_names)
+    seed, target = cell.names.seed, class_number(cell.data.target, clean.class_names)
     inputs: dict[str, Any] = {"kind": "classifier", "train": clean.fingerprint(), "seed": seed}
     attack = cell.attack
     if attack is None:
@@ -104,7 +103,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         selection = labelled_selection(attack, clean, target, cell.model.clip, run=made)
         options = {"mode": attack.mode, "selection": selection, **labelled_params(attack, clean, target, run=made)}
         first = Part(trigger=attack.trigger, target=target, rate=cell.names.rate, options=options)
-        more = [further_part(part, target_label(part.target, clean.class_names)) for part in attack.also]
+        more = [further_part(part, class_number(part.target, clean.class_names)) for part in attack.also]
         parts = labelled_parts(plan_parts(clean, [first, *more], seed=seed))
         parts[0] = fitted(attack, clean, parts[0], run=made)
         whole = PoisoningParts(parts=tuple(parts)) if more else parts[0]
@@ -115,15 +114,6 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     several = isinstance(poisoning, PoisoningParts)
     poisoned = apply_parts(clean, poisoning) if several else apply_poisoning(clean, poisoning)
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
-
-
-def target_label(target: str | int, class_names: tuple[str, ...]) -> int:
-    """The attack's class by name or number. Raises UnknownMethodError for a name that is none."""
-    if isinstance(target, int):
-        return target
-    if target not in class_names:
-        raise UnknownMethodError(target, class_names, kind="class")
-    return class_names.index(target)
 
 
 def _victim(setting: Setting) -> Step:
