@@ -24,6 +24,7 @@ from unpoison.errors import ResultError
 from unpoison.storage import from_json
 
 _POLL, _TAIL = 0.2, 400
+_NEARLY = 0.75
 COMMAND = (sys.executable, "-m", "unpoison.benchmark.worker")
 
 
@@ -86,7 +87,8 @@ class Worker:
             if process.poll() is not None:
                 with contextlib.suppress(queue.Empty):
                     return most, self._answers.get(timeout=_POLL), "done", ""
-                return most, None, "crashed", _ended(process.returncode)
+                status = "out of memory" if _starved(process.returncode, most, limits.memory) else "crashed"
+                return most, None, status, _ended(process.returncode)
             if most > limits.memory * 2**20:
                 return most, None, "out of memory", f"It took more than {limits.memory:,} MiB and was stopped."
             if time.monotonic() - began > limits.seconds:
@@ -141,6 +143,12 @@ def _read(process: subprocess.Popen[bytes], answers: queue.Queue[bytes]) -> None
         with contextlib.suppress(ValueError, OSError):
             for line in process.stdout:
                 answers.put(line)
+
+
+def _starved(code: int, most: int, limit: int) -> bool:
+    """Whether a process that the system killed had taken nearly all that it, or the machine, may: the kernel does that
+    between two looks at it."""
+    return code == -signal.SIGKILL and most > _NEARLY * min(limit * 2**20, psutil.virtual_memory().total)
 
 
 def _ended(code: int) -> str:
