@@ -85,6 +85,18 @@ def test_the_hash_is_of_all_inputs_and_of_nothing_else(grid: Grid, tables: dict[
     assert keys[0] != keys[1]
 
 
+def test_a_precision_makes_other_cells_but_the_one_that_came_first(tables: dict[str, Any]) -> None:
+    names = {}
+    for precision in ("no", "bf16", "fp16"):
+        made = make_grid(tables | {"precision": precision}, name="g", path="g.toml")
+        assert {cell.precision for cell in made.cells} == {precision}
+        names[precision] = [cell.key for cell in made.cells]
+        assert all(("precision" in cell.inputs) == (precision != "bf16") for cell in made.cells)
+    assert len(set(names["no"] + names["bf16"] + names["fp16"])) == 3 * len(names["no"])
+    assert [cell.key for cell in make_grid(tables, name="g", path="g.toml").cells] == names["no"]
+    assert "precision must be one of no, bf16, fp16, got 'half'." in problems_of(tables | {"precision": "half"})
+
+
 def test_all_that_is_wrong_is_said_at_once(tables: dict[str, Any]) -> None:
     tables["colour"] = 1
     tables["least_asr"] = 101

@@ -25,7 +25,7 @@ from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
 from unpoison.benchmark.settings import SHOTS, MethodSettings, class_number
-from unpoison.benchmark.shared import Step, Stopwatch, shared
+from unpoison.benchmark.shared import Step, Stopwatch, run_of, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
 from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
@@ -110,7 +110,7 @@ def victim_of(setting: Setting) -> Path:
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     """Pairs, poisoned where there is an attack; the poisoning, and the trigger's training, are made once."""
     data, seed, attack = cell.data, cell.names.seed, cell.attack
-    run = Run(seed=seed, progress=progress, cache=folder / "cache")
+    run = run_of(cell, folder, progress)
     base = load_any_clip(cell.model.model)
     labelled = None if data.train is None else open_images(data.train)
     test = open_images(data.test)
@@ -121,6 +121,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         images = None if data.clean is None else open_images(data.clean)
         repair = _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
     inputs: dict[str, Any] = {"kind": "clip", "pairs": clean.fingerprint, "base": base.fingerprint, "seed": seed}
+    inputs |= cell.named_precision
     target = test.class_names[class_number(data.target, test.class_names)]
     known: dict[str, Any] = {
         "cell": cell, "folder": folder, "run": run, "base": base, "clean": clean, "repair": repair,

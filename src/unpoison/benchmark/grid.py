@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from unpoison.benchmark.cell import DEFAULTS, Cell, Names
 from unpoison.benchmark.checks import (
@@ -36,6 +36,7 @@ from unpoison.benchmark.settings import (
     Limits,
     MethodSettings,
     ModelSettings,
+    Precision,
     Product,
     Reported,
 )
@@ -49,7 +50,7 @@ T = TypeVar("T")
 TABLES: dict[str, type] = {
     "data": DataSettings, "model": ModelSettings, "attack": AttackSettings, "method": MethodSettings,
 }  # fmt: skip
-KEYS = ("description", "not_run", "least_asr", "limits", "cells", "reported", *TABLES)
+KEYS = ("description", "not_run", "least_asr", "precision", "limits", "cells", "reported", *TABLES)
 LEAST_ASR = 90.0
 
 
@@ -83,6 +84,10 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 100:
         problems.append(f"least_asr must be a number from 0 to 100, got {least!r}.")
         least = LEAST_ASR
+    precision = values.get("precision", "no")
+    if precision not in get_args(Precision):
+        problems.append(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}.")
+        precision = "no"
     for key in ("description", "not_run"):
         if not isinstance(values.get(key, ""), str):
             problems.append(f"{key} must be a text, got {values[key]!r}.")
@@ -95,8 +100,9 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     cells: dict[Names, Cell] = {}
     for at, entry in enumerate(wanted, start=1):
         if entry is not None:
-            found = _cells(entry, tables, f"[[cells]] {at}", limits, float(least), problems)
-            cells |= {cell.names: cell for cell in found if cell.names not in cells}
+            found = _cells(entry, tables, f"[[cells]] {at}", problems)
+            common = {"least_asr": float(least), "precision": precision, "limits": limits}
+            cells |= {cell.names: replace(cell, **common) for cell in found if cell.names not in cells}
     reported = _reported(values.get("reported", []), cells, problems)
     _check_files(cells.values(), problems)
     if problems:
@@ -193,9 +199,7 @@ def _check_tables(tables: dict[str, dict[str, Any]], problems: list[str]) -> Non
         )
 
 
-def _cells(
-    entry: Product, tables: dict[str, dict[str, Any]], where: str, limits: Limits, least: float, problems: list[str]
-) -> list[Cell]:
+def _cells(entry: Product, tables: dict[str, dict[str, Any]], where: str, problems: list[str]) -> list[Cell]:
     """The product's cells, with the victim as given before the first repair of it; what is wrong goes to problems."""
     usable = {}
     for key in ("data", "model", "attack", "method"):
@@ -226,7 +230,7 @@ def _cells(
             cells.append(
                 Cell(
                     names=names, data=data[1], model=model[1], attack=attack[1][0], method=methods[method][0],
-                    least_asr=least, limits=limits,
+                    least_asr=LEAST_ASR,
                 )
             )  # fmt: skip
     return cells

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from unpoison.errors import ConfigError, LabelRangeError, UnknownMethodError
 
 ModelKind = Literal["classifier", "clip"]
+Precision = Literal["no", "bf16", "fp16"]
+"""In which CLIPs are trained: accelerate's mixed precision."""
 CLEAN = "clean"
 """The attack that is none: the control of every table."""
 GIVEN = "none"
