@@ -67,6 +67,7 @@ def run_grid(
             with store.lease(key) as ours:
                 if not ours:
                     continue
+                store.refresh(key)
                 if not pending.is_settled(key, store):
                     progress.log(f"[{total - len(pending.cells) + 1}/{total}] {key} {cell.names}")
                     result = finish(unfit(cell, store) or execute(cell, store.path), cell, grid, store)
@@ -145,7 +146,7 @@ def unfit(cell: Cell, store: Store) -> CellResult | None:
 
 def finish(result: CellResult, cell: Cell, grid: Grid, store: Store) -> CellResult:
     """The result with the command that makes it again, and when it was made."""
-    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", str(store.path))
+    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", store.place)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return replace(result, command=shlex.join(words), finished=now)
 

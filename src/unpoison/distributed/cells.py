@@ -68,6 +68,7 @@ def run_grid_on_ray(
                         lease.close()
                         continue
                     pending.remove(key)
+                    store.refresh(key)
                     if pending.is_settled(key, store):
                         lease.close()
                         continue
