@@ -54,7 +54,8 @@ def run_of(cell: Cell, folder: Path | None, progress: Progress) -> Run:
         accelerator = Accelerator(mixed_precision=cell.precision)
     except ValueError as error:
         raise ConfigError(
-            f"precision {cell.precision!r} cannot be had here: {error}.", hint="fp16 is for GPUs; elsewhere take bf16."
+            f"precision {cell.precision!r} cannot be had here: {error}.",
+            hint="fp16 is for GPUs, elsewhere take bf16; a process that has begun with one precision keeps it.",
         ) from error
     cache = None if folder is None else folder / "cache"
     return Run(accelerator=accelerator, seed=cell.names.seed, progress=progress, cache=cache)

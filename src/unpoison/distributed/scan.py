@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from accelerate import Accelerator
@@ -48,7 +47,7 @@ from unpoison.models.classifier import new_classifier
 from unpoison.models.zero_shot import CHUNK, DEFAULT_TEMPLATES, class_embeddings, cut_off
 from unpoison.results import SampleScores, SkippedRow
 from unpoison.runs import Run
-from unpoison.storage import write_atomically
+from unpoison.storage import partial_of, remove_partials, write_atomically
 from unpoison.types import Classifier, ZeroShotModel
 
 Skipped = tuple[tuple[int, str], ...]
@@ -309,7 +308,7 @@ def _made_on_ray(
 @contextmanager
 def _signed(folder: Path) -> Iterator[str]:
     """A file in the folder by which a node knows that it sees this very one, and no other at the same path."""
-    sign = f".{uuid4().hex}.sign"
+    sign = partial_of(folder / "sign").name  # a killed run's is removed with what else it left
     (folder / sign).touch()
     try:
         yield sign
@@ -342,6 +341,7 @@ def _parts_folder(run: Run) -> Iterator[Path]:
         return
     folder = run.folder.path / "parts"
     folder.mkdir(exist_ok=True)
+    remove_partials(folder)
     yield folder
 
 
