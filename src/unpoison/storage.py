@@ -110,6 +110,11 @@ def _encode_numpy(value: Any) -> Any:
 
 
 def write_table(path: Path, schema: str, columns: dict[str, Any], header: dict[str, Any]) -> None:
+    write_atomically(path, table_bytes(schema, columns, header))
+
+
+def table_bytes(schema: str, columns: dict[str, Any], header: dict[str, Any]) -> bytes:
+    """The whole file that :func:`write_table` writes."""
     table = pa.table(columns).replace_schema_metadata(
         {
             "schema": f"unpoison/{schema}",
@@ -119,7 +124,7 @@ def write_table(path: Path, schema: str, columns: dict[str, Any], header: dict[s
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
+    return sink.getvalue().to_pybytes()
 
 
 def read_table(path: Path, schema: str) -> tuple[pa.Table, dict[str, Any]]:

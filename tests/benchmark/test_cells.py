@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.state import AcceleratorState
 
 from unpoison.attacks.low_gap import LowGap
 from unpoison.attacks.manifest import Poisoning
@@ -42,6 +44,27 @@ def grid_of(small_folder: Path, kind: str, attack: dict[str, Any], methods: dict
                    "method": list(methods) or ["none"], "seed": [3]}],
     }  # fmt: skip
     return make_grid(tables, name="g", path="g.toml")
+
+
+@pytest.mark.parametrize(("kind", "cells"), [("net", classifier_cells), ("clip", clip_cells)])
+def test_steps_run_and_are_named_in_the_precision_of_the_grid(
+    small_folder: Path, tmp_path: Path, kind: str, cells: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = grid_of(small_folder, kind, {"trigger": "badnet"}, {}).cells[0]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    state = AcceleratorState._shared_state  # accelerate holds one precision a process
+    before, found = dict(state), {}
+    try:
+        for precision in ("no", "bf16"):
+            state.clear()
+            setting = cells.open_setting(replace(cell, precision=precision), tmp_path, Silent())
+            assert setting.run.accelerator.mixed_precision == precision
+            found[precision] = setting.inputs
+    finally:
+        state.clear()
+        state.update(before)
+    assert found["no"] == found["bf16"] | {"precision": "no"}
+    assert len(list((tmp_path / "shared").glob("poisoning-*.lock"))) == 2
 
 
 def test_samples_near_the_boundary_are_chosen_with_the_models_clip(small_folder: Path, tmp_path: Path) -> None:

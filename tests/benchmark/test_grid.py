@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Features
 
 from unpoison.benchmark import contents
 from unpoison.benchmark.grid import Grid, make_grid, read_grid
+from unpoison.benchmark.settings import class_number
 from unpoison.catalog import DEFENSES, resolve
 from unpoison.defenses.cgd import CGDConfig
-from unpoison.errors import ConfigError, GridError
+from unpoison.errors import ConfigError, GridError, LabelRangeError
 
 GRIDS = Path(__file__).parents[2] / "grids"
 
@@ -81,6 +85,18 @@ def test_the_hash_is_of_all_inputs_and_of_nothing_else(grid: Grid, tables: dict[
     assert keys[0] != keys[1]
 
 
+def test_a_precision_makes_other_cells_but_the_one_that_came_first(tables: dict[str, Any]) -> None:
+    names = {}
+    for precision in ("no", "bf16", "fp16"):
+        made = make_grid(tables | {"precision": precision}, name="g", path="g.toml")
+        assert {cell.precision for cell in made.cells} == {precision}
+        names[precision] = [cell.key for cell in made.cells]
+        assert all(("precision" in cell.inputs) == (precision != "bf16") for cell in made.cells)
+    assert len(set(names["no"] + names["bf16"] + names["fp16"])) == 3 * len(names["no"])
+    assert [cell.key for cell in make_grid(tables, name="g", path="g.toml").cells] == names["no"]
+    assert "precision must be one of no, bf16, fp16, got 'half'." in problems_of(tables | {"precision": "half"})
+
+
 def test_all_that_is_wrong_is_said_at_once(tables: dict[str, Any]) -> None:
     tables["colour"] = 1
     tables["least_asr"] = 101
@@ -127,6 +143,65 @@ def test_cells_that_cannot_be_are_refused(tables: dict[str, Any], change: dict[s
     tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
     tables["cells"][0] |= change
     assert any(sentence in problem for problem in problems_of(tables))
+
+
+def test_every_reason_why_a_cell_cannot_be_is_found_whatever_else_is_given(tables: dict[str, Any]) -> None:
+    tables["attack"] = {
+        "chosen": {"trigger": "low-gap", "mode": "all-to-one", "select": "boundary"},
+        "labels": {"trigger": "badnet", "mode": "all-to-all"},
+        "parts": {"trigger": "badnet", "also": [{"trigger": "clean-image", "target": "rings", "rate": 0.1}]},
+        "key": {"trigger": "badnet", "also": [{"trigger": "text-key", "target": "rings", "rate": 0.1}]},
+    }
+    tables["cells"] = [
+        {"data": ["shapes"], "model": ["tiny"], "attack": ["chosen", "labels", "parts"], "method": ["par"]},
+        {"data": ["shapes"], "model": ["net"], "attack": ["key"], "method": ["ft"]},
+    ]
+    del tables["reported"]
+    found = "\n".join(problems_of(tables))
+    for sentence in (
+        "chosen: select = 'boundary' is for a classifier, not tiny.",
+        "chosen is trained on a classifier; tiny is none.",
+        "labels has no mode 'all-to-all' on the CLIP tiny. It has: all-to-one",
+        "parts: also: clean-image works on labels (clean-image); tiny is a CLIP",
+        "key: also: text-key needs image-caption pairs, which the classifier net has not.",
+    ):
+        assert sentence in found
+
+
+def test_models_and_targets_that_are_none_are_named(tables: dict[str, Any], tmp_path: Path) -> None:
+    classes = Features({"label": ClassLabel(names=["cat", "dog"])})
+    file = tmp_path / "test.parquet"
+    pq.write_table(pa.table({"label": pa.array([0, 1], pa.int64())}, schema=classes.arrow_schema), file)
+    further = {"trigger": "badnet", "target": "ringz", "rate": 0.1}
+    tables["attack"] = {"two": {"trigger": "badnet", "also": [further]}}
+    tables["data"]["shapes"]["target"] = "starr"
+    tables["data"]["animals"] = {"train": "shapes:200:0", "test": str(file), "target": 7}
+    tables["model"]["net"] |= {"arch": "small-resnt", "clip": "tinny", "gpus": -1.0}
+    tables["model"]["other"] = {"kind": "classifier", "arch": "small-resnt", "clip": "tinny"}
+    tables["model"]["own"] = {"kind": "classifier", "arch": "no.such.module:net"}
+    tables["cells"] = [
+        {"data": ["shapes"], "model": ["other", "own"], "attack": ["two"], "method": ["ft"]},
+        {"data": ["animals"], "model": ["tiny"], "attack": ["clean"], "method": ["par"]},
+    ]
+    del tables["reported"]
+    found = "\n".join(problems_of(tables))
+    for sentence in (
+        "[data.shapes]: target: There is no class named 'starr'. Did you mean 'star'?",
+        "[data.shapes]: also: badnet: There is no class named 'ringz'. Did you mean 'rings'?",
+        "[data.animals]: target: target 7 is outside the 2 classes. Give a number from 0 to 1, or a name.",
+        "[model.other]: There is no architecture named 'small-resnt'. Did you mean 'small-resnet'?",
+        "[model.own]: --arch no.such.module:net: No module named",
+        "[model.other] clip: there is no CLIP 'tinny'",
+        "[model.net]: gpus must be 0 or more, got -1.0.",
+    ):
+        assert sentence in found
+
+
+@pytest.mark.parametrize("target", [-1, 2])
+def test_a_target_out_of_range_is_refused(target: int) -> None:
+    assert class_number(1, ["cat", "dog"]) == class_number("dog", ["cat", "dog"])
+    with pytest.raises(LabelRangeError, match="outside the 2 classes"):
+        class_number(target, ["cat", "dog"])
 
 
 def test_trainings_and_choices_that_no_trigger_has_are_refused(tables: dict[str, Any]) -> None:
@@ -194,7 +269,9 @@ def test_the_quick_grid_holds() -> None:
 def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
     tables = tomllib.loads((GRIDS / f"{name}.toml").read_text())
     for data in tables["data"].values():
-        data |= {key: "shapes:100:0" for key in data if key != "target"}
+        data |= {key: "shapes:100:0" for key in data if key != "target"} | {"target": 0}
+    for part in (part for attack in tables["attack"].values() for part in attack.get("also", [])):
+        part["target"] = 1
     for model in tables["model"].values():
         model |= {"model": "tiny", "clip": "tiny"}
     grid = make_grid(tables, name=name, path=f"{name}.toml")

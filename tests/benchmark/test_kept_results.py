@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.cell import Cell, CellResult, digest
+from unpoison.benchmark.grid import Grid, read_grid
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.store import Store
 
@@ -52,3 +52,21 @@ def test_no_figure_stands_in_the_place_of_another(kept: ModuleType, grid: Grid, 
     named = [*kept.CLIP_REPAIRS, "ubt", "cbpt", "rvpt", "linear-probe", "abl-clip", *kept.SAMPLE_METHODS]
     assert sorted(kept.claims(kept.Cells.of(tmp_path))) == sorted(["grid", *named])
     assert len(named) == len(set(named))
+
+
+def test_every_kept_cell_is_still_one_of_its_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command beside a figure makes that cell. Hashes of data files, which need not be there, are those kept."""
+    root = Path(__file__).resolve().parents[2]
+    files = sorted((root / "benchmarks/results/bench-cpu/cells").glob("*.json"))
+    results = [CellResult.load(file) for file in files]
+    contents: dict[str, str] = {}
+    for result in results:
+        assert digest(result.inputs) == result.key
+        assert result.machine.endswith(", bf16")  # which no name says
+        data, known = result.inputs["data"], result.inputs["contents"]
+        contents |= {data[key]: known[f"data.{key}"] for key in data if f"data.{key}" in known}
+    monkeypatch.setattr("unpoison.benchmark.grid.source_content", lambda source: contents.get(source, "not kept"))
+    grid = read_grid(root / "grids/cpu.toml")
+    assert {cell.precision for cell in grid.cells} == {"bf16"}
+    assert len(files) > 200
+    assert {result.key for result in results} <= {cell.key for cell in grid.cells}

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from unpoison.benchmark import compute
 from unpoison.benchmark.cell import Cell
 from unpoison.benchmark.compute import try_cell
 from unpoison.benchmark.grid import Grid
@@ -33,7 +35,12 @@ for line in sys.stdin:
         for place in range(0, len(held), 4096):
             held[place] = 1
         time.sleep(60)
-    if seed == 4:
+    if seed == 7:
+        held = bytearray(170 << 20)
+        for place in range(0, len(held), 4096):
+            held[place] = 1
+        time.sleep(1)
+    if seed in (4, 7):
         os.kill(os.getpid(), 9)
     body = {"schema": "unpoison/bench-cell", "schema_version": 1, "key": "k", "names": cell["names"], "status": "done"}
     print("nonsense" if seed == 5 else json.dumps(body), flush=True)
@@ -48,14 +55,15 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 def cell_of(grid: Grid, seed: int) -> Cell:
     cell = grid.cells[0]
-    limits = replace(cell.limits, seconds=1.5 if seed == 2 else 60.0, memory=200 if seed == 3 else 4000)
+    limits = replace(cell.limits, seconds=1.5 if seed == 2 else 60.0, memory=200 if seed in (3, 7) else 4000)
     return replace(cell, names=replace(cell.names, seed=seed), limits=limits)
 
 
 def test_every_end_of_a_process_is_a_result(worker: Worker, grid: Grid, tmp_path: Path) -> None:
-    ends = [worker(cell_of(grid, seed), tmp_path) for seed in range(7)]
+    ends = [worker(cell_of(grid, seed), tmp_path) for seed in range(8)]
     assert [end.status for end in ends] == [
-        "done", "crashed", "timed out", "out of memory", "crashed", "crashed", "done"
+        "done", "crashed", "timed out", "out of memory", "crashed", "crashed", "done",
+        "out of memory",
     ]  # fmt: skip
     assert "ended with code 7" in ends[1].reason
     assert "a last word" in ends[1].hint
@@ -64,13 +72,14 @@ def test_every_end_of_a_process_is_a_result(worker: Worker, grid: Grid, tmp_path
     assert ends[3].cost.memory > 200
     assert "SIGKILL" in ends[4].reason
     assert "cannot be read" in ends[5].reason
+    assert "SIGKILL" in ends[7].reason
     assert all(end.cost.wall > 0 for end in ends)
 
 
 def test_a_cell_passes_through_a_message_unchanged(grid: Grid, tmp_path: Path) -> None:
     for cell in grid.cells:
-        again, folder = read_message(cell_message(cell, tmp_path))
-        assert (again, again.key, folder) == (cell, cell.key, tmp_path)
+        again, folder, start = read_message(cell_message(cell, tmp_path))
+        assert (again, again.key, folder, start) == (cell, cell.key, tmp_path, Path.cwd())
 
 
 def test_errors_of_a_cell_are_its_value(grid: Grid, tmp_path: Path) -> None:
@@ -79,6 +88,15 @@ def test_errors_of_a_cell_are_its_value(grid: Grid, tmp_path: Path) -> None:
     assert refused.status == "refused"
     assert "gone.parquet" in refused.reason
     assert refused.hint
+
+
+def test_memory_that_torch_cannot_get_is_no_crash(grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*arguments: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(compute, "classifier_cell", too_much)
+    found = try_cell(grid.cells[0], tmp_path)
+    assert (found.status, "can't allocate memory" in found.reason) == ("out of memory", True)
 
 
 def test_the_worker_ends_with_its_owner(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import json
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,12 @@ import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.grid import Grid, make_grid
+from unpoison.benchmark.outcomes import failed
+from unpoison.benchmark.process import Worker
 from unpoison.benchmark.runner import run_grid
-from unpoison.benchmark.store import Store
-from unpoison.distributed.cells import run_grid_on_ray
+from unpoison.benchmark.store import Store, cell_message
+from unpoison.distributed import cells
+from unpoison.distributed.cells import result_of, run_grid_on_ray
 from unpoison.distributed.cluster import check_answers
 from unpoison.errors import UsageError
 from unpoison.storage import from_json
@@ -74,8 +80,9 @@ def kept(store: Store) -> dict[str, Any]:
 
 
 def test_a_lost_worker_costs_nothing_and_results_equal_those_of_one_process(
-    tables: dict[str, Any], tmp_path: Path, by_value: None
+    tables: dict[str, Any], tmp_path: Path, by_value: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # "local" joins no cluster that the environment names
     grid = small(make_grid(tables, name="tiny", path="tiny.toml"))
     alone, spread = Store.open(tmp_path / "alone"), Store.open(tmp_path / "spread")
     for seed in ("clean", "badnet"):
@@ -112,6 +119,88 @@ def with_key(grid: Grid) -> Callable[[bytes], bytes]:
         return stand_in(json.dumps(body | {"key": keys[json.dumps(body["cell"]["names"])]}).encode())
 
     return compute
+
+
+def answering(message: bytes) -> bytes:
+    """Answers of a node that is not what it should be, by the seed."""
+    import json
+
+    seed = json.loads(message)["cell"]["names"]["seed"]
+    if seed == 0:
+        return b'{"schema": "unpoison/bench-cell", "schema_version": 99}'
+    raise ValueError("no room on this node\nsecond line")
+
+
+def test_answers_that_cannot_be_used_cost_their_cells_alone_and_waiting_costs_nothing(
+    tables: dict[str, Any], tmp_path: Path, by_value: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del tables["reported"]
+    tables["cells"][0] |= {"attack": ["clean"], "method": ["none"], "seed": [0, 1, 2]}
+    grid, store = small(make_grid(tables, name="tiny", path="tiny.toml")), Store.open(tmp_path / "out")
+    first, second, other = grid.cells
+    looked: list[str] = []
+    plain = Store.stamp
+    monkeypatch.setattr(Store, "stamp", lambda store, key: looked.append(key) or plain(store, key))
+
+    def another_runner() -> None:
+        with store.lease(other.key) as ours:
+            assert ours
+            held.set()
+            while not store.has(second.key) or not store.has(first.key):
+                time.sleep(0.1)
+            before = len(looked)
+            time.sleep(3.5)
+            counted.append(len(looked) - before)
+            store.save(failed(other, "crashed", "by the other runner"))
+
+    held, counted = threading.Event(), []
+    runner = threading.Thread(target=another_runner)
+    runner.start()
+    assert held.wait(10)
+    done = run_grid_on_ray(grid, store, address="local", processors=1, compute=answering)
+    runner.join()
+    assert (done.ran, done.status) == (2, {"crashed": 3})
+    assert "schema version 99" in store.load(first.key).reason
+    assert "version of unpoison" in store.load(first.key).hint
+    assert store.load(second.key).reason == "ValueError: no room on this node"
+    assert counted[0] < 20
+
+
+def test_a_node_without_memory_is_no_crash(grid: Grid) -> None:
+    class Killed:
+        exceptions = ray.exceptions
+
+        @staticmethod
+        def get(future: Any) -> bytes:
+            raise ray.exceptions.OutOfMemoryError("\x1b[36mTask was killed\x1b[39m due to the node running low.")
+
+    result = result_of(Killed, None, grid.cells[0])
+    assert (result.status, result.reason) == (
+        "out of memory", "Its node ran out of memory: Task was killed due to the node running low"
+    )  # fmt: skip
+
+
+HERE = """
+import json, os, sys
+for line in sys.stdin:
+    names = json.loads(line)["cell"]["names"]
+    body = {"schema": "unpoison/bench-cell", "schema_version": 1, "key": "k", "names": names, "status": "done"}
+    print(json.dumps(body | {"reason": os.getcwd()}), flush=True)
+"""
+
+
+def test_relative_paths_start_where_the_grid_was_started(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("start", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(cells, "Worker", partial(Worker, command=(sys.executable, "-c", HERE)))
+    monkeypatch.chdir(tmp_path / "start")
+    message = cell_message(grid.cells[0], tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert from_json(cells.compute_message(message), CellResult).reason == str(tmp_path / "start")
+    (tmp_path / "start").rmdir()
+    assert from_json(cells.compute_message(message), CellResult).reason == str(tmp_path / "elsewhere")
 
 
 def test_an_address_that_does_not_answer_is_said(grid: Grid, tmp_path: Path) -> None:

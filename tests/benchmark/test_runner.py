@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.cell import Cell, CellResult, digest
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.runner import run_grid
@@ -110,6 +110,36 @@ def test_two_runners_share_the_cells(grid: Grid, made_up: Execute, tmp_path: Pat
     for runner in runners:
         runner.join()
     assert sorted(ran) == sorted(cell.key for cell in grid.cells)
+
+
+def test_two_runners_retry_each_failed_cell_once(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, ran = Store.open(tmp_path / "out"), []
+    run_grid(grid, store, execute=lambda cell, folder: failed(cell, "crashed", "planted"))
+    both = threading.Barrier(2)
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        ran.append(cell.key)
+        if len(ran) <= 2:
+            both.wait(20)  # each has read what is there
+        return failed(cell, "crashed", "again") if cell.names.method == "ft" else made_up(cell, folder)
+
+    options = {"execute": execute, "retry": True}
+    runners = [threading.Thread(target=run_grid, args=(grid, store), kwargs=options) for _ in range(2)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert sorted(ran) == sorted(cell.key for cell in grid.cells)
+
+
+def test_names_of_cells_are_not_computed_again_and_again(
+    tables: dict[str, Any], made_up: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables["cells"][0]["seed"] = list(range(10))
+    grid, computed = make_grid(tables, name="many", path="many.toml"), []
+    monkeypatch.setattr("unpoison.benchmark.cell.digest", lambda value: computed.append(1) or digest(value))
+    run_grid(grid, Store.open(tmp_path / "out"), execute=made_up)
+    assert len(computed) <= 4 * len(grid.cells)
 
 
 def test_a_lease_is_held_by_one_and_freed_when_its_holder_dies(tmp_path: Path) -> None:

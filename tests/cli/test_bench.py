@@ -134,6 +134,22 @@ def test_status_and_table_of_a_folder(here: Callable, tmp_path: Path, cut: Path,
     assert (tmp_path / "leaderboard.html").stat().st_size > 10_000
 
 
+def test_results_stand_at_an_address(here: Callable, tmp_path: Path, cut: Path, planted_results: Path) -> None:
+    keys = [file.stem for file in (planted_results / "cells").glob("*.json")]
+    victim = next(key for key in keys if CellResult.load(planted_results / f"cells/{key}.json").status == "done")
+    url = f"file://{planted_results}"
+    ran = here("bench", "run", str(cut), "--cell", victim, "-o", url, "--json")
+    assert ran.code == 0, ran.err
+    assert (json.loads(ran.out)["ran"], json.loads(ran.out)["folder"]) == (0, url)
+    assert sorted(file.stem for file in (tmp_path / "runs/bench-cut/cells").iterdir()) == sorted(keys)
+    body = json.loads(here("bench", "status", url, "--json").out)
+    assert (body["folder"], body["grids"]) == (url, {"cut": {"done": 2, "crashed": 1, "to run": 1}})
+    assert here("bench", "table", url).out == here("bench", "table", str(planted_results)).out
+    done = here("bench", "table", "nope://bucket")
+    assert done.code == 2
+    assert "fsspec" in done.err
+
+
 def test_folders_that_are_none_are_refused(here: Callable, tmp_path: Path, cut: Path, planted_results: Path) -> None:
     assert here("bench", "status").code == 2
     assert here("bench", "table", "nowhere").code == 2

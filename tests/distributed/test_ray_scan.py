@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from unpoison.data.shapes import SHAPES_CLASSES, make_shapes
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import SeparationConfig
+from unpoison.distributed import scan
 from unpoison.distributed.cluster import count_workers
 from unpoison.distributed.parts import portable
 from unpoison.distributed.scan import SCORER_SAMPLES, on_a_sample, scan_dataset_on_ray
-from unpoison.errors import SourceFormatError, UsageError
+from unpoison.errors import ResultError, SourceFormatError, UsageError
 from unpoison.models.clip_transformers import load_clip
 from unpoison.runs import Run, RunFolder, Silent
 from unpoison.storage import read_table, write_table
@@ -182,6 +184,42 @@ def test_parts_that_are_there_are_not_computed_again(
     assert sum("computed again" in line for line in lines) == 2
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_parts_come_from_workers_or_are_handed_back_where_these_do_not_see_the_folder(
+    cluster: str,
+    source: LabelledImages,
+    clip: ZeroShotModel,
+    finished: tuple[Path, ScanOutcome, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seen: bool,
+) -> None:
+    folder = tmp_path / "scan"
+    shutil.copytree(finished[0], folder)
+    parts = sorted((folder / "parts").glob("*.parquet"))
+    before = {part: part.read_bytes() for part in parts}
+    for part in parts[2:5]:
+        part.unlink()
+    written: list[str] = []
+
+    def write(path: Path, data: bytes) -> None:
+        written.append(path.name)
+        path.write_bytes(data)
+
+    monkeypatch.setattr(scan, "write_atomically", write)  # in this process alone
+    if not seen:
+        monkeypatch.setattr(scan, "_signed", lambda folder: nullcontext("another folder"))
+    check_same(on_ray(cluster, source, clip, folder), finished[1])
+    assert sorted(written) == ([] if seen else [part.name for part in parts[2:5]])
+    assert {part: part.read_bytes() for part in parts} == before
+    assert {path.suffix for path in (folder / "parts").iterdir()} == {".parquet"}
+
+
+def test_a_part_that_is_gone_is_said(source: LabelledImages, tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="is gone or damaged"):
+        scan.rank_parts(source, tmp_path, [slice(0, PART)], "key", CONFIG, Run(accelerator=Accelerator(cpu=True)), ())
+
+
 def test_too_many_bad_rows_stop_it(
     cluster: str,
     source: LabelledImages,
@@ -227,8 +265,15 @@ def test_what_cannot_be(
     words = ["scan", "dataset", str(file), "-o", "none", "--ray"]
     assert main([*words, "local", "--method", "strip"]) == 2
     assert "--ray is for cgd, not for strip" in capsys.readouterr().err
+    assert main([*words, "--method", "dao"]) == 2  # the address left out
+    assert "--ray is for cgd, not for dao" in capsys.readouterr().err
+    assert main([*words[:-1], "--method", "strip", "--ray"]) == 2
+    assert "--ray is for cgd, not for strip" in capsys.readouterr().err
     assert main([*words, "local", "--pairs"]) == 2
     assert "--ray is for cgd, not for pairs" in capsys.readouterr().err
+    assert main([*words[:3], "-o", "s3://bucket/scan", "--ray"]) == 2
+    assert "-o s3://bucket/scan is an address" in capsys.readouterr().err
+    assert not (tmp_path / "s3:").exists()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         assert main([*words, f"127.0.0.1:{taken.getsockname()[1]}"]) == 2
@@ -250,6 +295,18 @@ def test_rows_travel_without_the_others(source: LabelledImages) -> None:
         assert part.ids == whole.ids[10:20]
         assert part.raw(range(10)) == whole.raw(range(10, 20))
         assert part.labels.tolist() == whole.labels[10:20].tolist()
+
+
+def test_a_relative_folder_travels_as_the_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_shapes(6, seed=1)
+    for row, pixels in enumerate(world.images):
+        place = tmp_path / "here" / "set" / ("even" if row % 2 == 0 else "odd")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{row}.png")
+    monkeypatch.chdir(tmp_path / "here")
+    part = portable(open_images("set"), slice(1, 4))
+    monkeypatch.chdir(tmp_path)
+    assert all(isinstance(image, Image.Image) for image in part.decode(np.arange(3)))
 
 
 def test_what_is_asked_for_without_a_cluster() -> None:

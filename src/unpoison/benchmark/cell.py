@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from unpoison.benchmark.settings import (
@@ -15,6 +16,7 @@ from unpoison.benchmark.settings import (
     Limits,
     MethodSettings,
     ModelSettings,
+    Precision,
 )
 from unpoison.results import Drift, Interval
 from unpoison.storage import JsonResult
@@ -22,6 +24,8 @@ from unpoison.storage import JsonResult
 VERSION = 1
 """Raised when the same inputs would give other figures than before."""
 DEFAULTS = "method.defaults"
+UNNAMED: Precision = "bf16"
+"""The precision that no name counts: that of the cells which were kept before a grid said its own."""
 Status = Literal["done", "refused", "crashed", "timed out", "out of memory"]
 
 
@@ -60,6 +64,7 @@ class Cell:
     attack: AttackSettings | None
     method: MethodSettings | None
     least_asr: float
+    precision: Precision = "no"
     contents: dict[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
 
@@ -67,12 +72,17 @@ class Cell:
     def inputs(self) -> dict[str, Any]:
         """What the name is a hash of: everything but the limits."""
         body = asdict(self)
-        del body["limits"]
+        del body["limits"], body["precision"]
         del body["model"]["gpus"]
         body["attack"] = None if self.attack is None else self.attack.inputs()
-        return {"benchmark": VERSION} | body
+        return {"benchmark": VERSION} | body | self.named_precision
 
     @property
+    def named_precision(self) -> dict[str, str]:
+        """The precision as names of cells and of shared steps count it."""
+        return {} if self.precision == UNNAMED else {"precision": self.precision}
+
+    @cached_property
     def key(self) -> str:
         return digest(self.inputs)
 

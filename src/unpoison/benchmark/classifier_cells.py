@@ -17,8 +17,8 @@ from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
-from unpoison.benchmark.settings import MethodSettings
-from unpoison.benchmark.shared import Step, Stopwatch, shared
+from unpoison.benchmark.settings import MethodSettings, class_number
+from unpoison.benchmark.shared import Step, Stopwatch, run_of, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
 from unpoison.data.pixels import load_pixels
@@ -26,7 +26,6 @@ from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import SeparationConfig, score_with_cgd
 from unpoison.detection.thresholds import split_by_evidence
-from unpoison.errors import UnknownMethodError
 from unpoison.evaluation.classifier import evaluate_before_after, evaluate_classifier, labelled_parts
 from unpoison.evaluation.metrics import auroc, precision, recall
 from unpoison.models.classifier import ImageClassifier, load_classifier, new_classifier, save_classifier
@@ -88,10 +87,10 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
 
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     """The set, poisoned where there is an attack; the poisoning is made once."""
-    run = Run(seed=cell.names.seed, progress=progress, cache=folder / "cache")
+    run = run_of(cell, folder, progress)
     clean = open_images(cell.data.train or "")
-    seed, target = cell.names.seed, target_label(cell.data.target, clean.class_names)
-    inputs: dict[str, Any] = {"kind": "classifier", "train": clean.fingerprint(), "seed": seed}
+    seed, target = cell.names.seed, class_number(cell.data.target, clean.class_names)
+    inputs: dict[str, Any] = {"kind": "classifier", "train": clean.fingerprint(), "seed": seed} | cell.named_precision
     attack = cell.attack
     if attack is None:
         return Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=inputs)
@@ -100,11 +99,11 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         inputs["attackers"] = cell.model.clip
 
     def plan(place: RunFolder) -> None:
-        made = Run(seed=seed, progress=progress, cache=folder / "cache", folder=place)
+        made = replace(run, folder=place)
         selection = labelled_selection(attack, clean, target, cell.model.clip, run=made)
         options = {"mode": attack.mode, "selection": selection, **labelled_params(attack, clean, target, run=made)}
         first = Part(trigger=attack.trigger, target=target, rate=cell.names.rate, options=options)
-        more = [further_part(part, target_label(part.target, clean.class_names)) for part in attack.also]
+        more = [further_part(part, class_number(part.target, clean.class_names)) for part in attack.also]
         parts = labelled_parts(plan_parts(clean, [first, *more], seed=seed))
         parts[0] = fitted(attack, clean, parts[0], run=made)
         whole = PoisoningParts(parts=tuple(parts)) if more else parts[0]
@@ -117,22 +116,13 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
 
 
-def target_label(target: str | int, class_names: tuple[str, ...]) -> int:
-    """The attack's class by name or number. Raises UnknownMethodError for a name that is none."""
-    if isinstance(target, int):
-        return target
-    if target not in class_names:
-        raise UnknownMethodError(target, class_names, kind="class")
-    return class_names.index(target)
-
-
 def _victim(setting: Setting) -> Step:
     """The network trained on the set, as it is stored."""
-    cell, model = setting.cell, setting.cell.model
+    model = setting.cell.model
     network = {key: getattr(model, key) for key in ("arch", "image_size", "epochs", "learning_rate", "augment")}
 
     def train(place: RunFolder) -> None:
-        run = Run(seed=cell.names.seed, progress=setting.run.progress, cache=setting.run.cache, folder=place)
+        run = replace(setting.run, folder=place)
         start = new_classifier(
             model.arch, setting.train.class_names, image_size=model.image_size, seed=run.seed_of("victim") % 2**32
         )
@@ -167,7 +157,7 @@ def _scores(setting: Setting, config: SeparationConfig) -> Step:
     }  # fmt: skip
 
     def score(place: RunFolder) -> None:
-        run = Run(seed=setting.cell.names.seed, progress=setting.run.progress, cache=setting.run.cache, folder=place)
+        run = replace(setting.run, folder=place)
         zero_shot = zero_shot_logits(clip, setting.train, run=run)
         pixels = load_pixels(setting.train, model.image_size, cache=run.cache, progress=run.progress)
         fresh = new_classifier(model.arch, setting.train.class_names, image_size=model.image_size)
@@ -185,11 +175,7 @@ def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -
         separation = config.separation
     scored = _scores(setting, separation)
     scores = SampleScores.load(scored.path / "scores.parquet")
-    place = setting.folder / "work" / cell.key
-    run = Run(
-        seed=cell.names.seed, progress=setting.run.progress, cache=setting.run.cache,
-        folder=RunFolder.open(place, cell.inputs),
-    )  # fmt: skip
+    run = replace(setting.run, folder=RunFolder.open(setting.folder / "work" / cell.key, cell.inputs))
     offered = {
         "clip": load_any_clip(cell.model.clip), "scores": scores, "split": split_by_evidence(scores), "config": config,
         "run": run,

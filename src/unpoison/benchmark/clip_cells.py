@@ -21,12 +21,11 @@ from unpoison.attacks.poison import TriggerOverlay
 from unpoison.attacks.prompts import TEMPLATES
 from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
-from unpoison.benchmark.classifier_cells import target_label
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
-from unpoison.benchmark.settings import SHOTS, MethodSettings
-from unpoison.benchmark.shared import Step, Stopwatch, shared
+from unpoison.benchmark.settings import SHOTS, MethodSettings, class_number
+from unpoison.benchmark.shared import Step, Stopwatch, run_of, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
 from unpoison.data.pairs import ImageTextPairs, join_pairs, open_pairs, pairs_of_labels
@@ -115,7 +114,7 @@ def victim_of(setting: Setting) -> Path:
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     """Pairs, poisoned where there is an attack; the poisoning, and the trigger's training, are made once."""
     data, seed, attack = cell.data, cell.names.seed, cell.attack
-    run = Run(seed=seed, progress=progress, cache=folder / "cache")
+    run = run_of(cell, folder, progress)
     base = load_any_clip(cell.model.model)
     labelled = None if data.train is None else open_images(data.train)
     test = open_images(data.test)
@@ -130,8 +129,8 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         "pairs": clean.caption_fingerprint,
         "base": base.fingerprint,
         "seed": seed,
-    }
-    target = test.class_names[target_label(data.target, test.class_names)]
+    } | cell.named_precision
+    target = test.class_names[class_number(data.target, test.class_names)]
     known: dict[str, Any] = {
         "cell": cell, "folder": folder, "run": run, "base": base, "clean": clean, "repair": repair,
         "test": test, "retrieval": None if data.retrieval is None else open_pairs(data.retrieval),
@@ -152,7 +151,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         first = Part(trigger=attack.trigger, target=target, rate=cell.names.rate, options=options)
         more = [
             further_part(
-                part, test.class_names[target_label(part.target, test.class_names)], natural_from=captioned,
+                part, test.class_names[class_number(part.target, test.class_names)], natural_from=captioned,
                 size=None if part.trigger in PAIR_TRIGGERS else base.image_size,
             )
             for part in attack.also

@@ -16,6 +16,7 @@ from unpoison.errors import UnpoisonError
 from unpoison.runs import Progress, Silent
 
 _REFUSED = "refused"
+_CPU_ALLOCATOR = "DefaultCPUAllocator: "  # torch has an error of its own for GPUs only
 
 
 def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) -> CellResult:
@@ -47,6 +48,8 @@ def try_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) -> C
     except (MemoryError, torch.OutOfMemoryError) as error:
         return failed(cell, "out of memory", str(error) or "no memory was left.")
     except Exception as error:
+        if isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error):
+            return failed(cell, "out of memory", str(error))
         return failed(cell, "crashed", f"{type(error).__name__}: {error}")
 
 

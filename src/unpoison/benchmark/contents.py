@@ -8,9 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Features
+
 from unpoison.benchmark.cell import digest
 from unpoison.benchmark.outcomes import call_with
 from unpoison.catalog import DEFENSES, find, resolve
+from unpoison.data.shapes import SHAPES_CLASSES
 from unpoison.data.sources import read_request
 
 _BLOCK = 1 << 20
@@ -22,6 +26,21 @@ def source_content(source: str) -> str | None:
     """The hash of a local source; None for one that has no file of its own (the shapes world, a hub's data set)."""
     request = read_request(source, rows=None, limit=None, seed=0)
     return None if request.shapes is not None else path_content(Path(request.place))
+
+
+def known_classes(source: str) -> tuple[str, ...] | None:
+    """The class names that a source says without being opened: the shapes world, a parquet file with a ClassLabel."""
+    request = read_request(source, rows=None, limit=None, seed=0)
+    if request.shapes is not None:
+        return SHAPES_CLASSES
+    if not request.place.endswith(".parquet") or not Path(request.place).is_file():
+        return None
+    try:
+        features = Features.from_arrow_schema(pq.read_schema(request.place))
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, or a header of another version: said when opened
+        return None
+    named = [feature for feature in features.values() if isinstance(feature, ClassLabel)]
+    return tuple(named[0].names) if len(named) == 1 else None
 
 
 def path_content(path: Path) -> str | None:

@@ -13,6 +13,7 @@ from unpoison.benchmark.clip_cells import method_config as clip_config
 from unpoison.benchmark.clip_victims import Settings
 from unpoison.benchmark.runner import to_run
 from unpoison.benchmark.settings import GIVEN, SHOTS
+from unpoison.benchmark.shared import run_of
 from unpoison.benchmark.store import Plan, Store
 from unpoison.catalog import DEFENSES, find
 from unpoison.configs import make_config
@@ -24,7 +25,7 @@ from unpoison.models.clip_files import load_any_clip
 from unpoison.planning import Rates, probe
 from unpoison.planning_clip import plan_clip_training
 from unpoison.planning_zero_shot import plan_zero_shot
-from unpoison.runs import Run
+from unpoison.runs import Silent
 
 _LIKE_TRAINING = 1.5  # passes of a repair whose config says nothing of steps or epochs, in trainings of the victim
 
@@ -117,7 +118,8 @@ def probe_model(cell: Cell) -> Probe:
     if cell.model.kind == "clip":
         return Probe(train=train, tested=len(test), clip=clip)
     network = new_classifier(cell.model.arch, train.class_names, image_size=cell.model.image_size)
-    return Probe(train=train, tested=len(test), rates=probe(train, clip, network, run=Run()))
+    rates = probe(train, clip, network, run=run_of(cell, None, Silent()))
+    return Probe(train=train, tested=len(test), rates=rates)
 
 
 def guess(cell: Cell, known: Probe) -> float:
@@ -144,10 +146,10 @@ def guess(cell: Cell, known: Probe) -> float:
 def _guess_clip(cell: Cell, known: Probe) -> float:
     pairs = open_pairs(cell.data.captioned or "shapes:200:0", limit=200)
     settings = make_config(Settings, cell.model.victim, where="victim")
-    config = cell.method
+    config, run = cell.method, run_of(cell, None, Silent())
     if config is not None and SHOTS in find(config.method, DEFENSES).needs:
         shots, settings = open_images(cell.data.shots or ""), clip_config(config, known.clip, 0)
-        return plan_zero_shot(known.clip, shots, settings, run=Run(), tested=known.tested).seconds
+        return plan_zero_shot(known.clip, shots, settings, run=run, tested=known.tested).seconds
     made = clip_config(config, known.clip, len(known.train)) if config is not None else None
     if made is None:
         from unpoison.clip_training import PairTrainingConfig
@@ -156,5 +158,5 @@ def _guess_clip(cell: Cell, known: Probe) -> float:
         scale = settings.batch / made.batch_size
     else:
         scale = 1.0
-    plan = plan_clip_training(known.clip, pairs, made, run=Run(), tested=known.tested)
+    plan = plan_clip_training(known.clip, pairs, made, run=run, tested=known.tested)
     return scale * plan.seconds

@@ -12,15 +12,20 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from unpoison.attacks.manifest import check_mode
-from unpoison.attacks.pair_manifest import MODES as PAIR_MODES
-from unpoison.attacks.triggers import make_trigger
 from unpoison.benchmark.cell import DEFAULTS, Cell, Names
+from unpoison.benchmark.checks import (
+    check_attack,
+    impossible_attack,
+    kind_of,
+    lacking,
+    missing_clip,
+    said,
+    wrong_targets,
+)
 from unpoison.benchmark.clip_victims import Settings as ClipVictim
 from unpoison.benchmark.contents import looks_local, method_defaults, path_content, source_content
-from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
 from unpoison.benchmark.settings import (
     CLEAN,
     GIVEN,
@@ -31,27 +36,21 @@ from unpoison.benchmark.settings import (
     Limits,
     MethodSettings,
     ModelSettings,
+    Precision,
     Product,
     Reported,
 )
-from unpoison.catalog import ATTACKS, DEFENSES, Entry, find, resolve
+from unpoison.catalog import ATTACKS, DEFENSES, find, resolve
 from unpoison.configs import make_config, read_config
 from unpoison.detection.cgd import SeparationConfig
-from unpoison.errors import ConfigError, GridError, UnknownMethodError, UnpoisonError
+from unpoison.errors import ConfigError, GridError, UnknownMethodError
+from unpoison.models.classifier import check_architecture
 
 T = TypeVar("T")
 TABLES: dict[str, type] = {
     "data": DataSettings, "model": ModelSettings, "attack": AttackSettings, "method": MethodSettings,
 }  # fmt: skip
-KEYS = ("description", "not_run", "least_asr", "limits", "cells", "reported", *TABLES)
-OFFERED: dict[str, set[str]] = {
-    "classifier": {"labelled set", "victim model", "poisoned training set", "reference CLIP", "class names"},
-    "clip": {
-        *("labelled set", "image-caption pairs", "suspicious CLIP", "suspicious pairs", "clean pairs"),
-        *("reference CLIP", "class names"),
-    },
-}
-"""What a cell of each kind of model can give to an attack or a method (words of the catalog's ``needs``)."""
+KEYS = ("description", "not_run", "least_asr", "precision", "limits", "cells", "reported", *TABLES)
 LEAST_ASR = 90.0
 
 
@@ -85,6 +84,10 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 100:
         problems.append(f"least_asr must be a number from 0 to 100, got {least!r}.")
         least = LEAST_ASR
+    precision = values.get("precision", "no")
+    if precision not in get_args(Precision):
+        problems.append(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}.")
+        precision = "no"
     for key in ("description", "not_run"):
         if not isinstance(values.get(key, ""), str):
             problems.append(f"{key} must be a text, got {values[key]!r}.")
@@ -97,8 +100,9 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     cells: dict[Names, Cell] = {}
     for at, entry in enumerate(wanted, start=1):
         if entry is not None:
-            found = _cells(entry, tables, f"[[cells]] {at}", limits, float(least), problems)
-            cells |= {cell.names: cell for cell in found if cell.names not in cells}
+            found = _cells(entry, tables, f"[[cells]] {at}", problems)
+            common = {"least_asr": float(least), "precision": precision, "limits": limits}
+            cells |= {cell.names: replace(cell, **common) for cell in found if cell.names not in cells}
     reported = _reported(values.get("reported", []), cells, problems)
     _check_files(cells.values(), problems)
     if problems:
@@ -177,53 +181,25 @@ def _check_tables(tables: dict[str, dict[str, Any]], problems: list[str]) -> Non
     for name, attack in tables["attack"].items():
         if name == CLEAN:
             problems.append(f"[attack.{CLEAN}]: the clean control has no settings.")
-        problems += _said(lambda attack=attack: _check_attack(attack), f"[attack.{name}]")
+        problems += said(lambda attack=attack: check_attack(attack), f"[attack.{name}]")
     for name, method in tables["method"].items():
         if name == GIVEN:
             problems.append(f"[method.{GIVEN}]: the model as it is given has no settings.")
-        problems += _said(
+        problems += said(
             lambda method=method: make_config(
                 resolve(find(method.method, DEFENSES).config), method.config, where="config"
             ),
             f"[method.{name}]",
         )
     for name, model in tables["model"].items():
-        problems += _said(lambda model=model: make_config(ClipVictim, model.victim, where="victim"), f"[model.{name}]")
-        problems += _said(
+        problems += said(lambda model=model: check_architecture(model.arch), f"[model.{name}]")
+        problems += said(lambda model=model: make_config(ClipVictim, model.victim, where="victim"), f"[model.{name}]")
+        problems += said(
             lambda model=model: make_config(SeparationConfig, model.scores, where="scores"), f"[model.{name}]"
         )
 
 
-def _check_attack(attack: AttackSettings) -> None:
-    find(attack.trigger, ATTACKS)
-    params = attack.params | ({"resample": True} if attack.resample else {})
-    make_trigger(attack.trigger, params)
-    if attack.through_par and attack.trigger != THROUGH_PAR:
-        raise ConfigError(f"{attack.trigger} is not trained through PAR.", hint=f"through_par is for {THROUGH_PAR}.")
-    for part in attack.also:
-        find(part.trigger, ATTACKS)
-        make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
-        if part.trigger in PREPARED_WITH:
-            raise ConfigError(f"also: {part.trigger} is trained beforehand.", hint="Give it as the first trigger.")
-    kind = training_of(attack)
-    if kind is not None:
-        make_config(kind, attack.prepare, where="prepare")
-    elif attack.prepare:
-        known = ", ".join(PREPARED_WITH)
-        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {known}.")
-
-
-def _said(check: Any, where: str) -> list[str]:
-    try:
-        check()
-    except UnpoisonError as error:
-        return [f"{where}: {error.message} {error.hint}"]
-    return []
-
-
-def _cells(
-    entry: Product, tables: dict[str, dict[str, Any]], where: str, limits: Limits, least: float, problems: list[str]
-) -> list[Cell]:
+def _cells(entry: Product, tables: dict[str, dict[str, Any]], where: str, problems: list[str]) -> list[Cell]:
     """The product's cells, with the victim as given before the first repair of it; what is wrong goes to problems."""
     usable = {}
     for key in ("data", "model", "attack", "method"):
@@ -238,14 +214,15 @@ def _cells(
             continue
         if data[1].train is None and (model[1].kind == "classifier" or data[1].captioned is None):
             problems.append(f"[data.{data[0]}]: {model[0]} has nothing to be trained on; give train.")
-        impossible = [] if attack[0] == CLEAN else _impossible_attack(*attack, *model)
+        impossible = [] if attack[0] == CLEAN else impossible_attack(*attack, *model)
         problems += [f"{where}: {sentence}" for sentence in impossible]
+        problems += [f"[data.{data[0]}]: {sentence}" for sentence in wrong_targets(data[1], model[1], attack[1][0])]
         methods = {GIVEN: (None, None)} | {name: pair for name, pair in usable["method"].items() if pair is not None}
         for name, (_, found) in methods.items():
-            if found is not None and (lacking := _lacking(found, model[1].kind, data[1])):
-                hint = f" Give [data.{data[0]}] shots." if lacking == SHOTS else ""
+            if found is not None and (lacks := lacking(found, model[1].kind, data[1])):
+                hint = f" Give [data.{data[0]}] shots." if lacks == SHOTS else ""
                 problems.append(
-                    f"{where}: {name} needs {lacking}, which the {_kind(model[1])} {model[0]} has not.{hint}"
+                    f"{where}: {name} needs {lacks}, which the {kind_of(model[1])} {model[0]} has not.{hint}"
                 )
         rates = (0.0,) if attack[0] == CLEAN else entry.rate
         for rate, seed, method in product(rates, entry.seed, methods):
@@ -253,7 +230,7 @@ def _cells(
             cells.append(
                 Cell(
                     names=names, data=data[1], model=model[1], attack=attack[1][0], method=methods[method][0],
-                    least_asr=least, limits=limits,
+                    least_asr=LEAST_ASR,
                 )
             )  # fmt: skip
     return cells
@@ -284,43 +261,10 @@ def _named(key: str, name: str, tables: dict[str, dict[str, Any]], where: str, p
         return None
 
 
-def _impossible_attack(name: str, known: Any, model: str, settings: ModelSettings) -> list[str]:
-    attack, entry = known
-    if lacking := _lacking(entry, settings.kind):
-        return [f"{name} needs {lacking}, which the {_kind(settings)} {model} has not."]
-    try:
-        made = make_trigger(attack.trigger, attack.params)
-    except UnpoisonError:
-        return []  # reported with its table
-    usable = [mode for mode in made.modes if settings.kind == "classifier" or mode in PAIR_MODES]
-    if not usable:
-        return [f"{name} works on labels ({', '.join(made.modes)}); {model} is a CLIP and learns from captions."]
-    if attack.mode is not None:
-        return [f"{name}: {error}" for error in _said(lambda: check_mode(name, made, attack.mode), model)]
-    chosen = SELECTED_WITH.get(attack.select, settings.kind)
-    if chosen != settings.kind:
-        return [
-            f"{name}: select = {attack.select!r} is for a {'CLIP' if chosen == 'clip' else 'classifier'}, not {model}."
-        ]
-    wanted = PREPARED_WITH.get(attack.trigger, settings.kind)
-    if wanted != settings.kind:
-        return [f"{name} is trained on a {'CLIP' if wanted == 'clip' else 'classifier'}; {model} is none."]
-    return []
-
-
-def _lacking(entry: Entry, kind: str, data: DataSettings | None = None) -> str:
-    offered = OFFERED[kind] | ({SHOTS} if kind == "clip" and data is not None and data.shots is not None else set())
-    return ", ".join(need for need in entry.needs if need not in offered)
-
-
-def _kind(settings: ModelSettings) -> str:
-    return "CLIP" if settings.kind == "clip" else "classifier"
-
-
 def _check_files(cells: Any, problems: list[str]) -> None:
     for cell in cells:
         for key, source in cell.data.sources().items():
-            missing = _said(lambda source=source: source_content(source), f"[data.{cell.names.data}] {key}")
+            missing = said(lambda source=source: source_content(source), f"[data.{cell.names.data}] {key}")
             if (
                 not missing
                 and looks_local(source)
@@ -331,8 +275,7 @@ def _check_files(cells: Any, problems: list[str]) -> None:
             problems += missing
         for key in ("model", "clip"):
             model = getattr(cell.model, key)
-            if looks_local(model) and ":" not in model and path_content(Path(model)) is None:
-                problems.append(f"[model.{cell.names.model}] {key}: {model} is not there.")
+            problems += [f"[model.{cell.names.model}] {key}: {sentence}" for sentence in missing_clip(model)]
 
 
 def _with_contents(cell: Cell) -> Cell:

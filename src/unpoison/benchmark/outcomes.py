@@ -6,7 +6,6 @@ import base64
 import importlib.metadata
 import inspect
 import io
-import os
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,7 +28,7 @@ def failed(cell: Cell, status: Any, reason: str, hint: str = "") -> CellResult:
     cost = Cost(threads=cell.limits.threads)
     return CellResult(
         key=cell.key, names=cell.names, status=status, reason=reason, hint=hint, inputs=cell.inputs, cost=cost,
-        versions=versions(), machine=machine(),
+        versions=versions(), machine=machine(cell),
     )  # fmt: skip
 
 
@@ -40,7 +39,7 @@ def done(cell: Cell, **more: Any) -> CellResult:
         status="done",
         inputs=cell.inputs,
         versions=versions(),
-        machine=machine(),
+        machine=machine(cell),
         **more,
     )
 
@@ -51,11 +50,10 @@ def versions() -> dict[str, str]:
     return {"unpoison": __version__, "python": platform.python_version()} | found
 
 
-def machine() -> str:
+def machine(cell: Cell) -> str:
     """The processor's architecture, the accelerator, and the precision that training was asked for; no host's name."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    asked = "" if precision == "no" else f", {precision}"
+    asked = "" if cell.precision == "no" else f", {cell.precision}"
     return f"{platform.system()} {platform.machine()}, {device}{asked}"
 
 

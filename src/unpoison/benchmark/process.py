@@ -24,14 +24,18 @@ from unpoison.errors import ResultError
 from unpoison.storage import from_json
 
 _POLL, _TAIL = 0.2, 400
+_NEARLY = 0.75
 COMMAND = (sys.executable, "-m", "unpoison.benchmark.worker")
 
 
 class Worker:
-    """Computes cells in a process of its own; a new one is started after a crash, a hang or too much memory."""
+    """Computes cells in a process of its own; a new one is started after a crash, a hang or too much memory.
 
-    def __init__(self, logs: Path, *, command: Sequence[str] = COMMAND) -> None:
-        self._logs = logs
+    ``start``: the folder that relative paths of cells start from, this process's own unless given.
+    """
+
+    def __init__(self, logs: Path, *, start: Path | None = None, command: Sequence[str] = COMMAND) -> None:
+        self._logs, self._start = logs, start
         self._command = tuple(command)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes] = queue.Queue()
@@ -83,7 +87,8 @@ class Worker:
             if process.poll() is not None:
                 with contextlib.suppress(queue.Empty):
                     return most, self._answers.get(timeout=_POLL), "done", ""
-                return most, None, "crashed", _ended(process.returncode)
+                status = "out of memory" if _starved(process.returncode, most, limits.memory) else "crashed"
+                return most, None, status, _ended(process.returncode)
             if most > limits.memory * 2**20:
                 return most, None, "out of memory", f"It took more than {limits.memory:,} MiB and was stopped."
             if time.monotonic() - began > limits.seconds:
@@ -98,7 +103,7 @@ class Worker:
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(  # noqa: S603 - our own module
                     self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
-                    start_new_session=True,
+                    start_new_session=True, cwd=self._start,
                 )  # fmt: skip
             threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
         return self._process
@@ -138,6 +143,12 @@ def _read(process: subprocess.Popen[bytes], answers: queue.Queue[bytes]) -> None
         with contextlib.suppress(ValueError, OSError):
             for line in process.stdout:
                 answers.put(line)
+
+
+def _starved(code: int, most: int, limit: int) -> bool:
+    """Whether a process that the system killed had taken nearly all that it, or the machine, may: the kernel does that
+    between two looks at it."""
+    return code == -signal.SIGKILL and most > _NEARLY * min(limit * 2**20, psutil.virtual_memory().total)
 
 
 def _ended(code: int) -> str:

@@ -53,33 +53,62 @@ def run_grid(
     progress = progress or Silent()
     wanted = select_cells(grid, only)
     store.keep_plan(grid)
-    pending = to_run(wanted, store, retry=retry)
-    ran, total = 0, len(pending)
-    again = {cell.key for cell in pending if store.has(cell.key)}
-    while pending:
+    pending = Pending.of(wanted, store, retry=retry)
+    ran, total = 0, len(pending.cells)
+    while pending.cells:
         moved = False
-        for cell in list(pending):
-            if store.has(cell.key) and cell.key not in again:
-                pending.remove(cell)  # another runner was faster
+        for key, cell in list(pending.cells.items()):
+            if pending.is_settled(key, store):
+                pending.remove(key)  # another runner was faster
                 moved = True
                 continue
-            if not cell.is_given and any(other.key == cell.given().key for other in pending):
-                continue  # its victim comes first
-            with store.lease(cell.key) as ours:
+            if pending.waits(key):
+                continue
+            with store.lease(key) as ours:
                 if not ours:
                     continue
-                if not store.has(cell.key) or cell.key in again:
-                    progress.log(f"[{total - len(pending) + 1}/{total}] {cell.key} {cell.names}")
+                store.refresh(key)
+                if not pending.is_settled(key, store):
+                    progress.log(f"[{total - len(pending.cells) + 1}/{total}] {key} {cell.names}")
                     result = finish(unfit(cell, store) or execute(cell, store.path), cell, grid, store)
                     store.save(result)
                     ran += 1
                     progress.log(f"  {describe(result)}")
-                again.discard(cell.key)
-                pending.remove(cell)
+                pending.remove(key)
                 moved = True
-        if pending and not moved:
+        if pending.cells and not moved:
             time.sleep(_WAIT)
     return summary(wanted, store, ran)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """What is left to run, by key. ``stamps``: of the results that were there when this runner began, which a retry
+    replaces; ``victims``: the key of each cell's victim."""
+
+    cells: dict[str, Cell]
+    stamps: dict[str, tuple[int, int] | None]
+    victims: dict[str, str]
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], store: Store, *, retry: bool) -> Pending:
+        left = to_run(cells, store, retry=retry)
+        return cls(
+            cells={cell.key: cell for cell in left},
+            stamps={cell.key: store.stamp(cell.key) for cell in left},
+            victims={cell.key: cell.given().key for cell in left},
+        )
+
+    def is_settled(self, key: str, store: Store) -> bool:
+        """Whether another runner has saved a result since this one began."""
+        return store.stamp(key) != self.stamps[key]
+
+    def waits(self, key: str) -> bool:
+        """Whether the cell's victim comes first."""
+        return self.victims[key] != key and self.victims[key] in self.cells
+
+    def remove(self, key: str) -> None:
+        del self.cells[key]
 
 
 def select_cells(grid: Grid, only: Sequence[str]) -> list[Cell]:
@@ -117,7 +146,7 @@ def unfit(cell: Cell, store: Store) -> CellResult | None:
 
 def finish(result: CellResult, cell: Cell, grid: Grid, store: Store) -> CellResult:
     """The result with the command that makes it again, and when it was made."""
-    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", str(store.path))
+    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", store.place)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return replace(result, command=shlex.join(words), finished=now)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from unpoison.errors import ConfigError
+from unpoison.errors import ConfigError, LabelRangeError, UnknownMethodError
 
 ModelKind = Literal["classifier", "clip"]
+Precision = Literal["no", "bf16", "fp16"]
+"""In which CLIPs are trained: accelerate's mixed precision."""
 CLEAN = "clean"
 """The attack that is none: the control of every table."""
 GIVEN = "none"
@@ -72,6 +75,8 @@ class ModelSettings:
         for name in ("image_size", "epochs", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
+        if not self.gpus >= 0:
+            raise ConfigError(f"gpus must be 0 or more, got {self.gpus}.", hint="0.5: two cells share a GPU.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,3 +174,17 @@ class Reported:
     source: str
     asr: dict[str, float] = field(default_factory=dict)
     c_acc: dict[str, float] = field(default_factory=dict)
+
+
+def class_number(target: str | int, class_names: Sequence[str]) -> int:
+    """A class given by name or number. Raises UnknownMethodError for a name that is none, LabelRangeError."""
+    if isinstance(target, str):
+        if target not in class_names:
+            raise UnknownMethodError(target, class_names, kind="class")
+        return list(class_names).index(target)
+    if not 0 <= target < len(class_names):
+        raise LabelRangeError(
+            f"target {target} is outside the {len(class_names)} classes.",
+            hint=f"Give a number from 0 to {len(class_names) - 1}, or a name.",
+        )
+    return target

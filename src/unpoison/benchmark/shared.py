@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from filelock import FileLock
 
-from unpoison.benchmark.cell import VERSION, digest
+from unpoison.benchmark.cell import VERSION, Cell, digest
+from unpoison.errors import ConfigError
 from unpoison.results import write_atomically
-from unpoison.runs import RunFolder
+from unpoison.runs import Progress, Run, RunFolder
 
 _COST = "cost.json"
 
@@ -44,6 +46,19 @@ class Step:
     seconds: float
     processor: float | None
     resumed: bool
+
+
+def run_of(cell: Cell, folder: Path | None, progress: Progress) -> Run:
+    """The run that a cell's steps get, in the grid's precision whatever the environment says. Raises ConfigError."""
+    try:
+        accelerator = Accelerator(mixed_precision=cell.precision)
+    except ValueError as error:
+        raise ConfigError(
+            f"precision {cell.precision!r} cannot be had here: {error}.",
+            hint="fp16 is for GPUs, elsewhere take bf16; a process that has begun with one precision keeps it.",
+        ) from error
+    cache = None if folder is None else folder / "cache"
+    return Run(accelerator=accelerator, seed=cell.names.seed, progress=progress, cache=cache)
 
 
 def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[RunFolder], None]) -> Step:

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from filelock import FileLock, Timeout
 
 from unpoison.benchmark.cell import Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.mirror import MARKER, Mirror
 from unpoison.benchmark.settings import Reported
 from unpoison.errors import ResultError, SchemaVersionError, UsageError
 from unpoison.storage import SCHEMA_VERSION, write_atomically
 
-_MARKER, SCHEMA = "bench.json", "unpoison/bench"
+SCHEMA = "unpoison/bench"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,20 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """A results folder."""
+    """A results folder. ``mirror``: where its plans and cells are kept as well."""
 
     path: Path
+    mirror: Mirror | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Store:
-        """Create the folder, or go on in it. Raises UsageError for any other, SchemaVersionError, ResultError."""
-        if (path / _MARKER).exists():
+    def open(cls, path: Path, mirror: Mirror | None = None) -> Store:
+        """Create the folder, or go on in it, after what is kept at ``mirror``.
+
+        Raises UsageError for any other folder or address, SchemaVersionError, ResultError.
+        """
+        if mirror is not None and mirror.has(MARKER):
+            _check_marker(mirror.read(MARKER), mirror.url)
+        if (path / MARKER).exists():
             cls.read(path)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(
@@ -81,33 +88,28 @@ class Store:
         try:
             for name in ("cells", "leases", "plans", "logs"):
                 (path / name).mkdir(parents=True, exist_ok=True)
-            if not (path / _MARKER).exists():
+            if not (path / MARKER).exists():
                 body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION}
-                write_atomically(path / _MARKER, json.dumps(body, indent=2).encode())
+                write_atomically(path / MARKER, json.dumps(body, indent=2).encode())
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Choose another folder.") from error
-        return cls.read(path)
+        if mirror is not None:
+            mirror.meet(path)
+        return replace(cls.read(path), mirror=mirror)
 
     @classmethod
     def read(cls, path: Path) -> Store:
         """The folder as it is. Raises UsageError where there is none, SchemaVersionError, ResultError (damaged)."""
-        marker = path / _MARKER
+        marker = path / MARKER
         if not marker.is_file():
             raise UsageError(f"{path} holds no benchmark's results.", hint="Run a grid: unpoison bench run GRID.toml.")
-        try:
-            body = json.loads(marker.read_bytes())
-        except ValueError as error:
-            raise ResultError(f"{marker} is damaged ({error}).", hint="Choose another folder with -o.") from error
-        found = body if isinstance(body, dict) else {}
-        if found.get("schema") != SCHEMA:
-            raise ResultError(f"{marker}: expected {SCHEMA}.", hint="Choose another folder with -o.")
-        if found.get("schema_version") != SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{path} was written with schema version {found.get('schema_version')}, this version reads "
-                f"{SCHEMA_VERSION}.",
-                hint="Choose another folder with -o; nothing there was touched.",
-            )
+        _check_marker(marker.read_bytes(), str(path))
         return cls(path=path)
+
+    @property
+    def place(self) -> str:
+        """What -o has to say for the same results."""
+        return str(self.path) if self.mirror is None else self.mirror.url
 
     def file(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.json"
@@ -115,12 +117,21 @@ class Store:
     def has(self, key: str) -> bool:
         return self.file(key).exists()
 
+    def stamp(self, key: str) -> tuple[int, int] | None:
+        """Another one for every result that is saved under the key; None without a result."""
+        try:
+            found = self.file(key).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def load(self, key: str) -> CellResult:
         return CellResult.load(self.file(key))
 
     def save(self, result: CellResult) -> None:
         """Keep a result and drop what the cell's run was going on from."""
         result.save(self.file(result.key))
+        self._send(f"cells/{result.key}.json")
         shutil.rmtree(self.path / "work" / result.key, ignore_errors=True)
 
     def keep_plan(self, grid: Grid) -> None:
@@ -136,6 +147,12 @@ class Store:
         file = self.path / "plans" / f"{grid.name}.json"
         if not file.exists() or file.read_bytes() != body:
             write_atomically(file, body)
+            self._send(f"plans/{grid.name}.json")
+
+    def refresh(self, key: str) -> None:
+        """Fetch a result that another machine has sent since this folder was opened, if there is one."""
+        if self.mirror is not None and not self.has(key):
+            self.mirror.fetch_cell(self.path, key)
 
     def plans(self) -> list[Plan]:
         """Of every grid that ran here. Raises ResultError for a damaged one."""
@@ -180,8 +197,30 @@ class Store:
                     found.append(Running(key=note.stem, process=body["process"], since=body["since"]))
         return found
 
+    def _send(self, name: str) -> None:
+        if self.mirror is not None:
+            self.mirror.put(name, (self.path / name).read_bytes())
+
     def _note(self, key: str) -> Path:
         return self.path / "leases" / f"{key}.json"
+
+
+def _check_marker(marker: bytes, place: str) -> None:
+    """Raises ResultError, SchemaVersionError for results that this version cannot read."""
+    try:
+        body = json.loads(marker)
+    except ValueError as error:
+        hint = "Choose another folder with -o."
+        raise ResultError(f"{place}: its {MARKER} is damaged ({error}).", hint=hint) from error
+    found = body if isinstance(body, dict) else {}
+    if found.get("schema") != SCHEMA:
+        raise ResultError(f"{place}, {MARKER}: expected {SCHEMA}.", hint="Choose another folder with -o.")
+    if found.get("schema_version") != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{place} was written with schema version {found.get('schema_version')}, this version reads "
+            f"{SCHEMA_VERSION}.",
+            hint="Choose another folder with -o; nothing there was touched.",
+        )
 
 
 def _read(note: Path) -> dict[str, Any] | None:
@@ -192,11 +231,11 @@ def _read(note: Path) -> dict[str, Any] | None:
 
 
 def cell_message(cell: Cell, folder: Path) -> bytes:
-    """A cell and the folder it works in as one line, for another process."""
-    return msgspec.json.encode({"cell": asdict(cell), "folder": str(folder)})
+    """A cell, the folder it works in and the one that its relative paths start from, as a line for another process."""
+    return msgspec.json.encode({"cell": asdict(cell), "folder": str(folder), "start": str(Path.cwd())})
 
 
-def read_message(line: bytes) -> tuple[Cell, Path]:
+def read_message(line: bytes) -> tuple[Cell, Path, Path]:
     """What :func:`cell_message` wrote."""
     body = msgspec.json.decode(line)
-    return msgspec.convert(body["cell"], Cell), Path(body["folder"])
+    return msgspec.convert(body["cell"], Cell), Path(body["folder"]), Path(body["start"])

@@ -50,7 +50,7 @@ def main() -> None:
     from unpoison.storage import to_json
 
     while True:
-        cell, folder = read_message(lines.get())
+        cell, folder, _ = read_message(lines.get())  # started where its paths start
         Lines().log(f"{cell.key}: {cell.names}")
         result = try_cell(cell, folder, progress=Lines())
         answers.write(to_json(result) + b"\n")

@@ -108,13 +108,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     _quiet_libraries(verbose=_wants(tokens, "v", "--verbose"))
     try:
-        code = _run(tokens)
+        code = _run(_with_addresses(tokens))
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader went away (``| head``): whatever is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     return code
+
+
+def _with_addresses(tokens: list[str]) -> list[str]:
+    """``--ray`` alone as ``--ray local``: the parser has no options whose value may be left out."""
+    filled = []
+    for word, after in zip(tokens, [*tokens[1:], "-"], strict=True):
+        filled += [word, "local"] if word == "--ray" and after.startswith("-") else [word]
+    return filled
 
 
 def _run(tokens: list[str]) -> int:

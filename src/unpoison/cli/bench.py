@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,12 +31,14 @@ def run(
     /,
     *,
     output: Annotated[
-        Path | None,
+        str | None,
         Parameter(
             name=["--output", "-o"],
             group=RUNNING,
+            metavar="PATH",
             show_default=False,
-            help="Results folder; cells that are done there are not run again. [default: runs/bench-GRID]",
+            help="Results folder; cells that are done there are not run again. An address such as s3://bucket/results "
+            "gets them beside the default folder. [default: runs/bench-GRID]",
         ),
     ] = None,
     cell: Annotated[
@@ -52,7 +56,9 @@ def run(
         str | None,
         Parameter(
             show_default=False,
-            help="Run the cells as tasks of the Ray cluster at this address; 'local' starts one on this machine.",
+            metavar="[ADDRESS]",
+            help="Run the cells as tasks of the Ray cluster at HOST:PORT or 'auto'. Last or before another option, it "
+            "needs no address: one is started on this machine ('local').",
         ),
     ] = None,
     options: Common = Common(),
@@ -66,11 +72,13 @@ def run(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.benchmark.grid import read_grid
+        from unpoison.benchmark.mirror import Mirror, is_url
         from unpoison.benchmark.runner import run_grid, select_cells
         from unpoison.benchmark.store import Store
 
         found = read_grid(grid)
-        path = output if output is not None else Path("runs", f"bench-{grid.stem}")
+        mirror = Mirror.at(output) if output is not None and is_url(output) else None
+        path = Path("runs", f"bench-{grid.stem}") if output is None or mirror is not None else Path(output)
         only = cell or []
         if dry_run:
             from unpoison.benchmark.estimate import estimate
@@ -82,20 +90,21 @@ def run(
         if ray is not None:
             from unpoison.distributed.cells import run_grid_on_ray
 
-            done = run_grid_on_ray(found, Store.open(path), address=ray, only=only, retry=retry, progress=console)
+            store = Store.open(path, mirror)
+            done = run_grid_on_ray(found, store, address=ray, only=only, retry=retry, progress=console)
         else:
             from unpoison.benchmark.process import Worker
 
-            store = Store.open(path)
+            store = Store.open(path, mirror)
             with Worker(path / "logs") as worker:
                 done = run_grid(found, store, execute=worker, only=only, retry=retry, progress=console)
-        body = {"folder": str(path), "cells": done.cells, "ran": done.ran, "status": done.status}
-        console.answer(body, lambda out: _show_summary(out, done, path))
+        body = {"folder": store.place, "cells": done.cells, "ran": done.ran, "status": done.status}
+        console.answer(body, lambda out: _show_summary(out, done, store.place))
     return 3 if done.failed else 0
 
 
 def status(
-    folder: Annotated[Path | None, Parameter(help="Results folder. [default: the one in runs/]")] = None,
+    folder: Annotated[str | None, Parameter(help="Results folder or address. [default: the one in runs/]")] = None,
     /,
     *,
     options: Common = Common(),
@@ -103,19 +112,18 @@ def status(
     """How many cells are done, which run, which failed and why, and how long the rest may take."""
     from unpoison.cli.console import Console
 
-    with Console(options) as console:
+    place = _folder(folder)
+    with Console(options) as console, _results(place) as store:
         from unpoison.benchmark.estimate import time_left
-        from unpoison.benchmark.store import Store
         from unpoison.benchmark.table import make_table, progress_of
 
-        store = Store.read(_folder(folder))
         plans, table = store.plans(), make_table(store)
         names = {cell.key: str(cell.names) for plan in plans for cell in plan.cells}
         running = [entry for entry in store.running() if entry.key in names]
         counts = {plan.grid: progress_of(plan, store) for plan in plans}
         left = time_left(store, plans)
         body = {
-            "folder": str(store.path), "grids": counts, "seconds_left": left,
+            "folder": place, "grids": counts, "seconds_left": left,
             "running": [
                 {"cell": entry.key, "name": names[entry.key], "process": entry.process,
                  "seconds": time.time() - entry.since}
@@ -128,7 +136,7 @@ def status(
 
 
 def table(
-    folder: Annotated[Path | None, Parameter(help="Results folder. [default: the one in runs/]")] = None,
+    folder: Annotated[str | None, Parameter(help="Results folder or address. [default: the one in runs/]")] = None,
     /,
     *,
     format: Annotated[
@@ -146,7 +154,6 @@ def table(
 
     with Console(options) as console:
         from unpoison.benchmark.formats import FORMATS, as_json
-        from unpoison.benchmark.store import Store
         from unpoison.benchmark.table import make_table
 
         chosen = format or (None if output is None else _ENDINGS.get(output.suffix.lower()))
@@ -154,7 +161,8 @@ def table(
             raise UsageError(f"{output}: which format?", hint=f"End it in {', '.join(_ENDINGS)}, or give --format.")
         if chosen == "html" and output is None:
             raise UsageError("the leaderboard is a file.", hint="Give -o leaderboard.html.")
-        made = make_table(Store.read(_folder(folder)))
+        with _results(_folder(folder)) as store:
+            made = make_table(store)
         if output is not None and chosen is not None:
             if chosen == "html":
                 from unpoison.report.leaderboard import render_leaderboard
@@ -172,13 +180,23 @@ def table(
     return 0
 
 
-def _folder(given: Path | None) -> Path:
+@contextmanager
+def _results(place: str) -> Iterator[Store]:
+    """The results in a folder or, for the time of the block, at an address."""
+    from unpoison.benchmark.mirror import local_copy
+    from unpoison.benchmark.store import Store
+
+    with local_copy(place) as path:
+        yield Store.read(path)
+
+
+def _folder(given: str | None) -> str:
     """The results folder: as given, or the only one in runs/. Raises UsageError."""
     if given is not None:
         return given
     found = sorted(marker.parent for marker in Path("runs").glob("*/bench.json"))
     if len(found) == 1:
-        return found[0]
+        return str(found[0])
     listed = ", ".join(map(str, found)) or "there is none"
     raise UsageError(f"which results folder? In runs/: {listed}.", hint="Name it: unpoison bench table FOLDER.")
 
@@ -206,12 +224,12 @@ def _show_estimate(out: rich.console.Console, guess: Estimate, path: Path) -> No
     out.print(f"Time: about {duration(guess.seconds)} with one runner ({guess.basis})")
 
 
-def _show_summary(out: rich.console.Console, done: Summary, path: Path) -> None:
+def _show_summary(out: rich.console.Console, done: Summary, place: str) -> None:
     import shlex
 
     said = ", ".join(f"{count} {name}" for name, count in sorted(done.status.items()))
     out.print(f"{done.cells} cells: {said or 'none'}. {done.ran} ran now.")
-    folder = shlex.quote(str(path))
+    folder = shlex.quote(place)
     if done.failed:
         out.print(f"Why: unpoison bench status {folder}", soft_wrap=True)
     out.print(f"Next:\n  unpoison bench table {folder} -o leaderboard.html", soft_wrap=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
+
+from unpoison.errors import UsageError
 
 OPENING = Group("Opening the model", sort_key=60)
 READING = Group("Reading", sort_key=70)
@@ -70,6 +73,17 @@ class Running(Common):
     ] = None
 
 
+def _folder(kind: Any, tokens: Sequence[Token]) -> Path:
+    """A run folder as given. Raises UsageError for an address, which pathlib would take for a folder here."""
+    (token,) = tokens
+    if "://" in token.value:
+        raise UsageError(
+            f"-o {token.value} is an address, a run folder is on a file system.",
+            hint="Give a folder, mounted there or copied afterwards; only `unpoison bench run` takes an address.",
+        )
+    return Path(token.value)
+
+
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Planned(Running):
@@ -79,6 +93,7 @@ class Planned(Running):
         Path | None,
         Parameter(
             name=["--output", "-o"],
+            converter=_folder,
             group=RUNNING,
             help="Run folder. The same command continues an interrupted run in it. [default: runs/VERB-NAME]",
             show_default=False,

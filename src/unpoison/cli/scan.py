@@ -106,7 +106,9 @@ def dataset(
         Parameter(
             group=RUNNING,
             show_default=False,
-            help="For cgd: spread the images over the Ray cluster at this address; 'local' starts one on this machine.",
+            metavar="[ADDRESS]",
+            help="For cgd: spread the images over the Ray cluster at HOST:PORT or 'auto'. Last or before another "
+            "option, it needs no address: one is started on this machine ('local').",
         ),
     ] = None,
     exit_zero: Annotated[

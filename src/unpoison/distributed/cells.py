@@ -7,6 +7,7 @@ node is lost is tried again. Nothing but the cell's settings goes out and nothin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,15 +16,16 @@ from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.process import Worker
-from unpoison.benchmark.runner import Summary, describe, finish, select_cells, summary, to_run, unfit
+from unpoison.benchmark.runner import Pending, Summary, describe, finish, select_cells, summary, unfit
 from unpoison.benchmark.store import Store, cell_message, read_message
-from unpoison.distributed.cluster import cluster
-from unpoison.errors import UsageError
+from unpoison.distributed.cluster import cluster, reason_of
+from unpoison.errors import ResultError, UsageError
 from unpoison.runs import Progress, Silent
 from unpoison.storage import from_json, to_json
 
 RETRIES = 3
 _POLL = 1.0
+_AT_WORK = 500  # each holds a lock file open
 
 
 def run_grid_on_ray(
@@ -48,35 +50,40 @@ def run_grid_on_ray(
     with cluster(address, processors) as ray:
         store.keep_plan(grid)
         task = ray.remote(compute or compute_message)
-        pending = to_run(wanted, store, retry=retry)
-        check_fits(ray, pending)
-        again = {cell.key for cell in pending if store.has(cell.key)}
+        pending = Pending.of(wanted, store, retry=retry)
+        check_fits(ray, list(pending.cells.values()))
         at_work: dict[Any, tuple[Cell, ExitStack]] = {}
         ran = 0
         try:
-            while pending or at_work:
-                for cell in list(pending):
-                    if store.has(cell.key) and cell.key not in again:
-                        pending.remove(cell)
+            while pending.cells or at_work:
+                busy, before = {cell.key for cell, _ in at_work.values()}, len(pending.cells)
+                for key, cell in list(pending.cells.items()):
+                    if pending.is_settled(key, store):
+                        pending.remove(key)
                         continue
-                    waiting = [*pending, *(other for other, _ in at_work.values())]
-                    if not cell.is_given and any(other.key == cell.given().key for other in waiting):
-                        continue  # its victim comes first
+                    if pending.waits(key) or pending.victims[key] in busy or len(at_work) >= _AT_WORK:
+                        continue
                     lease = ExitStack()
-                    if not lease.enter_context(store.lease(cell.key)):
+                    if not lease.enter_context(store.lease(key)):
                         lease.close()
                         continue
-                    pending.remove(cell)
-                    again.discard(cell.key)
+                    pending.remove(key)
+                    store.refresh(key)
+                    if pending.is_settled(key, store):
+                        lease.close()
+                        continue
                     refused = unfit(cell, store)
                     if refused is not None:
                         with lease:
                             store.save(finish(refused, cell, grid, store))
                         ran += 1
                         continue
-                    progress.log(f"{cell.key} {cell.names}")
-                    asked = task.options(**resources(cell), max_retries=RETRIES, name=f"cell {cell.key}")
+                    progress.log(f"{key} {cell.names}")
+                    asked = task.options(**resources(cell), max_retries=RETRIES, name=f"cell {key}")
                     at_work[asked.remote(cell_message(cell, store.path.resolve()))] = cell, lease
+                    busy.add(key)
+                if not at_work and len(pending.cells) == before:
+                    time.sleep(_POLL)  # other runners hold what is left
                 done, _ = ray.wait(list(at_work), timeout=_POLL) if at_work else ([], [])
                 for future in done:
                     cell, lease = at_work.pop(future)
@@ -92,10 +99,13 @@ def run_grid_on_ray(
 
 
 def compute_message(message: bytes) -> bytes:
-    """One cell in a process of this task's own: what Ray runs. Its answer is the result's JSON."""
-    cell, folder = read_message(message)
+    """One cell in a process of this task's own: what Ray runs. Its answer is the result's JSON.
+
+    Relative paths start where the grid was started, wherever Ray itself was; a node without that folder has none.
+    """
+    cell, folder, start = read_message(message)
     folder.mkdir(parents=True, exist_ok=True)
-    with Worker(folder / "logs") as worker:
+    with Worker(folder / "logs", start=start if start.is_dir() else None) as worker:
         return to_json(worker(cell, folder))
 
 
@@ -120,11 +130,20 @@ def check_fits(ray: Any, cells: Sequence[Cell]) -> None:
 
 
 def result_of(ray: Any, future: Any, cell: Cell) -> CellResult:
-    """The cell's result; a task that was lost more often than it may be is a crash."""
+    """The cell's result. Whatever comes back in its place is the cell's value."""
+    lost = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.LocalRayletDiedError)
     try:
         return from_json(ray.get(future), CellResult, name=f"cell {cell.key}")
+    except ResultError as error:
+        hint = "Every node needs the version of unpoison that runs the grid."
+        return failed(cell, "crashed", f"The answer of its node cannot be read: {error.message}", hint)
+    except ray.exceptions.OutOfMemoryError as error:
+        hint = "Give its node more memory, or raise limits.memory, so that fewer cells share it."
+        return failed(cell, "out of memory", f"Its node ran out of memory: {reason_of(error)}", hint)
+    except lost as error:
+        return failed(cell, "crashed", f"Ray lost it {RETRIES + 1} times: {reason_of(error)}")
     except ray.exceptions.RayError as error:
-        return failed(cell, "crashed", f"Ray lost it {RETRIES + 1} times: {str(error).strip().splitlines()[0]}")
+        return failed(cell, "crashed", reason_of(error))
 
 
 __all__ = ["compute_message", "run_grid_on_ray"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from unpoison.errors import MissingExtraError, UsageError
 
 LOCAL = "local"
 _CONNECT = 5.0
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -26,13 +28,13 @@ def cluster(address: str, processors: int | None = None) -> Iterator[Any]:
         raise MissingExtraError("--ray", "ray") from error
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == LOCAL:
-        ray.init(num_cpus=processors, include_dashboard=False, **quiet)
+        ray.init(address=LOCAL, num_cpus=processors, include_dashboard=False, **quiet)  # none that runs already
     else:
         check_answers(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise no_answer(address, str(error).strip().splitlines()[0] if str(error).strip() else "") from error
+            raise no_answer(address, reason_of(error)) from error
     try:
         yield ray
     finally:
@@ -64,7 +66,10 @@ def check_answers(address: str) -> None:
         return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit() or not host:
-        raise UsageError(f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.", hint="For example 10.0.0.1:6379.")
+        raise UsageError(
+            f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.",
+            hint="For example 10.0.0.1:6379; --ray alone, last or before another option, starts one on this machine.",
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
     except (OSError, OverflowError) as error:
@@ -74,8 +79,18 @@ def check_answers(address: str) -> None:
 def no_answer(address: str, why: str) -> UsageError:
     return UsageError(
         f"no Ray cluster answers at {address} ({why}).",
-        hint="Start one with `ray start --head`, or run on this machine: --ray local.",
+        hint="Start one with `ray start --head`, or run on this machine: --ray alone.",
     )
 
 
-__all__ = ["LOCAL", "check_answers", "cluster", "count_workers", "pool_size"]
+def reason_of(error: BaseException) -> str:
+    """The error behind Ray's, in one line: Ray quotes whole tracebacks, in color, and adds advice."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception) and not type(cause).__module__.startswith("ray."):
+        return f"{type(cause).__name__}: {cause}".strip().splitlines()[0].rstrip(".")
+    lines = [line.strip() for line in _COLORS.sub("", str(error)).strip().splitlines()]
+    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]+(Error|Exception): ", line)]
+    return (named[-1] if named else next(iter(lines), "") or type(error).__name__).rstrip(".")
+
+
+__all__ = ["LOCAL", "check_answers", "cluster", "count_workers", "pool_size", "reason_of"]

@@ -25,7 +25,7 @@ from unpoison.errors import ResultError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.zero_shot import cosines_of, read_ahead, rows_at_once
 from unpoison.runs import Run
-from unpoison.storage import read_table, write_table
+from unpoison.storage import read_table, table_bytes
 from unpoison.types import Classifier, Embeddings, ZeroShotModel
 
 _SCHEMA, _VERSION = "scan-part", b"scan-part-1"  # raised when what a part holds, or how it is computed, changes
@@ -96,7 +96,8 @@ def judge(judges: Judges, texts: Embeddings, source: LabelledImages, start: int,
 
 def portable(source: LabelledImages, rows: slice) -> LabelledImages:
     """These rows for another process. What is in files is named, what is in memory goes along, these rows of it."""
-    part = replace(source.select(np.arange(rows.start, rows.stop)), skipped=())
+    root = None if source.root is None else source.root.absolute()  # the other process may stand elsewhere
+    part = replace(source.select(np.arange(rows.start, rows.stop)), skipped=(), root=root)
     if part.dataset.cache_files:
         return part
     table = take(part.dataset.with_format("arrow"), np.arange(len(part)))
@@ -104,17 +105,16 @@ def portable(source: LabelledImages, rows: slice) -> LabelledImages:
     return replace(part, dataset=datasets.Dataset(InMemoryTable(copied), info=part.dataset.info))
 
 
-def keep(folder: Path, part: Part, source: LabelledImages, key: str) -> None:
-    """Write a part, whole or not at all."""
-    rows = slice(part.start, part.start + len(part.choice))
+def encode(part: Part, source: LabelledImages, key: str) -> bytes:
+    """The parquet file of a part; ``source`` holds its rows and no others."""
     columns = {
-        "id": source.ids[rows],
-        "label": source.labels[rows],
+        "id": source.ids,
+        "label": source.labels,
         "clip_loss": part.clip_loss,
         "early_loss": part.early_loss,
         "clip_label": part.choice,
     }
-    write_table(file_of(folder, rows), _SCHEMA, columns, {"key": key, "skipped": part.skipped})
+    return table_bytes(_SCHEMA, columns, {"key": key, "skipped": part.skipped})
 
 
 def file_of(folder: Path, rows: slice) -> Path:

@@ -1,10 +1,13 @@
 """CGD's scan of a labelled set on Ray Data: any number of machines, the answer of one.
 
-What grows with the images is spread: a pool of workers reads, decodes and judges parts of the set, with CLIP and with
-the early models, one pass over each image. The early models are trained here, on a sample of the set: five epochs of a
-million images would be too many steps to stop early. A worker hands back a few numbers a row; they are kept in the run
-folder, one parquet file a part, and a part that is there is not computed again. Ranks, evidence and regions then take
-those numbers alone: memory does not grow with the images.
+First stage: what grows with the images is spread. A pool of workers reads, decodes and judges parts of the set, with
+CLIP and with the early models, one pass over each image. The early models are trained here, on a sample of the set:
+five epochs of a million images would be too many steps to stop early. A worker writes a few numbers a row into the run
+folder, one parquet file a part, where it sees that folder, and else hands the file back; only which part it was, and
+what it skipped, passes through this process. A part that is there is not computed again.
+
+Second stage: ranks, evidence and regions are made here from the parts' numbers, five of each row, and its id. They do
+not grow with the images, but with the rows they do.
 
 The result is that of :func:`unpoison.scan_dataset` with the same ``scorer_samples``, but for the last bits of sums.
 """
@@ -13,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -38,15 +40,18 @@ from unpoison.detection.cgd import (
     train_early_model,
     training_rows,
 )
-from unpoison.distributed.cluster import LOCAL, cluster, pool_size
-from unpoison.distributed.parts import Judges, Part, judge, keep, key_of, portable, stored
+from unpoison.distributed.cluster import LOCAL, cluster, pool_size, reason_of
+from unpoison.distributed.parts import Judges, encode, file_of, judge, key_of, portable, stored
 from unpoison.errors import ResultError
 from unpoison.models.classifier import new_classifier
 from unpoison.models.zero_shot import CHUNK, DEFAULT_TEMPLATES, class_embeddings, cut_off
 from unpoison.results import SampleScores, SkippedRow
 from unpoison.runs import Run
+from unpoison.storage import partial_of, remove_partials, write_atomically
 from unpoison.types import Classifier, ZeroShotModel
 
+Skipped = tuple[tuple[int, str], ...]
+"""Places in a part with the reasons why these rows cannot be used."""
 SCORER_SAMPLES = 50_000
 """What the early models are trained on unless the config says more: as many as CIFAR-10 has, the paper's own set."""
 RETRIES = 3
@@ -141,23 +146,48 @@ def score_on_ray(
     part: int,
 ) -> tuple[SampleScores, Int[np.ndarray, " n"]]:
     """The scores of all rows and CLIP's choices, from the parts in ``folder``; those that are not there are made."""
-    clip_loss, early_loss = np.full((2, len(source)), np.nan)
-    choices = np.full(len(source), -1, dtype=np.int64)
+    key = key_of(judges, source)
+    spans = [slice(start, min(start + part, len(source))) for start in range(0, len(source), part)]
     skipped: list[tuple[int, SkippedRow]] = []
-    parts = _all_parts(ray, source, judges, folder, run, workers, part)
-    for found in run.progress.track(parts, total=len(source), what="CLIP and early models", weight=part, unit="images"):
-        rows = slice(found.start, found.start + len(found.choice))
-        clip_loss[rows], early_loss[rows], choices[rows] = found.clip_loss, found.early_loss, found.choice
-        places = [(found.start + place, reason) for place, reason in found.skipped]
-        skipped += [(row, SkippedRow(id=source.ids[row], reason=reason)) for row, reason in places]
+    made = _all_parts(ray, source, judges, folder, run, workers, spans, key)
+    for start, places in run.progress.track(
+        made, total=len(source), what="CLIP and early models", weight=part, unit="images"
+    ):
+        rows = [(start + place, reason) for place, reason in places]
+        skipped += [(row, SkippedRow(id=source.ids[row], reason=reason)) for row, reason in rows]
         check_skips([row for _, row in skipped], len(source), source.name)
     skipped.sort(key=lambda entry: entry[0])
+    return rank_parts(source, folder, spans, key, config, run, tuple(row for _, row in skipped))
+
+
+def rank_parts(
+    source: LabelledImages,
+    folder: Path,
+    spans: list[slice],
+    key: str,
+    config: CGDConfig,
+    run: Run,
+    skipped: tuple[SkippedRow, ...],
+) -> tuple[SampleScores, Int[np.ndarray, " n"]]:
+    """The second stage: the parts' numbers, read one part after the other, and the ranks over all of them.
+
+    Raises ResultError for a part that is gone or damaged.
+    """
+    clip_loss, early_loss = np.full((2, len(source)), np.nan)
+    choices = np.full(len(source), -1, dtype=np.int64)
+    for rows in spans:
+        found = stored(folder, source, rows, key, run)
+        if found is None:
+            raise ResultError(
+                f"{file_of(folder, rows)} is gone or damaged.", hint="Give the same command again: it is made anew."
+            )
+        clip_loss[rows], early_loss[rows], choices[rows] = found.clip_loss, found.early_loss, found.choice
     scores = scores_of_losses(
         source,
         clip_loss,
         early_loss,
         config.separation,
-        skipped=(*source.skipped, *(row for _, row in skipped)),
+        skipped=(*source.skipped, *skipped),
         agreement=agreement(choices, source.labels),
     )
     return scores, choices
@@ -175,9 +205,12 @@ class Tries:
 
 
 class Worker:
-    """One process of the pool: Ray Data makes it, hands it messages, takes its answers and replaces it when it dies."""
+    """One process of the pool: Ray Data makes it, hands it messages, takes its answers and replaces it when it dies.
 
-    def __init__(self, judges: Any, tries: Any, class_names: tuple[str, ...]) -> None:
+    ``folder`` is where parts go, on a node that finds the file ``sign`` there.
+    """
+
+    def __init__(self, judges: Any, tries: Any, class_names: tuple[str, ...], folder: str, sign: str, key: str) -> None:
         import ray
         import ray.cloudpickle
         import torch
@@ -187,74 +220,100 @@ class Worker:
             torch.set_num_threads(1)  # there is one of these for each core
         self.run = Run(accelerator=Accelerator(cpu=not on_gpu))
         self.get, self.tries = ray.get, tries
+        self.folder, self.sign, self.part_key = Path(folder), sign, key
         self.pickle: Any = ray.cloudpickle
         self.judges: Judges = ray.get(judges[0])
         self.judges.clip.module.to(self.run.device).eval()
         self.texts = class_embeddings(self.judges.clip, class_names)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        found = [self.judge(int(start), rows) for start, rows in zip(batch["start"], batch["rows"], strict=True)]
-        return {"part": [self.pickle.dumps(each) for each in found]}
+        made = [self.make(int(start), rows) for start, rows in zip(batch["start"], batch["rows"], strict=True)]
+        return {name: [each[name] for each in made] for name in ("start", "skipped", "file")}
 
-    def judge(self, start: int, rows: bytes) -> Part:
+    def make(self, start: int, message: bytes) -> dict[str, Any]:
+        """Judge a part and write it; its file goes back as bytes from a node that does not see the folder."""
         tries: Any = self.get(self.tries.begin.remote(start))
         if tries > 1 + RETRIES:
             raise RuntimeError(f"{RETRIES + 1} workers died of the rows from {start} on")
-        return judge(self.judges, self.texts, self.pickle.loads(rows), start, self.run)
+        rows = self.pickle.loads(message)
+        part = judge(self.judges, self.texts, rows, start, self.run)
+        file = encode(part, rows, self.part_key)
+        if (self.folder / self.sign).exists():
+            write_atomically(file_of(self.folder, slice(start, start + len(rows))), file)
+            file = b""
+        return {"start": start, "skipped": self.pickle.dumps(part.skipped), "file": file}
 
 
 def _all_parts(
-    ray: Any, source: LabelledImages, judges: Judges, folder: Path, run: Run, workers: int | None, size: int
-) -> Iterator[Part]:
-    """Those that are in the folder, then the others as the workers hand them back, each kept before it is told."""
-    key = key_of(judges, source)
+    ray: Any,
+    source: LabelledImages,
+    judges: Judges,
+    folder: Path,
+    run: Run,
+    workers: int | None,
+    spans: list[slice],
+    key: str,
+) -> Iterator[tuple[int, Skipped]]:
+    """Where each part begins and what it skipped: those that are in the folder, then the others as they come there."""
     missing = []
-    for start in range(0, len(source), size):
-        rows = slice(start, min(start + size, len(source)))
+    for rows in spans:
         found = stored(folder, source, rows, key, run)
         if found is None:
             missing.append(rows)
         else:
-            yield found
+            yield found.start, found.skipped
     if not missing:
         return
-    with _quiet_data():
-        for found in _judged_on_ray(ray, source, judges, missing, workers):
-            keep(folder, found, source, key)
-            yield found
+    with _quiet_data(), _signed(folder) as sign:
+        shared = (str(folder.absolute()), sign, key)
+        yield from _made_on_ray(ray, source, judges, {rows.start: rows for rows in missing}, workers, folder, shared)
 
 
-def _judged_on_ray(
-    ray: Any, source: LabelledImages, judges: Judges, missing: list[slice], workers: int | None
-) -> Iterator[Part]:
+def _made_on_ray(
+    ray: Any,
+    source: LabelledImages,
+    judges: Judges,
+    missing: dict[int, slice],
+    workers: int | None,
+    folder: Path,
+    shared: tuple[str, str, str],
+) -> Iterator[tuple[int, Skipped]]:
     pool, on_gpus = pool_size(ray)
     held = ray.put(judges)  # for as long as a worker may have to be replaced
     tries = ray.remote(num_cpus=0)(Tries).remote()
-    messages = [{"start": rows.start, "rows": ray.cloudpickle.dumps(portable(source, rows))} for rows in missing]
+    messages = [
+        {"start": start, "rows": ray.cloudpickle.dumps(portable(source, rows))} for start, rows in missing.items()
+    ]
     try:
         parts = ray.data.from_items(messages, override_num_blocks=len(messages)).map_batches(
             Worker,
-            fn_constructor_args=([held], tries, source.class_names),
+            fn_constructor_args=([held], tries, source.class_names, *shared),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(workers or pool, len(missing))),
             num_cpus=1,
             num_gpus=int(on_gpus),
         )
         for row in parts.iter_rows():
-            yield ray.cloudpickle.loads(row["part"])
+            if row["file"]:
+                write_atomically(file_of(folder, missing[row["start"]]), row["file"])
+            yield row["start"], ray.cloudpickle.loads(row["skipped"])
     except ray.exceptions.RayError as error:
         raise ResultError(
-            f"the workers cannot judge {source.name}: {_reason(error)}.",
+            f"the workers cannot judge {source.name}: {reason_of(error)}.",
             hint="Every node needs this version of unpoison, and a source in files at the same path as here. Parts "
             "that were judged are kept: the same command goes on after them.",
         ) from error
 
 
-def _reason(error: Exception) -> str:
-    """The error behind Ray's, which quotes whole tracebacks and adds advice."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    named = [line for line in lines if re.match(r"(?!ray\.)[\w.]+(Error|Exception): ", line)]
-    return (named or lines or [type(error).__name__])[-1].rstrip(".")
+@contextmanager
+def _signed(folder: Path) -> Iterator[str]:
+    """A file in the folder by which a node knows that it sees this very one, and no other at the same path."""
+    sign = partial_of(folder / "sign").name  # a killed run's is removed with what else it left
+    (folder / sign).touch()
+    try:
+        yield sign
+    finally:
+        (folder / sign).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -282,6 +341,7 @@ def _parts_folder(run: Run) -> Iterator[Path]:
         return
     folder = run.folder.path / "parts"
     folder.mkdir(exist_ok=True)
+    remove_partials(folder)
     yield folder
 
 

@@ -28,7 +28,7 @@ from unpoison.models.folders import check_model_folder, file_inside, find_model_
 from unpoison.models.image_classifier import BOUNDS, MEAN, STD, ImageClassifier, Origin, channels_last, check_names
 from unpoison.models.networks import ARCHITECTURES, build_network
 
-__all__ = ["ImageClassifier", "load_classifier", "new_classifier", "save_classifier"]
+__all__ = ["ImageClassifier", "check_architecture", "load_classifier", "new_classifier", "save_classifier"]
 
 DESCRIPTION = "unpoison.json"
 SCHEMA, SCHEMA_VERSION = "unpoison/classifier", 1
@@ -66,6 +66,11 @@ def new_classifier(
         architecture=arch,
         build=build,
     )
+
+
+def check_architecture(arch: str) -> None:
+    """Raises UnknownMethodError, UsageError for what :func:`new_classifier` could not build."""
+    _builder(arch, 2)
 
 
 def load_classifier(
