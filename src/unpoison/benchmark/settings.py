@@ -14,6 +14,8 @@ GIVEN = "none"
 """The method that is none: the victim as it is given, before any defense."""
 MEAN = "mean"
 """In the figures of papers: over all attacks of the paper."""
+MADE_AGAINST_DEFENSES = ("low-gap", "feature-small")
+"""Triggers whose whole purpose is to get past a defense of this package."""
 SHOTS = "clean labelled shots"
 """What the catalog calls the images that ``shots`` gives."""
 
@@ -109,6 +111,13 @@ class AttackSettings:
     through_par: bool = False
     prepare: dict[str, Any] = field(default_factory=dict)
     also: tuple[FurtherPart, ...] = ()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it is made against a defense: by its choice of samples or captions, or by how its trigger is
+        trained."""
+        chosen = self.select != "random" or self.captions == "aligned"
+        return chosen or self.through_par or self.trigger in MADE_AGAINST_DEFENSES
 
     def inputs(self) -> dict[str, Any]:
         """What a cell's name depends on; a table that came later counts where it is used."""
