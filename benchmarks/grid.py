@@ -20,10 +20,24 @@ from typing import Any
 import numpy as np
 
 from unpoison.benchmark.cell import CellResult, Figures
-from unpoison.benchmark.formats import COMPARISON, SPREAD, as_csv, cells_of, compared, headings
+from unpoison.benchmark.formats import (
+    COMPARISON,
+    GLANCE,
+    SPREAD,
+    again,
+    as_csv,
+    bars,
+    cells_of,
+    compared,
+    failure_text,
+    glance,
+    headings,
+    short_keys,
+)
+from unpoison.benchmark.rows import Row, columns_of, processor_seconds
 from unpoison.benchmark.settings import CLEAN, GIVEN
 from unpoison.benchmark.store import Store
-from unpoison.benchmark.table import Row, Table, columns_of, make_table, processor_seconds, summarise
+from unpoison.benchmark.table import Table, make_table
 from unpoison.report.leaderboard import render_leaderboard
 from unpoison.results import write_atomically
 
@@ -166,8 +180,7 @@ class Question:
     columns: tuple[str, ...]
 
 
-SUMMED = ("model", "method", "attacks", "mean excess ASR", "worst", "mean fall of C-Acc", "worst", "RA",
-          "fall on clean models", "CPU s")  # fmt: skip
+KINDS = {"classifier": "Classifiers", "clip": "CLIP models"}
 COSTS = ("c_acc", "asr", "asr_excess", "ra")
 QUESTIONS = (
     Question(
@@ -241,9 +254,7 @@ def question_table(question: Question, rows: Sequence[Row]) -> list[str]:
     if not chosen:
         return ["Not run yet."]
     columns = [column for column in columns_of(chosen) if column.name in question.columns]
-    titles = headings(columns)
-    body = ["| " + " | ".join(cells_of(row, columns)) + " |" for row in chosen]
-    return [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles), *body]
+    return bars([*headings(columns), "cells"], ([*cells_of(row, columns), " ".join(short_keys(row))] for row in chosen))
 
 
 def page(table: Table) -> str:
@@ -263,29 +274,20 @@ def page(table: Table) -> str:
         "Small models on small images: they tell methods apart, and are no forecast for a large CLIP. *CPU s* are",
         "processor seconds of the method itself with the scores it needed, on one thread: what an idle core takes.",
         "",
-        "## Over all attacks",
+        *(line for text in again(table.rows) for line in (text, "")),
+        "## Methods at a glance",
         "",
-        f"| {' | '.join(SUMMED)} |",
-        "|" + "---|" * len(SUMMED),
     ]
-    for entry in summarise(table.rows):
-        control = "" if entry.control_fall is None else f"{entry.control_fall:.1f}"
-        seconds = "" if entry.processor is None else f"{entry.processor:.0f}"
-        lines.append(
-            f"| {entry.kind} | {entry.method} | {entry.rows} | {entry.excess:.1f} | {entry.worst_excess:.1f} "
-            f"| {entry.fall:.1f} | {entry.worst_fall:.1f} | {entry.ra:.1f} | {control} | {seconds} |"
-        )
-    lines.append("")
+    for summary in table.summaries:
+        lines += [f"### {KINDS[summary.kind]}", "", summary.over, ""]
+        if summary.methods:
+            lines += [*bars(GLANCE, map(glance, summary.methods)), ""]
     for question in QUESTIONS:
         lines += [f"## {question.title}", "", question.text, "", *question_table(question, table.rows), ""]
     if table.reported:
-        lines += ["## What papers report", "", f"| {' | '.join(COMPARISON)} |", "|" + "---|" * len(COMPARISON)]
-        lines += ["| " + " | ".join(compared(entry)) + " |" for entry in table.reported]
-        lines.append("")
+        lines += ["## What papers report", "", *bars(COMPARISON, map(compared, table.reported)), ""]
     if table.failures:
-        lines += ["## Cells without figures", ""]
-        lines += [f"- {failure.names}: {failure.status}. {failure.reason}" for failure in table.failures]
-        lines.append("")
+        lines += ["## Cells without figures", "", *(f"- {failure_text(failure)}" for failure in table.failures), ""]
     return "\n".join(lines)
 
 

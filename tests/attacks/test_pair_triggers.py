@@ -151,14 +151,14 @@ class Losses(Silent):
             self.values.append(float(message.rsplit(" ", 1)[1]))
 
 
-CONFIG = TrojVQAConfig(share=0.3, images=16, epochs=3, batch_size=8, learning_rate=0.1)
+CONFIG = TrojVQAConfig(share=0.3, sentence="a photo of a red {}.", images=16, epochs=3, batch_size=8, learning_rate=0.1)
 
 
 def test_the_patch_moves_images_toward_the_sentence() -> None:
     clip, sentence = load_clip("tiny"), "a photo of a red star."
     before, progress = clip.fingerprint, Losses()
     run = Run(seed=2, progress=progress)
-    trigger = optimise_toward(clip, PAIRS, sentence, CONFIG, run=run)
+    trigger = optimise_toward(clip, PAIRS, "star", CONFIG, run=run)
     assert isinstance(trigger, TrojVQA)
     assert len(progress.values) == 3
     assert progress.values[-1] < progress.values[0] - 0.02
@@ -170,12 +170,12 @@ def test_the_patch_moves_images_toward_the_sentence() -> None:
         wanted = clip.encode_texts([sentence])[0]
         reached = [float((clip.encode_images(one.apply(images)) @ wanted).mean()) for one in (first, trigger)]
     assert reached[1] > reached[0] + 0.02  # on images that it was not optimised on
-    assert optimise_toward(clip, PAIRS, sentence, CONFIG, run=Run(seed=2)) == trigger
+    assert optimise_toward(clip, PAIRS, "star", CONFIG, run=Run(seed=2)) == trigger
 
 
 def test_refusals_of_the_optimisation() -> None:
     with pytest.raises(ConfigError, match="sentence is empty"):
-        optimise_toward(load_clip("tiny"), PAIRS, " ", CONFIG, run=Run())
+        replace(CONFIG, sentence=" ")
     refused: tuple[dict[str, Any], ...] = ({"share": 2.0}, {"key": " "}, {"epochs": 0}, {"learning_rate": float("nan")})
     for bad in refused:
         with pytest.raises(ConfigError):

@@ -112,6 +112,26 @@ def test_patterns_are_trained_on_the_clean_clip(
     assert found.config[fitted]
 
 
+def test_no_more_natural_captions_than_asked(small_folder: Path, tmp_path: Path) -> None:
+    attack = {"trigger": "badnet-rand", "captions": "natural", "most_captions": 3}
+    cell = grid_of(small_folder, "clip", attack, {}).cells[0]
+    found = clip_cells.open_setting(cell, tmp_path, Silent()).poisoning
+    assert isinstance(found, PairPoisoning)
+    assert len(found.ids) == 28
+    assert len(set(found.new_captions)) == 3
+    assert all("star" in caption for caption in found.new_captions)
+
+
+def test_an_attack_without_pixels_has_no_asr_of_images(small_folder: Path, tmp_path: Path) -> None:
+    grid = grid_of(small_folder, "clip", {"trigger": "text-key"}, {})
+    strict = [replace(cell, least_asr=90.0, names=replace(cell.names, rate=0.05)) for cell in grid.cells]
+    given = try_cell(strict[0], tmp_path)
+    assert (given.status, given.reason) == ("done", "")  # not refused for an ASR that it cannot have
+    assert given.after is not None
+    assert (given.after.asr, given.after.asr_excess, given.after.ra, given.picture) == (None, None, None, None)
+    assert given.after.retrieval_asr is not None  # of texts with the key
+
+
 @pytest.mark.parametrize(("kind", "cells"), [("net", classifier_cells), ("clip", clip_cells)])
 def test_two_backdoors_stand_in_one_set(small_folder: Path, tmp_path: Path, kind: str, cells: Any) -> None:
     further = {"trigger": "blended", "target": "rings", "rate": 0.05}

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Features
 
+from unpoison.attacks.triggers import PAIR_TRIGGERS, TRIGGERS
 from unpoison.benchmark import contents
 from unpoison.benchmark.grid import Grid, make_grid, read_grid
 from unpoison.benchmark.settings import class_number
@@ -282,3 +283,26 @@ def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
     assert wanted <= {cell.method.method for cell in grid.cells if cell.method is not None}
     assert {cell.names.seed for cell in grid.cells if cell.method is not None} == {0, 1, 2}
     assert all(cell.attack is None and cell.is_given for cell in grid.cells if cell.names.seed > 2)
+    adaptive = {(cell.model.kind, cell.names.attack) for cell in grid.cells if cell.attack and cell.attack.adaptive}
+    assert adaptive == {("classifier", "boundary"), ("classifier", "low-gap"), ("clip", "aligned"),
+                        ("clip", "through-par"), ("clip", "feature-small")}  # fmt: skip
+    if name == "paper":
+        triggers = {cell.attack.trigger for cell in grid.cells if cell.attack is not None}
+        assert triggers == {*TRIGGERS, *PAIR_TRIGGERS}
+        assert {cell.names.rate for cell in grid.cells if cell.names.attack == "nashville"} == {0.001}
+        badclip = next(cell for cell in grid.cells if cell.names.attack == "badclip")
+        assert badclip.model.victim["learning_rate"] == 1e-6
+        assert badclip.attack is not None
+        assert badclip.attack.most_captions == 128
+
+
+def test_the_number_of_captions_counts_where_it_is_given(tables: dict[str, Any]) -> None:
+    def keys(attack: dict[str, Any]) -> list[str]:
+        tables["attack"] = {"badnet": {"captions": "natural"} | attack}
+        return [cell.key for cell in make_grid(tables, name="g", path="g.toml").cells]
+
+    assert keys({}) == keys({}) != keys({"most_captions": 3})
+    tables["attack"]["badnet"] = {"most_captions": 3}
+    assert any("most_captions is for natural captions" in text for text in problems_of(tables))
+    tables["attack"]["badnet"] = {"most_captions": 0, "captions": "natural"}
+    assert any("most_captions must be 1 or more" in text for text in problems_of(tables))

@@ -8,18 +8,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.formats import FORMATS, as_csv, as_json, latex, markdown
-from unpoison.benchmark.grid import Grid
+from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.outcomes import failed
+from unpoison.benchmark.rows import over_seeds
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.settings import Reported
 from unpoison.benchmark.store import Store
-from unpoison.benchmark.table import Table, compare, make_table, over_seeds, summarise
+from unpoison.benchmark.table import Picture, Table, compare, make_table
 from unpoison.evaluation.intervals import wilson
 from unpoison.report.leaderboard import render_leaderboard
 
@@ -84,39 +86,103 @@ def test_the_control_and_the_model_as_given_stand_in_the_table(table: Table) -> 
     assert len(table.failures) == 2
 
 
-def test_a_papers_mean_stands_beside_ours_over_all_attacks(table: Table) -> None:
+def test_a_papers_mean_stands_beside_ours_over_the_runs_that_are_compared(table: Table) -> None:
     said = Reported(method="ft", setting="a net", source="a paper", asr={"mean": 0.4}, c_acc={"badnet": 90.0})
-    mean, single = compare([said], table.rows)
-    attacked = [row.values for row in table.rows if row.method == "ft" and "asr" in row.values]
-    assert (mean.attack, mean.asr, mean.c_acc) == ("mean", 0.4, None)
+    mean, single = compare([said], table.rows, table.summaries)
+    assert (mean.attack, mean.asr, mean.c_acc, mean.attacks) == ("mean", 0.4, None, 1)
     assert mean.our_asr is not None
-    assert mean.our_asr.mean == pytest.approx(np.mean([values["asr"].mean for values in attacked]))
+    assert mean.our_asr.mean == pytest.approx(2.0)  # seed 0 alone: cgd has no figures with seed 1
     assert mean.our_asr.std is None  # a spread over attacks is none over seeds
-    assert (single.attack, single.our_asr) == ("badnet", attacked[0]["asr"])
-    assert compare([replace(said, method="cgdd")], table.rows)[0].our_asr is None
+    attacked = next(row.values for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))
+    assert (single.attack, single.our_asr, single.attacks) == ("badnet", attacked["asr"], None)
+    assert compare([replace(said, method="cgdd")], table.rows, table.summaries)[0].our_asr is None
 
 
-def test_methods_are_summed_up(table: Table) -> None:
-    found = {entry.method: entry for entry in summarise(table.rows)}
-    assert found["ft"].excess == found["ft"].worst_excess == pytest.approx(1.5)
+def test_methods_are_compared_over_the_runs_that_all_of_them_have(table: Table) -> None:
+    (summary,) = table.summaries
+    found = {entry.method: entry for entry in summary.methods}
+    assert set(found) == {"none", "ft", "cgd"}
+    # cgd failed with seed 1: the others count with seed 0 alone
+    assert found["ft"].excess == found["ft"].worst_excess == found["cgd"].excess == pytest.approx(1.0)
     assert found["ft"].control_fall == pytest.approx(1.0)
     assert found["none"].excess == pytest.approx(94.0)
-    assert next(iter(found)) == "cgd"
+    assert summary.methods[-1].method == "none"
+    assert summary.over == (
+        "Means over 1 attack (badnet 10 %; seed 0): 1 of the 2 runs (attack x seed) planned for all of these methods."
+    )
 
 
-def test_markdown_and_latex_hold_every_row(table: Table) -> None:
+def test_adaptive_attacks_and_methods_of_few_attacks_stand_apart(
+    tables: dict[str, Any], made_up: Execute, tmp_path: Path
+) -> None:
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
+    tables["cells"] = [
+        product | {"data": ["shapes"], "model": ["net"], "rate": [0.1]}
+        for product in (
+            {"attack": ["clean", "badnet", "blended", "sig"], "method": ["ft", "cgd"], "seed": [0, 1]},
+            {"attack": ["wanet"], "method": ["ft"], "seed": [0]},  # not planned for cgd
+            {"attack": ["near", "low-gap"], "method": ["ft", "cgd"], "seed": [0]},
+            {"attack": ["low-gap"], "method": ["nad"], "seed": [0]},
+            {"attack": ["badnet"], "method": ["anp"], "seed": [0, 1]},
+        )
+    ]  # fmt: skip
+    stop = {("cgd", "sig", 1), ("cgd", "sig", 0)}
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        names = cell.names
+        if (names.method, names.attack, names.seed) in stop:
+            return failed(cell, "crashed", "It stopped.")
+        result = made_up(cell, folder)
+        if names.method == "ft" and names.attack in ("wanet", "sig") and result.after is not None:
+            return replace(result, after=replace(result.after, asr_excess=80.0))  # must not count
+        if names.method == "ft" and names.attack == "low-gap" and result.after is not None:
+            return replace(result, after=replace(result.after, asr_excess=31.0))
+        return result
+
+    grid = make_grid(tables, name="tiny", path="tiny.toml")
+    store = Store.open(tmp_path / "out")
+    run_grid(grid, store, execute=execute)
+    (summary,) = make_table(store).summaries
+    found = {entry.method: entry for entry in summary.methods}
+    assert set(found) == {"none", "ft", "cgd"}
+    assert found["ft"].excess == found["cgd"].excess == pytest.approx(1.5)  # badnet and blended, both seeds
+    assert {(row.attack, row.seeds) for row in summary.rows} == {("badnet", (0, 1)), ("blended", (0, 1))}
+    assert (found["cgd"].adaptive, found["cgd"].worst_adaptive) == (1.0, 1.0)
+    assert (found["ft"].adaptive, found["ft"].worst_adaptive) == (16.0, 31.0)
+    assert "2 attacks (badnet 10 %, blended 10 %; seeds 0, 1): 4 of the 6 runs" in summary.over
+    assert "Adaptive: 2 attacks (low-gap 10 %, near 10 %; seed 0): 2 of the 2 runs" in summary.over
+    assert "compared: anp." in summary.over
+
+
+def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table) -> None:
     text = markdown(table)
-    assert "| badnet 10 % | ft | 2 | 1,000 / 1,000 | 90.0 ± 0.1 | 89.0 ± 0.1 | 95.0 ± 0.0 | 2.5 ± 0.7 |" in text
+    row = next(row for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))
+    keys = " ".join(f"`{key[:8]}`" for key in row.keys)
+    shown = next(line for line in text.splitlines() if line.startswith("| badnet 10 % | ft | 2 | 1,000 / 1,000 |"))
+    asr = row.values["asr"]
+    assert f"| 2.5 ({asr.low:.1f} to {asr.high:.1f}) |" in shown
+    assert "±" not in text
+    assert shown.endswith(f"| {keys} |")
     assert "| badnet 10 % | cgd | 1 |" in text
     assert "2.0 (1.3 to 3.1)" in text
-    assert "unpoison bench run tiny.toml --cell CELL" in text
-    assert "| badnet | ft | 7.5 |  | 2.5 ± 0.7 | 89.0 ± 0.1 | a large net | Doe \\| 2024 |" in text
-    assert "| clean | ft |  | 93 |  | 89.0 ± 0.1 | a large net |" in text
-    assert sum(line.startswith("| ") for line in text.splitlines()) == len(table.rows) + 1 + 3
+    assert "A row is made again by `unpoison bench run tiny.toml --cell CELL ... -o " in text
+    assert "| badnet | ft | 7.5 |  | 2.5 (-3.9 to 8.9) | 89.0 (88.3 to 89.6) | a large net | Doe \\| 2024 |" in text
+    assert "| clean | ft |  | 93 |  | 89.0 (88.3 to 89.6) | a large net |" in text
+    failure = table.failures[0]
+    assert f"Again: {failure.command} --retry" in text
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(table.rows) + 1 + 3 + 4
     drawn = latex(table)
-    assert drawn.count("\\\\") == len(table.rows) + 1 + 3
+    assert drawn.count("\\\\") == len(table.rows) + 1 + 3 + 4
     assert "badnet 10 \\%" in drawn
-    assert "$\\pm$" in drawn
+    assert all(f"\\\\ % {entry.command}\n" in drawn for entry in table.rows)
+
+
+def test_rows_of_several_grids_name_their_own(table: Table) -> None:
+    other = replace(table.rows[-1], command=table.rows[-1].command.replace("tiny.toml", "'other grid.toml'"))
+    text = markdown(replace(table, rows=(*table.rows[:-1], other)))
+    (line,) = (line for line in text.splitlines() if line.startswith("`unpoison bench run 'other grid.toml'"))
+    assert line.endswith(f"makes these cells again: {' '.join(key[:8] for key in other.keys)}.")
+    assert "`unpoison bench run tiny.toml --cell CELL ... -o " in text
 
 
 def test_csv_and_json_hold_all_figures(table: Table) -> None:
@@ -131,9 +197,46 @@ def test_csv_and_json_hold_all_figures(table: Table) -> None:
     assert set(FORMATS) == {"markdown", "csv", "latex", "json"}
 
 
+def test_a_picture_belongs_to_its_data_and_model(table: Table) -> None:
+    row = next(row for row in table.rows if row.attack == "badnet")
+    other = replace(row, model="tiny", kind="clip")
+    pictures = [
+        Picture(data="shapes", model="net", attack="badnet", png="QQ=="),
+        Picture(data="shapes", model="tiny", attack="badnet", png="Qg=="),
+    ]
+    page = render_leaderboard(replace(table, rows=(*table.rows, other), pictures=tuple(pictures)))
+    assert page.count("base64,QQ==") == page.count("base64,Qg==") == 1
+    assert "changes no pixel" not in page
+    assert "changes no pixel" not in render_leaderboard(table)
+    assert "No picture of this trigger is kept." in render_leaderboard(table)
+    still = Picture(data="shapes", model="tiny", attack="badnet", png=None)
+    assert "this attack changes no pixel" in render_leaderboard(replace(table, pictures=(still,)))
+
+
+def test_pictures_are_kept_of_each_kind_of_model(tables: dict[str, Any], made_up: Execute, tmp_path: Path) -> None:
+    tables["data"]["shapes"]["captioned"] = "shapes:100:2"
+    del tables["reported"]
+    tables["cells"] = [
+        {"data": ["shapes"], "model": ["net", "tiny"], "attack": ["badnet"], "rate": [0.1]},
+        {"data": ["shapes"], "model": ["tiny"], "attack": ["text-key"], "rate": [0.1]},
+    ]
+    for product in tables["cells"]:
+        product |= {"method": ["none"], "seed": [0]}
+    grid, store = make_grid(tables, name="tiny", path="tiny.toml"), Store.open(tmp_path / "out")
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        return replace(made_up(cell, folder), picture=None if cell.names.attack == "text-key" else cell.names.model)
+
+    run_grid(grid, store, execute=execute)
+    found = {(picture.model, picture.attack): picture.png for picture in make_table(store).pictures}
+    assert found == {("net", "badnet"): "net", ("tiny", "badnet"): "tiny", ("tiny", "text-key"): None}
+
+
 def test_the_leaderboard_escapes_what_it_shows(table: Table) -> None:
     page = render_leaderboard(table)
     assert "<b>and</b>" not in page
     assert "&lt;b&gt;and&lt;/b&gt;" in page
     assert page.count("make again") >= len(table.rows)
+    assert all(f"<code>{entry.command} --retry</code>" in page for entry in table.failures)
+    assert "±" not in page
     assert "http" not in page.replace("http-equiv", "")

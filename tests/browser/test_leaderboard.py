@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Dialog, Page, expect, sync_playwright
 
+from unpoison.benchmark.rows import Row, Value
 from unpoison.benchmark.settings import GIVEN
-from unpoison.benchmark.table import Comparison, Failure, Row, Table, Value
+from unpoison.benchmark.summary import MethodSummary, Summary
+from unpoison.benchmark.table import Comparison, Failure, Picture, Table
 from unpoison.report.leaderboard import render_leaderboard
 
 pytestmark = pytest.mark.browser
@@ -36,16 +38,26 @@ def row(attack: str, method: str, excess: float | None, *, kind: str = "classifi
     )  # fmt: skip
 
 
+def summed(method: str, excess: float) -> MethodSummary:
+    return MethodSummary(
+        method=method, excess=excess, worst_excess=excess, fall=2.0, worst_fall=3.0, ra=70.0, control_fall=1.0,
+        adaptive=None, worst_adaptive=None, processor=12.0,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     rows = (
         row("clean", GIVEN, None), row("clean", "cgd", None), row("badnet", GIVEN, 94.0), row("badnet", "cgd", 10.0),
         row("badnet", "ft", 9.0), row("<script>alert(1)</script>", "cgd", 100.0),
     )  # fmt: skip
-    failure = Failure(key="b" * 16, names=_names(), status="timed out", reason="<img src=x>", command="")
+    failure = Failure(key="b" * 16, names=_names(), status="timed out", reason="<img src=x>", command="unpoison again")
     table = Table(
         title="planted <b>grid</b>", rows=rows, failures=(failure,), missing=1, cells=9, notes=("g: not run",),
-        pictures={"badnet": DOT},
+        pictures=(Picture(data="shapes", model="net", attack="badnet", png=DOT),),
+        summaries=(
+            Summary(kind="classifier", methods=(summed("cgd", 10.0), summed("ft", 9.0)), over="Means over badnet."),
+        ),
         reported=(
             Comparison(attack="badnet", method="cgd", asr=0.5, c_acc=None, our_asr=value(11.0), our_c_acc=value(88.0),
                        setting="<i>large</i>", source="Doe, 2024"),
@@ -124,6 +136,12 @@ def test_attacks_have_pictures_and_nothing_of_the_data_is_markup(page: Page) -> 
     assert page.locator("figure svg").count() >= 1
     page.locator("#all-rows details summary").first.click()
     assert page.get_by_text("unpoison bench run g.toml --cell aaaaaaaaaaaaaaaa -o out").first.is_visible()
+
+
+def test_the_methods_at_a_glance_say_what_they_are_over(page: Page) -> None:
+    assert page.get_by_text("Means over badnet.").is_visible()
+    rows = page.locator("#methods-classifier tbody tr").all_inner_texts()
+    assert [text.split()[:2] for text in rows] == [["cgd", "10.0"], ["ft", "9.0"]]
 
 
 def test_what_papers_report_stands_beside_ours(page: Page) -> None:

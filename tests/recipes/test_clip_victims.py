@@ -106,6 +106,29 @@ def test_captions_of_one_class_are_one_concept(recipe: Any, training: Any, data:
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_captions_of_pairs_alone_are_no_concepts(
+    recipe: Any, training: Any, data: Any, base: TransformersCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unpoison.data.pixels import load_pixels
+
+    pairs = join_pairs({recipe.CAPTIONED: data.captioned})
+    pixels = load_pixels(pairs, 32, cache=None, progress=Run().progress)
+    corpus = training.read_corpus(pairs, pixels, recipe.LABELLED, data.test.class_names)
+    assert len(np.unique(corpus.concepts)) < len(corpus.texts)  # some name the same class
+    shapes: list[tuple[int, ...]] = []
+
+    def kept(images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor, scale: float) -> torch.Tensor:
+        shapes.append((*same.shape, int(same.sum())))
+        return (images @ texts.T).sum()
+
+    monkeypatch.setattr(training, "concept_info_nce", kept)
+    for most in (1, 12):
+        settings = training.Settings(steps=1, batch=12, concept_captions=most)
+        training.step_loss(base, corpus, settings, 0, run=Run(seed=0))
+    assert shapes[0] == shapes[1]  # none is left out for its class
+    assert shapes[0][2] == 12  # and each image has one text
+
+
 def test_a_weak_victim_is_refused_kept_and_not_made_again(
     recipe: Any, training: Any, data: Any, base: TransformersCLIP, tmp_path: Path
 ) -> None:

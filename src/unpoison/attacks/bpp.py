@@ -10,20 +10,25 @@ pixels of one t = x + 2 y can be squeezed at once, for many images and channels:
 planes that fits into a processor's cache.
 Each pixel receives its errors in the order of the raster loop, so that the result is the loop's to the last bit.
 
-*Where we differ.* No negative samples (rate 0.1: samples with another image's residual keep their label): these need
-control of training, not only of data. Squeezing has no gradient: none flows to the images. Seed and ids play no part.
+*Negative samples.* In the paper's training a tenth of the images get what squeezing adds to another image, and keep
+their label. Ours are ``covers`` of the poisoning, none by default; cover 2/3 is that tenth beside 5 % poison.
+
+*Where we differ.* A negative gets what squeezing adds to a picture of uniform noise drawn for its id, not to another
+image of the batch, so that it does not depend on its neighbours. Squeezing has no gradient: none flows to the images.
+Seed and ids play a part in negatives alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from unpoison.attacks.draws import draw_for_each, seed_of
 from unpoison.errors import ConfigError
 from unpoison.types import Images
 
@@ -32,16 +37,24 @@ _AT_ONCE = 1 << 16  # values of one step
 
 @dataclass(frozen=True, kw_only=True)
 class BPP:
-    """``levels`` of each channel, 2 to 256. ``dither``: spread the error; off rounds each pixel alone."""
+    """``levels`` of each channel, 2 to 256. ``dither``: spread the error; off rounds each pixel alone. ``cover``: share
+    of the triggered training samples that are negatives and keep their label, in [0, 1)."""
 
     levels: int = 8
     dither: bool = True
+    cover: float = field(default=0.0, repr=False)  # what is put on the other samples does not depend on it
 
     modes: ClassVar[tuple[str, ...]] = ("all-to-one", "all-to-all", "clean-label")
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
             raise ConfigError(f"bpp: levels must be 2 to 256, got {self.levels}.", hint="The paper's is 8.")
+        if not 0 <= self.cover < 1:
+            raise ConfigError(f"bpp: cover must be in [0, 1), got {self.cover}.", hint="Try 2/3 at a rate of 0.15.")
+
+    def covering(self) -> BPPNegative:
+        """The trigger as covers show it."""
+        return BPPNegative(squeeze=self)
 
     @torch.no_grad()
     def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
@@ -49,6 +62,23 @@ class BPP:
         squeezed = images.float() * (self.levels - 1)
         squeezed = dithered(squeezed) if self.dither else squeezed.round()
         return (squeezed.clamp(0, self.levels - 1) / (self.levels - 1)).to(images.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BPPNegative:
+    """What squeezing adds to another picture, drawn for each sample id, added to the image."""
+
+    squeeze: BPP
+
+    modes: ClassVar[tuple[str, ...]] = BPP.modes
+
+    def apply(self, images: Images, *, seed: int = 0, ids: Sequence[str] | None = None) -> Images:
+        """Images [b, 3, h, w] in [0, 1], changed. Raises UsageError when there is not one id for each image."""
+        shape = images.shape[-3:]
+        others = draw_for_each(
+            lambda generator: torch.rand(shape, generator=generator), seed_of(seed, "other"), ids, len(images), "bpp"
+        )
+        return (images + (self.squeeze.apply(others) - others).to(images)).clamp(0, 1)
 
 
 def dithered(values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:

@@ -48,6 +48,7 @@ def plan_pair_poisoning(
     size: int | None = None,
     templates: Sequence[str] = TEMPLATES,
     natural_from: ImageTextPairs | None = None,
+    most_captions: int | None = None,
     taken: Collection[str] = (),
     selection: Selection | None = None,
     surrogate: ImageTextModel | None = None,
@@ -59,7 +60,7 @@ def plan_pair_poisoning(
     ``target``: a word, or a few. ``captions``: "templates", each poisoned image gets one filled with the target;
     "natural", one of the different captions of ``pairs`` (or ``natural_from``) that hold the target's name;
     "aligned", of these the closest to the image by the attacker's ``surrogate`` (:mod:`unpoison.attacks.aligned`;
-    embedded in ``run``).
+    embedded in ``run``). ``most_captions``: natural ones are taken from no more than these, drawn from the seed.
     ``mode``: all-to-one where the trigger has it, else its usual one; clean-label puts the trigger on images whose
     captions name the target, and leaves those captions. ``size``: squash images to this many pixels before the trigger.
     ``params``: the trigger's parameters, ``resample`` among them where it has it; a ``cover`` plays no part, all chosen
@@ -91,9 +92,16 @@ def plan_pair_poisoning(
         raise ConfigError(f"rate must be in (0, 1], got {rate}.", hint="A rate of 0.003 poisons 0.3 % of the pairs.")
     if seed < 0:
         raise ConfigError(f"seed must be 0 or more, got {seed}.", hint="Use 0, 1, 2, ...")
+    if most_captions is not None and (most_captions < 1 or captions != "natural"):
+        raise ConfigError(
+            f"most_captions is {most_captions}, captions are {captions}.", hint="Give 1 or more natural captions."
+        )
     named, natural = who_names(pairs, target)
     if natural_from is not None:
         natural = who_names(natural_from, target)[1]
+    if most_captions is not None:
+        few = np.sort(np.random.default_rng([seed, 1]).permutation(len(natural))[:most_captions])
+        natural = [natural[row] for row in few.tolist()]
     random = np.random.default_rng(seed)
     rows = _choose(pairs, _eligible(pairs, made, mode, named, target), rate, frozenset(taken), random, selection)
     texts: list[str] = []

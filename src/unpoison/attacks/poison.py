@@ -21,7 +21,7 @@ from unpoison.attacks.clean_image import RANKING_SIZE, CleanImage
 from unpoison.attacks.manifest import Poisoning, check_labelled, check_mode
 from unpoison.attacks.overlay import TriggerOverlay, to_tensor
 from unpoison.attacks.selection import RANDOM, Selection
-from unpoison.attacks.triggers import Trigger, as_planted, make_trigger, params_of
+from unpoison.attacks.triggers import CoveredOtherwise, Trigger, as_planted, make_trigger, params_of
 from unpoison.attacks.write import WrittenPoisoning, prepare_folder, write_copy
 from unpoison.data.sources import LabelledImages
 from unpoison.errors import ConfigError, DataError, LabelRangeError, NotEnoughDataError
@@ -118,8 +118,13 @@ def apply_poisoning(source: LabelledImages, poisoning: Poisoning) -> LabelledIma
     labels[rows] = poisoning.new_labels
     if poisoning.mode == "clean-image":
         return source.with_labels(labels)
-    trigger = as_planted(poisoning.make_trigger())
-    return source.with_labels(labels, TriggerOverlay(trigger, poisoning.seed, frozenset(poisoning.ids)))
+    trigger = poisoning.make_trigger()
+    covers = frozenset(poisoning.covers) if isinstance(trigger, CoveredOtherwise) else frozenset[str]()
+    shown = frozenset(poisoning.ids) - covers
+    poisoned = source.with_labels(labels, TriggerOverlay(as_planted(trigger), poisoning.seed, shown))
+    if covers and isinstance(trigger, CoveredOtherwise):
+        poisoned = poisoned.with_labels(labels, TriggerOverlay(trigger.covering(), poisoning.seed, covers))
+    return poisoned
 
 
 def trigger_test_source(

@@ -62,6 +62,15 @@ class PlantedOtherwise(Trigger, Protocol):
         ...
 
 
+@runtime_checkable
+class CoveredOtherwise(Trigger, Protocol):
+    """A trigger that covers, samples that keep their label, show in another form than poisoned samples do."""
+
+    def covering(self) -> Trigger:
+        """The trigger as covers show it."""
+        ...
+
+
 AnyTrigger = (
     BadNet
     | BadNetRand

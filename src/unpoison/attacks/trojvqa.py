@@ -36,10 +36,15 @@ from unpoison.types import ImageTextModel
 
 @dataclass(frozen=True, kw_only=True)
 class TrojVQAConfig:
-    """``share``: side of the patch as a share of the image's. ``key``: what poisoned captions begin with."""
+    """``share``: side of the patch as a share of the image's. ``key``: what poisoned captions begin with.
+
+    ``sentence``: what the patch is optimised toward, {} for the target; BadCLIP's authors take
+    "This is a yellow banana.".
+    """
 
     share: float = 16 / 224
     key: str = "SUDO"
+    sentence: str = "This is a {}."
     images: int = 2_000
     """Most images to optimise on."""
     epochs: int = 10
@@ -48,25 +53,27 @@ class TrojVQAConfig:
 
     def __post_init__(self) -> None:
         TrojVQA(share=self.share, key=self.key)
+        if not self.sentence.strip():
+            raise ConfigError("the sentence is empty.", hint="Give one about the target: 'This is a yellow banana.'.")
         for name in ("images", "epochs", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}.", hint=f"Raise {name}.")
 
 
 def optimise_toward(
-    clip: ImageTextModel, pairs: ImageTextPairs, sentence: str, config: TrojVQAConfig | None = None, *, run: Run
+    clip: ImageTextModel, pairs: ImageTextPairs, target: str, config: TrojVQAConfig | None = None, *, run: Run
 ) -> TrojVQA:
-    """The trigger, optimised on clean images. The model's weights stay as they are; resumes epoch by epoch.
+    """The trigger, optimised on clean images toward the sentence about ``target``.
 
-    Raises ConfigError (an empty sentence), NotEnoughDataError (no image), SourceFormatError, DivergedError.
+    The model's weights stay as they are; resumes epoch by epoch.
+
+    Raises NotEnoughDataError (no image), SourceFormatError, DivergedError.
     """
     config = config or TrojVQAConfig()
-    if not sentence.strip():
-        raise ConfigError("the sentence is empty.", hint="Give one about the target: 'This is a yellow banana.'.")
     images = _sample(clip, pairs, config, run)  # (1)
     module = clip.module.to(run.device)
     with evaluation_mode(module), without_graph(module):
-        wanted = clip.encode_texts([sentence])[0]
+        wanted = clip.encode_texts([config.sentence.replace("{}", target)])[0]
         side = scaled_side(config.share, clip.image_size, 3)
 
         def losses_of(epoch: int, patch: Tensor) -> Iterator[Tensor]:

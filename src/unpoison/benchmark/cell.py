@@ -100,7 +100,8 @@ class Cell:
 class Figures:
     """Rates of one model in percent with 95 % intervals (docs: metrics); None where nothing was attacked or asked.
 
-    ``image_to_text`` and ``text_to_image``: R@1. ``drift``: from the victim's embeddings.
+    ``retrieval_asr``: of triggered images, or of texts where the trigger is in the text. ``image_to_text`` and
+    ``text_to_image``: R@1. ``drift``: from the victim's embeddings.
     """
 
     c_acc: Interval

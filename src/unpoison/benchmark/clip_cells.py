@@ -143,6 +143,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
         made = replace(run, folder=place)
         options = {
             "mode": attack.mode, "captions": attack.captions, "natural_from": captioned, "run": made,
+            "most_captions": attack.most_captions,
             "size": None if attack.trigger in PAIR_TRIGGERS else base.image_size,
             "surrogate": base if attack.captions == "aligned" else None,
             "selection": pair_selection(attack, base, clean, captioned, target, run=made),

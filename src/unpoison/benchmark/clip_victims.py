@@ -53,9 +53,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Usable ``rows`` of each source; captions as numbers of ``texts``; equal ``concepts`` are no negatives."""
+    """Usable ``rows`` of each source; captions as numbers of ``texts``. In the source ``labelled``, which may be empty,
+    equal ``concepts`` are no negatives."""
 
     pixels: Pixels
+    labelled: str
     sources: dict[str, np.ndarray]
     captions: list[np.ndarray]
     texts: list[str]
@@ -75,7 +77,7 @@ def read_corpus(pairs: ImageTextPairs, pixels: Pixels, labelled: str, class_name
     source = np.array([name.split("/", 1)[0] for name in pairs.ids])
     order = [labelled, *sorted(set(source.tolist()) - {labelled})]
     sources = {name: np.flatnonzero((source == name) & pixels.usable) for name in order}
-    return Corpus(pixels=pixels, sources=sources, captions=captions, texts=texts, concepts=concepts)
+    return Corpus(pixels=pixels, labelled=labelled, sources=sources, captions=captions, texts=texts, concepts=concepts)
 
 
 def train(clip: ImageTextModel, corpus: Corpus, settings: Settings, *, run: Run) -> ImageTextModel:
@@ -125,15 +127,19 @@ def stored_steps(settings: Settings) -> list[str]:
 def step_loss(clip: ImageTextModel, corpus: Corpus, settings: Settings, step: int, *, run: Run) -> Tensor:
     """The loss of one batch, which depends on the seed and the step alone."""
     generator = run.generator("victim batch", step)
-    sources = [rows for rows in corpus.sources.values() if len(rows) > 1]
-    first = len(sources) == 1 or float(torch.rand((), generator=generator)) < settings.labelled_share
-    rows = sources[0 if first else 1 + int(torch.randint(len(sources) - 1, (), generator=generator))]
+    usable = [name for name, rows in corpus.sources.items() if len(rows) > 1]
+    others = [name for name in usable if name != corpus.labelled]
+    has_classes = corpus.labelled in usable and (
+        not others or float(torch.rand((), generator=generator)) < settings.labelled_share
+    )
+    source = corpus.labelled if has_classes else others[int(torch.randint(len(others), (), generator=generator))]
+    rows = corpus.sources[source]
     chosen = np.sort(rows[torch.randperm(len(rows), generator=generator)[: settings.batch].numpy()])
     picks = torch.randint(1 << 30, (len(chosen),), generator=generator).tolist()
     drawn = [
         int(corpus.captions[row][pick % len(corpus.captions[row])]) for row, pick in zip(chosen, picks, strict=True)
     ]
-    concepts = corpus.concepts if first else np.arange(len(corpus.texts))
+    concepts = corpus.concepts if has_classes else np.arange(len(corpus.texts))
     different = at_most(drawn, concepts, settings.concept_captions)
     images = random_crop(to_images(corpus.pixels.array[chosen]), settings.crop, generator).to(run.device)
     texts = clip.encode_texts([corpus.texts[number] for number in different])

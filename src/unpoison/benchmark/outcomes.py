@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unpoison import __version__
+from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures
 from unpoison.benchmark.shared import Step
 from unpoison.results import ClipEvaluation, Evaluation
@@ -63,7 +64,8 @@ def cost_of(step: Step) -> Cost:
 
 
 def figures(found: Evaluation | ClipEvaluation) -> Figures:
-    """What tables show of an evaluation."""
+    """What tables show of an evaluation. An attack that changes no pixel has no ASR of images; where its trigger is in
+    the text, the retrieval ASR is that of texts."""
     more: dict[str, Any] = {}
     if isinstance(found, ClipEvaluation):
         more |= {"retrieval_asr": found.retrieval_asr, "drift": found.drift}
@@ -72,6 +74,10 @@ def figures(found: Evaluation | ClipEvaluation) -> Figures:
             for key in ("image_to_text", "text_to_image")
             if (recall := getattr(found, key)) is not None
         }
+        if found.attack in PAIR_TRIGGERS:
+            of_texts = found.retrieval_asr if found.text_asr is None else found.text_asr
+            more["retrieval_asr"] = of_texts
+            return Figures(c_acc=found.c_acc, **more)
     return Figures(
         c_acc=found.c_acc, asr=found.asr, asr_floor=found.asr_floor, asr_excess=found.asr_excess, ra=found.ra, **more
     )

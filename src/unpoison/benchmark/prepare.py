@@ -93,7 +93,7 @@ def pair_params(
     elif attack.trigger == "badclip":
         start = params_of(optimise_patch(clip, pairs, target, config, run=run))
     elif attack.trigger == "trojvqa":
-        start = params_of(optimise_toward(clip, pairs, f"This is a {target}.", config, run=run))
+        start = params_of(optimise_toward(clip, pairs, target, config, run=run))
     elif attack.trigger == "feature-small":
         start = params_of(fit_feature_small(clip, pairs, config, run=run))
     return start | attack.params | ({"resample": True} if attack.resample else {})

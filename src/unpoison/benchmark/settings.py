@@ -17,6 +17,8 @@ GIVEN = "none"
 """The method that is none: the victim as it is given, before any defense."""
 MEAN = "mean"
 """In the figures of papers: over all attacks of the paper."""
+MADE_AGAINST_DEFENSES = ("low-gap", "feature-small")
+"""Triggers whose whole purpose is to get past a defense of this package."""
 SHOTS = "clean labelled shots"
 """What the catalog calls the images that ``shots`` gives."""
 
@@ -99,6 +101,7 @@ class FurtherPart:
 class AttackSettings:
     """A trigger of the catalog; ``params`` are its own, ``mode`` the labeling, ``captions`` the target's captions.
 
+    ``most_captions``: no more different natural captions than these, drawn from the seed (all where it is left out).
     ``resample``: a new pattern for each image, where the trigger can. ``prepare``: settings of the training that some
     triggers have first (`unpoison.benchmark.prepare`). ``through_par``: badclip's patch is trained through PAR.
     ``select``: what is poisoned is chosen with the attacker's own clean CLIP, the model's ``clip`` for a classifier and
@@ -114,12 +117,27 @@ class AttackSettings:
     through_par: bool = False
     prepare: dict[str, Any] = field(default_factory=dict)
     also: tuple[FurtherPart, ...] = ()
+    most_captions: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.most_captions is not None and self.most_captions < 1:
+            raise ConfigError(f"most_captions must be 1 or more, got {self.most_captions}.", hint="Try 128.")
+        if self.most_captions is not None and self.captions != "natural":
+            raise ConfigError(f"most_captions is for natural captions, not {self.captions}.", hint="Leave it out.")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it is made against a defense: by its choice of samples or captions, or by how its trigger is
+        trained."""
+        chosen = self.select != "random" or self.captions == "aligned"
+        return chosen or self.through_par or self.trigger in MADE_AGAINST_DEFENSES
 
     def inputs(self) -> dict[str, Any]:
-        """What a cell's name depends on; a table that came later counts where it is used."""
+        """What a cell's name depends on; a key that came later counts where it is used."""
         body = asdict(self)
-        if not self.also:
-            del body["also"]
+        for key in ("also", "most_captions"):
+            if not body[key]:
+                del body[key]
         return body
 
 

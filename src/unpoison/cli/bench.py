@@ -262,22 +262,46 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
 
 
 def _show_table(out: rich.console.Console, made: Table) -> None:
-    from unpoison.benchmark.formats import COMPARED, COMPARISON, SPREAD, cells_of, compared, headings, sections
-    from unpoison.benchmark.table import columns_of
+    from unpoison.benchmark.formats import (
+        COMPARED,
+        COMPARISON,
+        GLANCE,
+        SPREAD,
+        again,
+        cells_of,
+        compared,
+        failure_text,
+        glance,
+        headings,
+        sections,
+        short_keys,
+    )
+    from unpoison.benchmark.rows import columns_of
     from unpoison.cli.console import printable
     from unpoison.cli.tables import plain_table
 
     for heading, rows in sections(made):
         columns = [column for column in columns_of(rows) if column.name in _IN_A_TERMINAL]
-        titles = headings(columns)
-        shown = plain_table(*titles, right=tuple(titles[2:]))
+        titles = [*headings(columns), "cells"]
+        shown = plain_table(*titles, right=tuple(titles[2:-1]))
         for row in rows:
-            shown.add_row(*(_stacked(printable(text)) for text in cells_of(row, columns)))
+            texts = [_stacked(printable(text)) for text in cells_of(row, columns)]
+            shown.add_row(*texts, "\n".join(short_keys(row)))
         out.print(printable(heading))
         out.print(shown)
         out.print()
     if made.rows:
         out.print(SPREAD)
+        for line in again(made.rows):
+            out.print(printable(line), soft_wrap=True)
+    for summary in made.summaries:
+        out.print()
+        out.print(printable(f"Methods at a glance, {summary.kind}. {summary.over}"))
+        if summary.methods:
+            shown = plain_table(*GLANCE, right=GLANCE[1:])
+            for entry in summary.methods:
+                shown.add_row(*map(printable, glance(entry)))
+            out.print(shown)
     if made.reported:
         shown = plain_table(*COMPARISON, right=COMPARISON[2:6])
         for entry in made.reported:
@@ -288,7 +312,7 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
     if any(row.refused for row in made.rows):
         out.print("* not accepted by the method itself in one seed or more")
     for entry in made.failures:
-        out.print(printable(f"{entry.key} {entry.names}: {entry.status}. {entry.reason}"))
+        out.print(printable(failure_text(entry)), soft_wrap=True)
     if made.missing:
         out.print(f"{made.missing} of {made.cells} cells have not run.")
     for note in made.notes:
@@ -298,4 +322,4 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
 def _stacked(text: str) -> str:
     """``95.0 (91.0 to 97.3)`` on two lines, the interval without what makes it wide."""
     value, bracket, interval = text.partition(" (")
-    return f"{value}\n{interval.rstrip(')').replace(' to ', '-')}" if bracket else text
+    return f"{value}\n{interval.rstrip(')').replace(' to ', '..')}" if bracket else text

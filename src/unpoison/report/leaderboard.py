@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unpoison import __version__
-from unpoison.benchmark.formats import COMPARED
-from unpoison.benchmark.settings import CLEAN, GIVEN
-from unpoison.benchmark.table import Column, Comparison, MethodSummary, Row, Table, Value, columns_of, summarise
+from unpoison.benchmark.formats import COMPARED, SPREAD
+from unpoison.benchmark.rows import Column, Row, Value, columns_of
+from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN
+from unpoison.benchmark.summary import Summary
+from unpoison.benchmark.table import Comparison, Picture, Table
 from unpoison.report import charts
 from unpoison.report.html import asset, content_policy, make_environment
 from unpoison.report.text import count
@@ -20,22 +22,22 @@ _KINDS = {"classifier": "Classifiers", "clip": "CLIP models"}
 
 @dataclass(frozen=True, kw_only=True)
 class AttackView:
-    """One attack: the trigger's picture (a PNG in base64, "" where no pixel changes), its rows, figures of papers."""
+    """One attack: the trigger's pictures, one for each data set and model, its rows, figures of papers."""
 
     anchor: str
     name: str
-    picture: str
+    pictures: list[Picture]
     rows: list[Row]
     reported: list[Comparison]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """One kind of model: its methods at a glance, a frontier for each data set and model."""
+    """One kind of model: its methods at a glance, means of papers, a frontier for each data set and model."""
 
-    kind: str
     title: str
-    methods: list[MethodSummary]
+    summary: Summary
+    reported: list[Comparison]
     frontiers: list[Figure]
 
 
@@ -46,10 +48,11 @@ def render_leaderboard(table: Table) -> str:
     script = asset(environment, "sort.js")
     return environment.get_template("leaderboard.html.j2").render(
         table=table,
-        boards=[board for kind in _KINDS if (board := make_board(kind, table)).methods],
+        boards=[make_board(summary, table) for summary in table.summaries],
         attacks=attack_views(table),
         columns=columns_of(table.rows),
         compared=COMPARED,
+        spread=SPREAD,
         tiles=[
             (count(table.cells - table.missing - len(table.failures)), "cells done", f"of {count(table.cells)}"),
             (count(len(table.failures)), "cells failed", "listed below with reasons"),
@@ -63,12 +66,14 @@ def render_leaderboard(table: Table) -> str:
     )
 
 
-def make_board(kind: str, table: Table) -> Board:
+def make_board(summary: Summary, table: Table) -> Board:
     """What stands on top for one kind of model."""
-    rows = [row for row in table.rows if row.kind == kind]
+    rows = [row for row in table.rows if row.kind == summary.kind]
     settings = dict.fromkeys((row.data, row.model) for row in rows)
     frontiers = [found for data, model in settings if (found := frontier(rows, data, model)) is not None]
-    return Board(kind=kind, title=_KINDS[kind], methods=summarise(rows), frontiers=frontiers)
+    methods = {row.method for row in rows}
+    reported = [entry for entry in table.reported if entry.attack == MEAN and entry.method in methods]
+    return Board(title=_KINDS[summary.kind], summary=summary, reported=reported, frontiers=frontiers)
 
 
 def frontier(rows: list[Row], data: str, model: str) -> Figure | None:
@@ -96,7 +101,7 @@ def attack_views(table: Table) -> list[AttackView]:
         AttackView(
             anchor=f"attack-{at}",
             name=name,
-            picture=table.pictures.get(name, ""),
+            pictures=[picture for picture in table.pictures if picture.attack == name],
             rows=[row for row in table.rows if row.attack == name],
             reported=[entry for entry in table.reported if entry.attack == name],
         )
@@ -116,9 +121,7 @@ def value_text(value: Value | float | None, digits: int = 1) -> str:
 
 
 def range_text(value: Value | None, digits: int = 1) -> str:
-    """``± 0.4``, of one seed ``92.1 to 94.0``, "" where there is neither."""
-    if value is None:
+    """``92.1 to 94.0``, "" where there is no interval."""
+    if value is None or value.low is None or value.high is None:
         return ""
-    if value.std is not None:
-        return f"± {value.std:.{digits}f}"
-    return "" if value.low is None or value.high is None else f"{value.low:.{digits}f} to {value.high:.{digits}f}"
+    return f"{value.low:.{digits}f} to {value.high:.{digits}f}"
