@@ -33,7 +33,7 @@ from unpoison.defenses.shots import (
 )
 from unpoison.detection.inversion import InvertedTrigger, picture_of
 from unpoison.detection.trigger_search import TriggerSearch, kept_steps, load_search, search_triggers, store_search
-from unpoison.errors import DataError
+from unpoison.errors import DataError, NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.models.visual_prompts import with_visual_prompts
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings, cut_off
@@ -62,6 +62,9 @@ BASELINE_LIMITS = (
 )
 
 
+FEWEST_CLASSES = 2
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotOutcome:
     """The purified classifier, and what was done to it."""
@@ -85,8 +88,9 @@ def purify_with_cbpt(
     for, and where none is suspected the class embeddings are the model's own, to the bit. The CLIP's weights are never
     changed. Refused (``accepted`` is false) when held-out accuracy falls by more than ``config.bound`` points or an
     inverted trigger keeps more than ``config.bound_asr``. Raises DataError (names that CLIP cannot tell apart; a target
-    that is no class), NotEnoughDataError (fewer than three classes to compare, or two images of a class),
-    NoSeparationError (embeddings that are all the same), SourceFormatError, ModelError.
+    that is no class), NotEnoughDataError (one class; fewer than three to compare, or too few images to look for a
+    trigger with; one image of a class), NoSeparationError (embeddings that are all
+    the same), SourceFormatError, ModelError.
     """
     config, run, begun = config or CBPTConfig(), run or Run(), time.monotonic()
     with _opened(clip, images, config.shots, run) as given:
@@ -212,6 +216,10 @@ class _Given:
 def _opened(clip: ImageTextModel, images: LabelledImages, shots: int, run: Run) -> Iterator[_Given]:
     """Everything checked and chosen before anything is learnt."""
     names = images.class_names
+    if len(names) < FEWEST_CLASSES:
+        raise NotEnoughDataError(
+            "classes", have=len(names), need=FEWEST_CLASSES, hint="Give images of other classes too, with their names."
+        )
     frozen = clip.copy()
     with ready(frozen, run):
         frozen.module.float().requires_grad_(False)

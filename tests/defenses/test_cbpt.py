@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from unpoison.api_zero_shot import purify_with_cbpt
+from unpoison.api_zero_shot import purify_with_cbpt, purify_with_linear_probe, purify_with_rvpt
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss
 from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
@@ -213,6 +213,21 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
         purify_with_cbpt(clip, images, target="banana", config=QUICK, run=run)
     with pytest.raises(ConfigError, match="views must be positive"):
         CBPTConfig(views=0)
+
+
+@pytest.mark.parametrize(
+    "purify",
+    [
+        purify_with_cbpt,
+        lambda clip, images, **more: purify_with_cbpt(clip, images, target=images.class_names[0], **more),
+        purify_with_rvpt,
+        purify_with_linear_probe,
+    ],
+)
+def test_one_class_is_no_classifier(purify: Any, clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    one = replace(images.select(np.flatnonzero(images.labels == 0)), class_names=images.class_names[:1])
+    with pytest.raises(NotEnoughDataError, match="classes: have 1, need at least 2"):
+        purify(clip, one, run=run)
 
 
 def test_fewer_shots_than_asked_are_said(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
