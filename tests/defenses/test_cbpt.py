@@ -11,14 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from unpoison import api_zero_shot
 from unpoison.api_zero_shot import purify_with_cbpt, purify_with_linear_probe, purify_with_rvpt
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss
 from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
 from unpoison.defenses.dummies import moved
-from unpoison.defenses.shots import choose_shots, usable_scale
+from unpoison.defenses.shots import Shots, accuracy, choose_shots, usable_scale
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
-from unpoison.detection.trigger_search import TriggerSearchConfig
+from unpoison.detection.trigger_search import TriggerSearchConfig, search_triggers
 from unpoison.errors import ConfigError, DataError, NoSeparationError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -42,7 +43,7 @@ def clip(small_folder: Path) -> TransformersCLIP:
 
 @pytest.fixture(scope="module")
 def images() -> LabelledImages:
-    found = open_images("shapes:160:3")
+    found = open_images("shapes:400:3")
     kept = np.flatnonzero(found.labels < 4)
     return replace(found.select(kept), class_names=found.class_names[:4])
 
@@ -129,9 +130,44 @@ def test_shots_and_judges_share_no_image(images: LabelledImages, run: Run) -> No
     assert torch.bincount(chosen.learnt.labels).tolist() == [4, 4, 4, 4]
     assert not set(chosen.learnt.rows.tolist()) & set(chosen.judging.rows.tolist())
     assert len(chosen.judging) > 0
+    assert len(chosen.spare) == 0  # nothing is looked for: all the others judge
     few = choose_shots(images, 1000, 16, run=run)
     assert few.fewest < 1000
     assert not set(few.learnt.rows.tolist()) & set(few.judging.rows.tolist())
+
+
+def test_a_search_gets_images_that_do_not_judge(images: LabelledImages, run: Run) -> None:
+    plain, chosen = choose_shots(images, 4, 16, run=run), choose_shots(images, 4, 16, searched=60, run=run)
+    parts = [set(part.rows.tolist()) for part in (chosen.learnt, chosen.judging, chosen.spare)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(images)
+    assert chosen.learnt.rows.tolist() == plain.learnt.rows.tolist()
+    for label in range(4):
+        others = int((images.labels == label).sum()) - 4
+        assert int((chosen.spare.labels == label).sum()) == min(others // 2, 60 // 4 - 4)
+    plain, enough = choose_shots(images, 8, 16, run=run), choose_shots(images, 8, 16, searched=32, run=run)
+    assert enough.judging.rows.tolist() == plain.judging.rows.tolist()
+
+
+def test_no_image_that_judges_is_seen_by_the_search(
+    clip: TransformersCLIP, images: LabelledImages, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[torch.Tensor] = []
+    judging: list[torch.Tensor] = []
+
+    def search(answers: Any, batch: torch.Tensor, *given: Any, **more: Any) -> Any:
+        searched.append(batch)
+        return search_triggers(answers, batch, *given, **more)
+
+    def judged(clip: Any, shots: Shots, classes: torch.Tensor) -> float:
+        judging.append(shots.images())
+        return accuracy(clip, shots, classes)
+
+    monkeypatch.setattr(api_zero_shot, "search_triggers", search)
+    monkeypatch.setattr(api_zero_shot, "accuracy", judged)
+    purify_with_cbpt(clip, images, config=QUICK, run=run)
+    seen, kept = searched[0].flatten(1), judging[0].flatten(1)
+    assert len(seen) + len(kept) == len(images)
+    assert float(torch.cdist(seen, kept).min()) > 0
 
 
 def test_with_a_target_the_classes_move_and_the_model_does_not(
@@ -206,6 +242,9 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
     two = replace(images.select(np.flatnonzero(images.labels < 2)), class_names=images.class_names[:2])
     with pytest.raises(NotEnoughDataError, match="classes to compare: have 2"):
         purify_with_cbpt(clip, two, config=QUICK, run=run)
+    pairs = images.select(np.concatenate([np.flatnonzero(images.labels == label)[:2] for label in range(4)]))
+    with pytest.raises(NotEnoughDataError, match="images for inversion: have 4, need at least 30"):
+        purify_with_cbpt(clip, pairs, config=QUICK, run=run)
     twins = replace(images, class_names=("cat", "CAT", "dog", "cow"))
     with pytest.raises(DataError, match="cannot tell these class names apart"):
         purify_with_cbpt(clip, twins, config=QUICK, run=run)

@@ -107,6 +107,7 @@ class CBPTConfig:
     """Largest excess ASR of a dummy on held-out images, in points, that is accepted."""
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
     search_images: int = 640
+    """At most, of the shots and of what neither they nor those that judge need."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:

@@ -140,7 +140,8 @@ def search_triggers(
     if len(images) < fewest:
         raise NotEnoughDataError(
             "images for inversion", have=len(images), need=fewest,
-            hint=f"Give more images: {100 * config.held_out:.0f} percent of them only judge triggers.",
+            hint=f"Give more images. {100 * config.held_out:.0f} percent of them only judge the triggers; images that "
+            "judge a repair do not count.",
         )  # fmt: skip
     with torch.no_grad():
         said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
