@@ -252,7 +252,7 @@ def _opened(
 
 
 def _search(given: _Given, config: CBPTConfig, run: Run) -> TriggerSearch:
-    """Step 2, over images to learn from and to spare: its triggers are dummies, which no image that judges may shape."""
+    """Step 2, over images to learn from and to spare: its triggers are dummies, and what judges may shape none."""
     shots = given.chosen.learnt.joined(given.chosen.spare)
 
     def search() -> dict[str, Tensor]:
