@@ -31,7 +31,8 @@ Where we differ, and what the paper leaves open
     SGD.
     The default tunes the class embeddings themselves, which prompts can only approach, adds the loss that pushes y* off
     the dummies, and asks of clean images that nothing changes rather than that few labels are learnt by heart
-    (docs/decisions/0007-classes-instead-of-prompts.md).
+    (docs/decisions/0007-classes-instead-of-prompts.md). The search looks for one form of trigger, not for a mask and
+    pattern beside it (docs/decisions/0005-search-before-repair.md).
 """
 
 from __future__ import annotations
