@@ -128,10 +128,10 @@ def search_triggers(
     """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k], or over ``targets`` of them, all to the end.
 
     ``images`` [n, 3, h, w] in [0, 1] are on the run's device, in random order, since the first of them judge; those
-    that the model takes for a class are left out of that class's search. Each class that was searched is kept as a step of the run, so that a search that is killed goes
-    on; ``step`` is what their names begin with, :func:`kept_steps` lists them. At any time at most ``finalists`` and 16
-    classes more are in memory. Raises NotEnoughDataError for fewer than :func:`fewest_images` images, or where fewer
-    than three classes can be searched.
+    that the model takes for a class are left out of that class's search. Each class that was searched is kept as a step
+    of the run, so that a search that is killed goes on; ``step`` is what their names begin with, :func:`kept_steps`
+    lists them. At any time at most ``finalists`` and 16 classes more are in memory. Raises NotEnoughDataError for fewer
+    than :func:`fewest_images` images, or where fewer than three classes can be searched.
     """
     config = config or TriggerSearchConfig()
     if len(names) < _FEWEST_CLASSES:
