@@ -49,6 +49,7 @@ from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 from unpoison.zero_shot_results import DummyTrigger, ZeroShotPurification
 
+FEWEST_CLASSES = 2
 ONE_CLASSIFIER = "this zero-shot classifier alone: the CLIP with these class embeddings"
 CBPT_LIMITS = (
     "Everything else that the CLIP is used for: retrieval, captioning, probes on its features and other class lists "
@@ -67,9 +68,6 @@ BASELINE_LIMITS = (
     "Whether a backdoor was there, and whether it is gone: no trigger is looked for. The rates before and after are "
     "measured only where test images and a manifest are given.",
 )
-
-
-FEWEST_CLASSES = 2
 
 
 @dataclass(frozen=True, kw_only=True)

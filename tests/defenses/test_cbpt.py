@@ -340,6 +340,8 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
         CBPTConfig(shared=True)
     with pytest.raises(ConfigError, match="only InfoNCE has negatives"):
         CBPTConfig(negatives=False)
+    with pytest.raises(ConfigError, match="random signs have no size"):
+        CBPTConfig(delta="random", loud=())
     with pytest.raises(ConfigError, match="rounds invert again, delta is none"):
         CBPTConfig.as_published(delta="none")
 

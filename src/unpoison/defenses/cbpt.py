@@ -135,6 +135,8 @@ class CBPTConfig:
             raise ConfigError("shared is about prompts.", hint='Set tune to "prompts".')
         if not self.negatives and self.dummies != "contrast":
             raise ConfigError("only InfoNCE has negatives.", hint='Set dummies to "contrast".')
+        if self.delta == "random" and self.dummies == "several" and not self.loud:
+            raise ConfigError("loud is empty: dummies of random signs have no size.", hint="Give one, such as 32/255.")
         if self.rounds and self.delta != "inverted":
             raise ConfigError(f"rounds invert again, delta is {self.delta}.", hint="Set rounds to 0.")
         if not self.context.strip():
