@@ -1,28 +1,31 @@
-"""Zero-shot classifiers of backdoored CLIPs: attack x seed x {CBPT, RVPT, linear probe}, one JSON a cell.
+"""CBPT and what it is made of, on backdoored CLIPs: attack x seed x variant, one JSON a cell.
 
-    python recipes/clip_victims.py make --seed 0 1 2        # first: the victims, under runs/clip-victims
-    python benchmarks/cbpt.py run [--attack wanet ...] [--seed 0 ...] [--method cbpt ...]
-    python benchmarks/cbpt.py run --set tune --seed 9
-    python benchmarks/cbpt.py table [--set tune]
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu       # first: the victims
+    python benchmarks/cbpt.py run [--attack badclip ...] [--seed 0 ...] [--method cbpt contrast ...]
+    python benchmarks/cbpt.py table                           # Markdown, and benchmarks/results/cbpt.json
+    python recipes/clip_victims.py make --seed 9              # victims to tune on, under runs/clip-victims
+    python benchmarks/cbpt.py run --set tune --seed 9 --method cbpt rvpt rvpt-prompts-4
+    python benchmarks/cbpt.py table --set tune
 
-Every method learns from the same 16 images of each class, of rows 30,000..30,999 of CIFAR-10 train; the others of these
-rows judge. All rates are of rows 0..4,999 of CIFAR-10 test; ``--set tune`` measures rows 45,000.. of CIFAR-10 train
-instead, on victims of a seed that the table lacks: constants were chosen there. "published" is the plain reading of
-CBPT's paper, the other methods beside the baselines leave one thing of the default out. Retrieval is not measured: no
-weight changes, so R@k and the retrieval ASR are the victim's (benchmarks/results/par, method "none"). A cell that is
-done is not computed again. One thread.
+CBPT beside RVPT and a linear probe on all attacks is the grid's (docs/results.md); here one thing at a time is left out
+or changed, on the same victims, shots and test images. ``--set tune`` learns from rows 30,000..30,999 of CIFAR-10
+train and measures rows 45,000.., on victims of a seed that no table has: constants were chosen there. Variants whose
+name begins with "contrast" have one dummy by InfoNCE, those with "published" all of the plain reading of the paper.
+Retrieval is not measured: no weight changes. A cell that is done is not computed again. One thread.
 """
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from par import ATTACKS, CLEAN, SETS, find_victim
-from par_tables import at
+from par import CLEAN, SETS, find_victim
 
 from unpoison.api_zero_shot import (
     ZeroShotOutcome,
@@ -31,25 +34,44 @@ from unpoison.api_zero_shot import (
     purify_with_rvpt,
 )
 from unpoison.attacks.pair_manifest import PairPoisoning
+from unpoison.benchmark.grid import read_grid
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.rvpt import RVPTConfig
 from unpoison.defenses.cbpt import CBPTConfig
+from unpoison.errors import UsageError
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.models.clip_files import load_any_clip
-from unpoison.results import ClipEvaluation, write_atomically
+from unpoison.results import write_atomically
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "recipes"))
 RESULTS = ROOT / "benchmarks/results/cbpt"
 SUMMARY = ROOT / "benchmarks/results/cbpt.json"
-CONFIGS = {
+ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-text", "wanet", "wanet-strong", "sig-clip",
+           "badclip", CLEAN)  # fmt: skip
+FEW = ("badnet-rand", "blended-text", "badclip", CLEAN)
+ABLATIONS = {
     "cbpt": CBPTConfig(),
-    "published": CBPTConfig.as_published(),
-    "no-suppression": CBPTConfig(suppress_weight=0.0, trigger_weight=1.0),
+    "no-inversion": CBPTConfig(delta="none", clean="labels"),
+    "random-delta": CBPTConfig(delta="random"),
     "quiet-only": CBPTConfig(loud=()),
-    "prompts": CBPTConfig(tune="prompts"),
+    "loud-16": CBPTConfig(loud=(16 / 255,)),
+    "loud-64": CBPTConfig(loud=(64 / 255,)),
+    "no-suppression": CBPTConfig(suppress_weight=0.0, trigger_weight=1.0),
     "labels": CBPTConfig(clean="labels"),
+    **{f"shots-{count}": CBPTConfig(shots=count) for count in (4, 8, 64)},
+    "contrast": CBPTConfig(dummies="contrast"),
+    "contrast-text-only": CBPTConfig(dummies="contrast", positives=0),
+    "contrast-no-negatives": CBPTConfig(dummies="contrast", negatives=False),
+    **{f"contrast-epsilon-{levels}": CBPTConfig(dummies="contrast", epsilon=levels / 255) for levels in (8, 32)},
+    "prompts": CBPTConfig(tune="prompts"),
+    "prompts-shared": CBPTConfig(tune="prompts", shared=True),
+    "published": CBPTConfig.as_published(),
+    "published-shared": CBPTConfig.as_published(shared=True),
+    "published-no-inversion": CBPTConfig.as_published(delta="none", rounds=0),
+    "published-random-delta": CBPTConfig.as_published(delta="random", rounds=0),
 }
 RVPTS = {
     "rvpt": RVPTConfig(),
@@ -57,9 +79,46 @@ RVPTS = {
     **{f"rvpt-repulsion-{alpha}": RVPTConfig(repulsion=alpha) for alpha in (0.0, 0.5)},
     "rvpt-rate-0.0005": RVPTConfig(learning_rate=0.0005),
 }
-METHODS = (*CONFIGS, *RVPTS, "linear-probe")
+METHODS = (*ABLATIONS, *RVPTS, "linear-probe")
 SHOTS = "cifar10/train.parquet[30000:31000]"
 RATES = ("c_acc", "asr", "asr_floor", "ra")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Victim:
+    """A CLIP as it is given, with its figures, and the clean images that a method gets and that it is measured on."""
+
+    model: Path
+    poisoning: Any
+    before: dict[str, Any]
+    shots: LabelledImages
+    tests: LabelledImages
+
+
+def of_grid(args: argparse.Namespace, attack: str, seed: int) -> Victim:
+    """Raises UsageError where the grid has not made it or found it too weak."""
+    from grid_clips import GRID, find_clip  # pyright: ignore[reportMissingImports]
+
+    found = find_clip(read_grid(ROOT / GRID), args.bench, attack, seed)
+    data = found.cell.data
+    return Victim(model=found.model, poisoning=found.poisoning, before=figures(found.result.before),
+                  shots=open_images(data.shots), tests=open_images(data.test))  # fmt: skip
+
+
+def of_recipe(args: argparse.Namespace, attack: str, seed: int) -> Victim:
+    """The same of recipes/clip_victims.py, for victims of the tuning seed."""
+    folder = find_victim(args.victims, attack, seed)
+    if folder is None:
+        raise UsageError(f"no accepted victim under {args.victims}.", hint="Make it with recipes/clip_victims.py.")
+    manifest = folder / "manifest.json"
+    poisoning = PairPoisoning.load(manifest) if manifest.exists() else None
+    shots, tests = (open_images(f"{args.shared}/data/{source}") for source in (SHOTS, SETS["tune"][0]))
+    run = Run(seed=seed, cache=args.work / "cache")
+    before = figures(evaluate_clip(load_any_clip(folder / "model"), tests, poisoning=poisoning, run=run))
+    return Victim(model=folder / "model", poisoning=poisoning, before=before, shots=shots, tests=tests)
+
+
+WHERE: dict[str, Callable[..., Victim]] = {"test": of_grid, "tune": of_recipe}
 
 
 def purify(clip: ImageTextModel, images: LabelledImages, method: str, seed: int) -> ZeroShotOutcome:
@@ -68,82 +127,83 @@ def purify(clip: ImageTextModel, images: LabelledImages, method: str, seed: int)
         return purify_with_rvpt(clip, images, config=RVPTS[method], run=run)
     if method == "linear-probe":
         return purify_with_linear_probe(clip, images, run=run)
-    return purify_with_cbpt(clip, images, config=CONFIGS[method], run=run)
+    return purify_with_cbpt(clip, images, config=ABLATIONS[method], run=run)
 
 
-def compute(victim: Path, attack: str, seed: int, method: str, shots: LabelledImages, tests: LabelledImages,
-            work: Path) -> dict[str, Any]:  # fmt: skip
-    made = json.loads((victim / "victim.json").read_bytes())
-    manifest = victim / "manifest.json"
-    poisoning = PairPoisoning.load(manifest) if manifest.exists() else None
-    clip = load_any_clip(victim / "model")
-    run = Run(seed=seed, cache=work / "cache")
-
-    def evaluate(model: ImageTextModel, classes: np.ndarray | None) -> ClipEvaluation:
-        return evaluate_clip(model, tests, classes=classes, poisoning=poisoning, run=run, name=f"{attack}-{seed}")
-
-    before = evaluate(clip, None)
+def compute(victim: Victim, attack: str, seed: int, method: str, work: Path) -> dict[str, Any]:
+    clip = load_any_clip(victim.model)
     begun, cpu = time.perf_counter(), time.process_time()
-    outcome = purify(clip, shots, method, seed)
+    outcome = purify(clip, victim.shots, method, seed)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    after = evaluate(outcome.classifier.clip, outcome.classifier.classes.numpy())
-    found = outcome.purification
+    classifier, found = outcome.classifier, outcome.purification
+    after = evaluate_clip(classifier.clip, victim.tests, classes=classifier.classes.numpy(),
+                          poisoning=victim.poisoning, run=Run(seed=seed, cache=work / "cache"))  # fmt: skip
     return {
-        "attack": attack, "seed": seed, "method": method, "victim": made["fingerprint"],
-        "accepted_victim": made["accepted"], "threads": torch.get_num_threads(), "learnt": found.learnt,
-        "judging": found.judging, "target": None if poisoning is None else poisoning.target_name,
+        "attack": attack, "seed": seed, "method": method, "victim": clip.fingerprint,
+        "threads": torch.get_num_threads(), "learnt": found.learnt, "judging": found.judging,
+        "target": None if victim.poisoning is None else victim.poisoning.target_name,
         "suspected": list(found.targets), "searched": found.search is not None,
         "accepted": found.accepted, "reason": found.reason, "class_cosine": found.class_cosine,
         "held_out_before": found.held_out_before, "held_out_after": found.held_out_after,
         "dummies": [{"form": entry.form, "size": entry.size, "success": entry.success, "left": entry.left,
                      "aside": entry.aside} for entry in found.dummies],
-        "before": figures(before), "after": figures(after), "seconds": seconds, "processor_seconds": cpu,
+        "before": victim.before, "after": figures(after), "seconds": seconds, "processor_seconds": cpu,
         "config": found.config,
     }  # fmt: skip
 
 
-def figures(found: ClipEvaluation) -> dict[str, Any]:
-    """What the table shows, with numbers of samples and intervals."""
+def figures(found: Any) -> dict[str, Any]:
+    """What the table shows of an evaluation, with numbers of samples and intervals."""
     rates = {name: getattr(found, name) for name in RATES}
-    body = {name: None if value is None else vars_of(value) for name, value in rates.items()}
+    body = {name: None if value is None else asdict(value) for name, value in rates.items()}
     return body | {"asr_excess": found.asr_excess}
-
-
-def vars_of(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in ("value", "low", "high", "n")}
 
 
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     args.results.mkdir(parents=True, exist_ok=True)
-    shots = open_images(f"{args.shared}/data/{SHOTS}")
-    tests = open_images(f"{args.shared}/data/{SETS[args.set][0]}")
     for seed in args.seed:
         for attack in args.attack:
-            victim = find_victim(args.victims, attack, seed)
-            if victim is None:
-                print(f"{attack} {seed}: no accepted victim under {args.victims}", flush=True)
+            files = {name: args.results / f"{args.set}-{attack}-{seed}-{name}.json" for name in args.method}
+            if all(file.exists() for file in files.values()):
                 continue
-            for method in args.method:
-                file = args.results / f"{args.set}-{attack}-{seed}-{method}.json"
-                if file.exists():
-                    continue
-                result = compute(victim, attack, seed, method, shots, tests, args.work)
-                write_atomically(file, json.dumps(result | {"set": args.set}, indent=1, default=float).encode() + b"\n")
-                print(f"{file.stem}: {describe(result)}", flush=True)
+            try:
+                victim = WHERE[args.set](args, attack, seed)
+            except UsageError as error:
+                print(f"{attack} {seed}: {error.message} {error.hint}", flush=True)
+                continue
+            for method, file in files.items():
+                if not file.exists():
+                    result = {"set": args.set} | compute(victim, attack, seed, method, args.work)
+                    write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
+                    print(f"{file.stem}: {describe(result)}", flush=True)
 
 
 def describe(row: dict[str, Any]) -> str:
-    shown = [f"{name} {at(row['before'], key, 'value')} -> {at(row['after'], key, 'value')}"
+    shown = [f"{name} {row['before'][key]['value']:.1f} -> {row['after'][key]['value']:.1f}"
              for name, key in (("C-Acc", "c_acc"), ("ASR", "asr"), ("RA", "ra")) if row["after"][key]]  # fmt: skip
     accepted = "accepted" if row["accepted"] else "not accepted"
     return f"{'  '.join(shown)}  {row['suspected']}  {accepted}  {row['processor_seconds']:.0f} s"
 
 
+COLUMNS: dict[str, str] = {
+    "victims": "victims", "excess ASR": "asr_after_mean", "worst": "asr_after_max", "fall of C-Acc": "c_acc_drop_mean",
+    "RA": "ra_mean", "target found %": "target_found_rate", "accepted": "accepted", "clean": "clean",
+    "fall of C-Acc, clean": "clean_c_acc_drop_mean", "CPU s": "processor_seconds_median",
+}  # fmt: skip
+
+
 def table(args: argparse.Namespace) -> None:
-    """One row a cell as Markdown; what is claimed as JSON."""
+    """One row a variant as Markdown, then one a cell; of the grid's victims also the figures as JSON."""
     rows = [json.loads(file.read_bytes()) for file in sorted(args.results.glob(f"{args.set}-*.json"))]
-    print("| attack | seed | method | suspected | C-Acc | excess ASR (ASR, floor) | RA | accepted | processor s |")
+    found = summary(rows)
+    print(f"| variant | {' | '.join(COLUMNS)} |\n|" + "---|" * (1 + len(COLUMNS)))
+    for method, made in found.items():
+        cells = [made.get(key) for key in COLUMNS.values()]
+        print(f"| {method} | {' | '.join('' if value is None else f'{value:.4g}' for value in cells)} |")
+    seeds = sorted({row["seed"] for row in rows})
+    print(f"\nMeans over poisoned victims of seeds {', '.join(map(str, seeds))}; excess over the natural floor.\n")
+    print("| attack | seed | variant | suspected | C-Acc | excess ASR (ASR, floor) | RA | accepted | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         before, after = row["before"], row["after"]
@@ -155,14 +215,12 @@ def table(args: argparse.Namespace) -> None:
         print(f"| {row['attack']} | {row['seed']} | {row['method']} | {', '.join(row['suspected']) or '-'} | "
               f"{before['c_acc']['value']:.1f} → {after['c_acc']['value']:.1f} | {asr} | {ra} | "
               f"{'yes' if row['accepted'] else 'no'} | {row['processor_seconds']:.0f} |")  # fmt: skip
-    found = summary(rows)
-    print(json.dumps(found, indent=1))
     if args.set == "test":
         write_atomically(SUMMARY, json.dumps(found, indent=1).encode() + b"\n")
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By method: means over the poisoned victims that are there, targets found, false alarms, time beside RVPT's."""
+    """By variant: means over the poisoned victims that are there, targets found, what clean ones lose, time."""
     made: dict[str, Any] = {}
     for method in METHODS:
         mine = [row for row in rows if row["method"] == method]
@@ -173,24 +231,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "victims": len(poisoned), "clean": len(clean), "seeds": sorted({row["seed"] for row in mine}),
             "asr_after_mean": mean(row["after"]["asr_excess"] for row in poisoned),
             "asr_after_max": max(row["after"]["asr_excess"] for row in poisoned),
-            "c_acc_drop_mean": mean(row["before"]["c_acc"]["value"] - row["after"]["c_acc"]["value"]
-                                    for row in poisoned),
+            "c_acc_drop_mean": mean(map(fall, poisoned)),
+            "clean_c_acc_drop_mean": mean(map(fall, clean)) if clean else None,
             "ra_mean": mean(row["after"]["ra"]["value"] for row in poisoned),
             "accepted": sum(row["accepted"] for row in poisoned),
             "processor_seconds_median": float(np.median([row["processor_seconds"] for row in poisoned])),
         }  # fmt: skip
         if poisoned[0]["searched"]:
             made[method]["target_found_rate"] = 100 * mean(row["target"] in row["suspected"] for row in poisoned)
-            alarms = [bool(row["suspected"]) for row in clean]
-            made[method]["false_alarm_rate"] = 100 * mean(alarms) if alarms else None
-    ratios = []
-    for row in rows:
-        other = [peer for peer in rows if peer["method"] == "rvpt" and peer["victim"] == row["victim"]]
-        if row["method"] == "cbpt" and other:
-            ratios.append(row["processor_seconds"] / other[0]["processor_seconds"])
-    if ratios:
-        made["cbpt"]["time_ratio_to_rvpt"] = mean(ratios)
     return made
+
+
+def fall(row: dict[str, Any]) -> float:
+    return row["before"]["c_acc"]["value"] - row["after"]["c_acc"]["value"]
 
 
 def mean(values: Any) -> float:
@@ -200,10 +253,11 @@ def mean(values: Any) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--set", choices=list(SETS), default="test")
-    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=["cbpt", "rvpt", "linear-probe"])
+    parser.add_argument("--set", choices=list(WHERE), default="test")
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(FEW))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(ABLATIONS))
+    parser.add_argument("--bench", type=Path, default=ROOT / "runs/bench-cpu")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-cbpt")

@@ -52,6 +52,8 @@ PAIR_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripe
 TOKEN_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "sig-clip", "wanet-strong", "blended-text", "badclip")
 """The seven of UBT's and CBPT's."""
 TEMPLATES = tuple(name for name in TOKEN_ATTACKS if name != "badclip")
+SEARCH_SEEDS = (0, 1)
+"""The search's thresholds were set on victims of these seeds (docs/decisions/0005)."""
 SAMPLE_ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image")
 CLIP_REPAIRS = {"par": "par-paper", "clip_ours": "par", "cleanclip": "clean-clip", "fine-tuning": "fine-tuning"}
 """What a claim calls a method, and what the grid does."""
@@ -78,10 +80,10 @@ class Cells:
     def where(self, method: str, attacks: Sequence[str]) -> list[CellResult]:
         return [cell for cell in self.all if cell.names.method == method and cell.names.attack in attacks]
 
-    def figure(self, method: str, attacks: Sequence[str], pick: Pick) -> dict[str, Any]:
-        """Mean, extremes and where they stand, over single cells: attack x seed."""
+    def figure(self, method: str, attacks: Sequence[str], pick: Pick, *, without: Sequence[int] = ()) -> dict[str, Any]:
+        """Mean, extremes and where they stand, over single cells: attack x seed, ``without`` some seeds."""
         known = {f"{c.names.attack}-{c.names.seed}": number for c in self.where(method, attacks)
-                 if (number := pick(c)) is not None}  # fmt: skip
+                 if c.names.seed not in without and (number := pick(c)) is not None}  # fmt: skip
         if not known:
             return {"cells": 0}
         most, least = max(known, key=lambda name: known[name]), min(known, key=lambda name: known[name])
@@ -155,7 +157,9 @@ def claims(cells: Cells) -> dict[str, Any]:
     }
     body["cbpt"] |= {
         "target_found": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found")),
+        "target_found_held_out": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
         "false_alarm": cells.figure("cbpt", [CLEAN], suspected),
+        "false_alarm_held_out": cells.figure("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
         "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
     }
     for method in SAMPLE_METHODS:
@@ -178,6 +182,25 @@ class Question:
     attacks: tuple[str, ...]
     methods: tuple[str, ...]
     columns: tuple[str, ...]
+    note: Callable[[Cells], str] | None = None
+
+
+def search_note(cells: Cells) -> str:
+    """How often CBPT's search was right, and how often on victims that its thresholds have not seen."""
+
+    def said(name: str, what: str) -> str:
+        made = claims(cells)["cbpt"]
+        parts = [
+            f"of {made[key]['cells']} {seeds} {made[key]['mean']:.0f} percent"
+            for key, seeds in ((name, "of all seeds"), (f"{name}_held_out", "of other seeds"))
+            if made[key]["cells"]
+        ]
+        return f"{what}: {', '.join(parts) or 'no cell yet'}"
+
+    return (
+        f"CBPT's search, whose thresholds were set on victims of seeds {' and '.join(map(str, SEARCH_SEEDS))}. "
+        f"{said('target_found', 'Target among the suspects')}. {said('false_alarm', 'A clean model suspected')}."
+    )
 
 
 KINDS = {"classifier": "Classifiers", "clip": "CLIP models"}
@@ -204,12 +227,15 @@ QUESTIONS = (
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
-        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. No "
-        "weight moves, so retrieval stays as attackable as it was.",
+        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. CBPT "
+        "and the probe leave the CLIP as it was: its retrieval stays as attackable. RVPT moves no weight either, but "
+        "its prompts in the image tower give other embeddings, which are measured. `cbpt-paper` runs with seed 0 only, "
+        "on two attacks and the control.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
         columns=(*COSTS, "retrieval_asr", "target_found", "processor"),
+        note=search_note,
     ),
     Question(
         title="Repairing a classifier with its own poisoned training set",
@@ -232,7 +258,8 @@ QUESTIONS = (
     Question(
         title="Attackers of CLIPs who know the defense, and two backdoors at once",
         text="`aligned` uses real captions that fit the image (against UBT), `through-par` trains its patch "
-        "through PAR, `feature-small` is fitted to stay under CBPT's inversion, `two-targets` plants two backdoors.",
+        "through PAR, `feature-small` is fitted to stay under CBPT's inversion, `two-targets` plants two backdoors, "
+        "and its target counts as found where both are. One victim each, of seed 0: how far others differ is open.",
         kind="clip",
         attacks=("aligned", "through-par", "feature-small", "two-targets"),
         methods=(GIVEN, "par", "ubt", "cbpt", "clean-clip"),
@@ -257,7 +284,7 @@ def question_table(question: Question, rows: Sequence[Row]) -> list[str]:
     return bars([*headings(columns), "cells"], ([*cells_of(row, columns), " ".join(short_keys(row))] for row in chosen))
 
 
-def page(table: Table) -> str:
+def page(table: Table, cells: Cells) -> str:
     done = table.cells - table.missing - len(table.failures)
     lines = [
         "# Results",
@@ -284,6 +311,7 @@ def page(table: Table) -> str:
             lines += [*bars(GLANCE, map(glance, summary.methods)), ""]
     for question in QUESTIONS:
         lines += [f"## {question.title}", "", question.text, "", *question_table(question, table.rows), ""]
+        lines += [question.note(cells), ""] if question.note is not None else []
     if table.reported:
         lines += ["## What papers report", "", *bars(COMPARISON, map(compared, table.reported)), ""]
     if table.failures:
@@ -321,7 +349,7 @@ def main() -> int:
     if args.command == "claims":
         file, text = SUMMARY, json.dumps(claims(Cells.of(KEPT)), indent=1) + "\n"
     else:
-        file, text = PAGE, page(make_table(Store.read(KEPT)))
+        file, text = PAGE, page(make_table(Store.read(KEPT)), Cells.of(KEPT))
     if args.check:
         current = file.is_file() and file.read_text() == text
         print(f"{file.relative_to(ROOT)} is {'' if current else 'not '}what the kept cells say")

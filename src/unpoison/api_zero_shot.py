@@ -22,6 +22,7 @@ from unpoison.defenses.baselines.rvpt import RVPTConfig, learn_visual_prompts
 from unpoison.defenses.cbpt import CBPTConfig, TunedClasses, tune_classes
 from unpoison.defenses.dummies import answers_of
 from unpoison.defenses.shots import (
+    SEARCHED,
     ChosenShots,
     Shots,
     accuracy,
@@ -32,8 +33,14 @@ from unpoison.defenses.shots import (
     usable_scale,
 )
 from unpoison.detection.inversion import InvertedTrigger, picture_of
-from unpoison.detection.trigger_search import TriggerSearch, kept_steps, load_search, search_triggers, store_search
-from unpoison.errors import DataError
+from unpoison.detection.trigger_search import (
+    TriggerSearch,
+    kept_steps,
+    load_search,
+    search_triggers,
+    store_search,
+)
+from unpoison.errors import DataError, NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
 from unpoison.models.visual_prompts import with_visual_prompts
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings, cut_off
@@ -42,6 +49,7 @@ from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 from unpoison.zero_shot_results import DummyTrigger, ZeroShotPurification
 
+FEWEST_CLASSES = 2
 ONE_CLASSIFIER = "this zero-shot classifier alone: the CLIP with these class embeddings"
 CBPT_LIMITS = (
     "Everything else that the CLIP is used for: retrieval, captioning, probes on its features and other class lists "
@@ -81,15 +89,17 @@ def purify_with_cbpt(
     """Move the classes of a CLIP's zero-shot classifier away from a trigger that is looked for (arXiv 2502.19269).
 
     ``images``: a few clean labelled images of each class, whose names make the classifier; ``config.shots`` of each are
-    learnt from, others judge. ``target``: the class that the backdoor leads to, where that is known; else it is looked
-    for, and where none is suspected the class embeddings are the model's own, to the bit. The CLIP's weights are never
-    changed. Refused (``accepted`` is false) when held-out accuracy falls by more than ``config.bound`` points or an
-    inverted trigger keeps more than ``config.bound_asr``. Raises DataError (names that CLIP cannot tell apart; a target
-    that is no class), NotEnoughDataError (fewer than three classes to compare, or two images of a class),
-    NoSeparationError (embeddings that are all the same), SourceFormatError, ModelError.
+    learnt from, others judge, which nothing is fitted to. ``target``: the class that the backdoor leads to, where that
+    is known; else it is looked for, and where none is suspected the class embeddings are the model's own, to the bit.
+    The search looks at the images to learn from and at what is left over: 30 at least, and for each class 30 that the
+    model does not take for it. The CLIP's weights are never changed. Refused (``accepted`` is false) when held-out
+    accuracy falls by more than ``config.bound`` points or an inverted trigger keeps more than ``config.bound_asr``.
+    Raises DataError (names that CLIP cannot tell apart; a target that is no class), NotEnoughDataError (one class, or
+    two and no target; one image of a class; too few to look for a trigger with), NoSeparationError (embeddings that are
+    all the same), SourceFormatError, ModelError.
     """
     config, run, begun = config or CBPTConfig(), run or Run(), time.monotonic()
-    with _opened(clip, images, config.shots, run) as given:
+    with _opened(clip, images, config.shots, run, searched=SEARCHED if target is None else 0) as given:
         search = None
         if target is None:
             search = _search(given, config, run)
@@ -209,15 +219,21 @@ class _Given:
 
 
 @contextmanager
-def _opened(clip: ImageTextModel, images: LabelledImages, shots: int, run: Run) -> Iterator[_Given]:
+def _opened(
+    clip: ImageTextModel, images: LabelledImages, shots: int, run: Run, *, searched: int = 0
+) -> Iterator[_Given]:
     """Everything checked and chosen before anything is learnt."""
     names = images.class_names
+    if len(names) < FEWEST_CLASSES:
+        raise NotEnoughDataError(
+            "classes", have=len(names), need=FEWEST_CLASSES, hint="Give images of other classes too, with their names."
+        )
     frozen = clip.copy()
     with ready(frozen, run):
         frozen.module.float().requires_grad_(False)
         classes = class_embeddings(frozen, names, TEMPLATES).float()
         check_embeddings(classes, what="class names")
-        chosen = choose_shots(images, shots, frozen.image_size, run=run)
+        chosen = choose_shots(images, shots, frozen.image_size, searched=searched, run=run)
         check_embeddings(embed(frozen, chosen.judging))
         cut = cut_off(frozen, names, TEMPLATES)
         warnings = list(few_shots_warning(chosen, shots, names))
@@ -234,19 +250,14 @@ def _opened(clip: ImageTextModel, images: LabelledImages, shots: int, run: Run) 
 
 
 def _search(given: _Given, config: CBPTConfig, run: Run) -> TriggerSearch:
-    """Step 2, over images to learn from and to judge by alike: it looks at no label."""
+    """Step 2, over images to learn from and to spare: its triggers are dummies, and what judges may shape none."""
+    shots = given.chosen.learnt.joined(given.chosen.spare)
 
     def search() -> dict[str, Tensor]:
-        random = run.generator("search images")
-        parts = []
-        share = config.search_images // 2
-        for shots, count in ((given.learnt, share), (given.judging, config.search_images - share)):
-            rows = torch.randperm(len(shots), generator=random)[:count]
-            parts.append(shots.images(rows.to(shots.labels.device)))
+        rows = torch.randperm(len(shots), generator=run.generator("search images"))[: config.search_images]
+        images = shots.images(rows.to(shots.labels.device))
         answers = answers_of(given.clip, given.classes)
-        return store_search(
-            search_triggers(answers, torch.cat(parts), given.images.class_names, config.search, run=run)
-        )
+        return store_search(search_triggers(answers, images, given.images.class_names, config.search, run=run))
 
     stored = run.step("trigger-search", search)
     run.forget(kept_steps(len(given.images.class_names)))

@@ -58,9 +58,15 @@ def plan_zero_shot(
                 steps = classes * search.first_steps + search.finalists * search.inversion.steps
             passed = steps * search.inversion.batch_size
             planned.append(_passes("look for a trigger", passed, there_and_back))
-        steps = 3 * inversion.steps + len(config.loud) * config.loud_steps
+        several = config.dummies == "several"
+        dummies, steps = len(config.loud) if several else 1, inversion.steps  # of the one that is kept aside
+        if config.delta == "inverted":
+            steps += inversion.steps + config.loud_steps * dummies
+        if config.delta == "inverted" and several:
+            steps, dummies = steps + inversion.steps, dummies + 2
+        dummies = 0 if config.delta == "none" else dummies
         planned.append(_passes("invert triggers", steps * inversion.batch_size, there_and_back))
-        worn = learnt * config.views * (3 + len(config.loud)) + judging * (3 + len(config.loud))
+        worn = learnt * config.views * (1 + dummies) + judging * (1 + dummies)
         planned.append(_passes("embed the shots with them", worn, once))
     if isinstance(config, RVPTConfig):
         planned.append(_passes("learn visual prompts", config.epochs * learnt, 2 * there_and_back))

@@ -40,11 +40,25 @@ def test_means_extremes_and_ratios(kept: ModuleType, grid: Grid, made_up: Execut
     assert cells.figure("ft", ["clean"], kept.excess) == {"cells": 0}
     assert cells.figure("ft", ["badnet"], kept.fall)["mean"] == pytest.approx(1.0)
     assert cells.ratio("ft", "cgd", ["badnet"])["mean"] == pytest.approx(1.0)
+    held_out = cells.figure("ft", ["badnet"], kept.excess, without=[0])
+    assert (held_out["mean"], held_out["cells"], held_out["max_at"]) == (2.0, 1, "badnet-1")
     for cell in grid.cells:
         if (cell.names.method, cell.names.attack, cell.names.seed) == ("cgd", "badnet", 0):
             result = store.load(cell.key)
             store.save(replace(result, cost=replace(result.cost, resumed=True)))
     assert kept.Cells.of(tmp_path).ratio("ft", "cgd", ["badnet"])["cells"] == 1
+
+
+def test_what_the_search_finds_is_told_apart_by_the_seeds_it_was_set_on(
+    kept: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"target_found": {"cells": 21, "mean": 95.24}, "target_found_held_out": {"cells": 7, "mean": 85.71},
+            "false_alarm": {"cells": 2, "mean": 0.0}, "false_alarm_held_out": {"cells": 0}}  # fmt: skip
+    monkeypatch.setattr(kept, "claims", lambda cells: {"cbpt": made})
+    assert kept.search_note(None) == (
+        "CBPT's search, whose thresholds were set on victims of seeds 0 and 1. Target among the suspects: of 21 of all "
+        "seeds 95 percent, of 7 of other seeds 86 percent. A clean model suspected: of 2 of all seeds 0 percent."
+    )
 
 
 def test_no_figure_stands_in_the_place_of_another(kept: ModuleType, grid: Grid, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from unpoison.models.clip_transformers import load_clip
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings
@@ -86,6 +87,18 @@ def test_what_is_not_accepted_says_so_in_its_name(here: Callable[..., Any], mode
     assert found.accepted == (found.held_out_after >= found.held_out_before)
     name = "classifier.safetensors" if found.accepted else "not-accepted-classifier.safetensors"
     assert (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("words", [("cbpt",), ("cbpt", "--target", "cat"), ("rvpt",), ("linear-probe",)])
+def test_one_class_is_an_error_of_the_data(
+    words: tuple[str, ...], here: Callable[..., Any], model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data/cat").mkdir(parents=True)
+    for shade in range(6):
+        Image.new("RGB", (16, 16), (40 * shade, 99, 7)).save(tmp_path / f"data/cat/{shade}.png")
+    result = here("purify", words[0], model, "--data", "data", *words[1:], "--quiet", "-o", "out")
+    assert result.code == 2
+    assert "have 1, need at least 2." in result.err
 
 
 def test_the_plan_and_the_refusals(here: Callable[..., Any], model: str, tmp_path: Path) -> None:

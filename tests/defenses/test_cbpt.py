@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from unpoison.api_zero_shot import purify_with_cbpt
+from unpoison import api_zero_shot
+from unpoison.api_zero_shot import purify_with_cbpt, purify_with_linear_probe, purify_with_rvpt
 from unpoison.data.sources import LabelledImages, open_images
-from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss
+from unpoison.defenses import cbpt
+from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss, tune_classes
 from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
-from unpoison.defenses.dummies import moved
-from unpoison.defenses.shots import choose_shots, usable_scale
+from unpoison.defenses.dummies import contrast, excess, moved, noise
+from unpoison.defenses.shots import Shots, accuracy, choose_shots, usable_scale
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
-from unpoison.detection.trigger_search import TriggerSearchConfig
+from unpoison.detection.trigger_search import TriggerSearchConfig, search_triggers
 from unpoison.errors import ConfigError, DataError, NoSeparationError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -42,7 +44,7 @@ def clip(small_folder: Path) -> TransformersCLIP:
 
 @pytest.fixture(scope="module")
 def images() -> LabelledImages:
-    found = open_images("shapes:160:3")
+    found = open_images("shapes:400:3")
     kept = np.flatnonzero(found.labels < 4)
     return replace(found.select(kept), class_names=found.class_names[:4])
 
@@ -80,10 +82,10 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
     for name, value in terms.items():
         settings: dict[str, Any] = nothing | {name: 2.0, "label_share": 0.25, "margin": 0.2}
         config = CBPTConfig(**settings)
-        found = cbpt_loss(plain, worn, labels, target, classes, tuned, given, scale, config)
+        found = cbpt_loss(plain, (target, worn), labels, classes, tuned, given, scale, config)
         assert float(found) == pytest.approx(2 * value, rel=1e-4), name
     labelled = CBPTConfig(**(nothing | {"clean_weight": 1.0, "clean": "labels"}))
-    found = cbpt_loss(plain, worn, labels, target, classes, tuned, given, scale, labelled)
+    found = cbpt_loss(plain, (target, worn), labels, classes, tuned, given, scale, labelled)
     assert float(found) == pytest.approx(-(own * clean).sum(axis=1).mean(), rel=1e-4)
 
 
@@ -129,9 +131,44 @@ def test_shots_and_judges_share_no_image(images: LabelledImages, run: Run) -> No
     assert torch.bincount(chosen.learnt.labels).tolist() == [4, 4, 4, 4]
     assert not set(chosen.learnt.rows.tolist()) & set(chosen.judging.rows.tolist())
     assert len(chosen.judging) > 0
+    assert len(chosen.spare) == 0  # nothing is looked for: all the others judge
     few = choose_shots(images, 1000, 16, run=run)
     assert few.fewest < 1000
     assert not set(few.learnt.rows.tolist()) & set(few.judging.rows.tolist())
+
+
+def test_a_search_gets_images_that_do_not_judge(images: LabelledImages, run: Run) -> None:
+    plain, chosen = choose_shots(images, 4, 16, run=run), choose_shots(images, 4, 16, searched=60, run=run)
+    parts = [set(part.rows.tolist()) for part in (chosen.learnt, chosen.judging, chosen.spare)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(images)
+    assert chosen.learnt.rows.tolist() == plain.learnt.rows.tolist()
+    for label in range(4):
+        others = int((images.labels == label).sum()) - 4
+        assert int((chosen.spare.labels == label).sum()) == min(others // 2, 60 // 4 - 4)
+    plain, enough = choose_shots(images, 8, 16, run=run), choose_shots(images, 8, 16, searched=32, run=run)
+    assert enough.judging.rows.tolist() == plain.judging.rows.tolist()
+
+
+def test_no_image_that_judges_is_seen_by_the_search(
+    clip: TransformersCLIP, images: LabelledImages, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[torch.Tensor] = []
+    judging: list[torch.Tensor] = []
+
+    def search(answers: Any, batch: torch.Tensor, *given: Any, **more: Any) -> Any:
+        searched.append(batch)
+        return search_triggers(answers, batch, *given, **more)
+
+    def judged(clip: Any, shots: Shots, classes: torch.Tensor) -> float:
+        judging.append(shots.images())
+        return accuracy(clip, shots, classes)
+
+    monkeypatch.setattr(api_zero_shot, "search_triggers", search)
+    monkeypatch.setattr(api_zero_shot, "accuracy", judged)
+    purify_with_cbpt(clip, images, config=QUICK, run=run)
+    seen, kept = searched[0].flatten(1), judging[0].flatten(1)
+    assert len(seen) + len(kept) == len(images)
+    assert float(torch.cdist(seen, kept).min()) > 0
 
 
 def test_with_a_target_the_classes_move_and_the_model_does_not(
@@ -164,6 +201,89 @@ def test_the_plain_reading_gives_prompts(clip: TransformersCLIP, images: Labelle
     assert prompts is not None
     assert prompts.ndim == 3
     assert len(outcome.purification.dummies) == 3  # one, another of the round, and the one aside
+
+
+def test_rounds_of_the_plain_reading_are_like_its_first_dummy(
+    clip: TransformersCLIP, images: LabelledImages, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    against: list[torch.Tensor] = []
+
+    def watched(*given: Any, **more: Any) -> Any:
+        against.append(given[3])
+        return contrast(*given, **more)
+
+    monkeypatch.setattr(cbpt, "contrast", watched)
+    config = CBPTConfig.as_published(
+        steps=3, loud_steps=2, rounds=1, least_asr=0.0, inversion=QUICK.inversion, learning_rate=0.1, epsilon=2 / 255
+    )
+    shots, classes = choose_shots(images, 4, 16, run=run), class_embeddings(clip, images.class_names, TEMPLATES)
+    clip.module.requires_grad_(False)
+    tuned = tune_classes(clip, shots.learnt, shots.judging, classes, [0], config, run=run)
+    assert len(tuned.dummies) == len(against) == 2
+    assert torch.equal(against[0], classes)
+    assert not torch.allclose(against[1], classes, atol=1e-4)
+    for dummy in tuned.dummies:
+        assert dummy.form == "patch" or float(dummy.pattern.abs().max()) <= 2 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("negatives", [True, False])
+@pytest.mark.parametrize("positives", [0, 2])
+def test_the_contrast_is_info_nce(
+    positives: int, negatives: bool, clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    shots = choose_shots(images, 4, 16, run=run).learnt
+    plain, given = unit(len(shots), 8), unit(4, 8, seed=1)
+    objective = contrast(shots, plain, clip, given, 1, positives=positives, negatives=negatives, temperature=0.5)
+    others = torch.nonzero(shots.labels != 1)[:, 0]
+    rows = torch.tensor([2, 0, 7])
+    with torch.no_grad():
+        loss, share = objective(shots.images(others[rows]), rows)
+        z = clip.encode_images(shots.images(others[rows])).numpy()
+    terms = []
+    for place, row in enumerate(rows.tolist()):
+        near = [given[1].numpy(), *plain[shots.labels == 1][:positives].numpy()]
+        far = [*plain[others[rows]].numpy(), given[int(shots.labels[others[row]])].numpy()]
+        pull, push = (np.exp(np.array(part) @ z[place] / 0.5).sum() for part in (near, far))
+        terms.append(-np.log(pull / (pull + push) if negatives else pull))
+    assert float(loss) == pytest.approx(np.mean(terms), rel=1e-4)
+    assert share == pytest.approx(np.mean((z @ given.numpy().T).argmax(axis=1) == 1))
+
+
+def test_shared_prompts_are_one_set(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    prompts = ClassPrompts(clip, ("cat", "dog"), "a photo of a", shared=True)
+    assert prompts.free.shape[0] == 1
+    with torch.no_grad():
+        wanted = clip.encode_texts(["a photo of a cat.", "a photo of a dog."])
+    assert torch.allclose(all_classes(prompts), wanted, atol=1e-5)
+    config = CBPTConfig.as_published(
+        shots=4, steps=2, loud_steps=2, rounds=0, inversion=QUICK.inversion, learning_rate=0.1, shared=True
+    )
+    found = purify_with_cbpt(clip, images, target=images.class_names[0], config=config, run=run).classifier.prompts
+    assert found is not None
+    assert len(found) == 4
+    assert torch.equal(found, found[:1].expand_as(found))
+
+
+@pytest.mark.parametrize(("delta", "count"), [("none", 0), ("random", 2)])
+def test_without_inversion(
+    delta: Literal["none", "random"], count: int, clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    config = replace(QUICK, delta=delta, clean="labels")
+    outcome = purify_with_cbpt(clip, images, target=images.class_names[1], config=config, run=run)
+    dummies = outcome.purification.dummies
+    assert [entry.aside for entry in dummies] == [False] * count + [True]
+    assert [entry.size for entry in dummies[:count]] == list(config.loud[:count])
+    given = class_embeddings(clip, images.class_names, TEMPLATES)
+    assert not torch.allclose(outcome.classifier.classes, given, atol=1e-4)
+
+
+def test_noise_is_as_large_everywhere(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    shots, given = choose_shots(images, 4, 16, run=run).learnt, unit(4, 8)
+    dummy = noise(clip, shots, given, 2, 0.1, run=run)
+    assert torch.allclose(dummy.pattern.abs(), torch.tensor(0.1))
+    assert 0.3 < float((dummy.pattern > 0).float().mean()) < 0.7
+    assert (dummy.target, dummy.size) == (2, 0.1)
+    assert dummy.success == excess(clip, shots, dummy, given)[0]
 
 
 def test_nothing_found_gives_the_classifier_back_to_the_bit(
@@ -206,6 +326,9 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
     two = replace(images.select(np.flatnonzero(images.labels < 2)), class_names=images.class_names[:2])
     with pytest.raises(NotEnoughDataError, match="classes to compare: have 2"):
         purify_with_cbpt(clip, two, config=QUICK, run=run)
+    pairs = images.select(np.concatenate([np.flatnonzero(images.labels == label)[:2] for label in range(4)]))
+    with pytest.raises(NotEnoughDataError, match="images for inversion: have 4, need at least 30"):
+        purify_with_cbpt(clip, pairs, config=QUICK, run=run)
     twins = replace(images, class_names=("cat", "CAT", "dog", "cow"))
     with pytest.raises(DataError, match="cannot tell these class names apart"):
         purify_with_cbpt(clip, twins, config=QUICK, run=run)
@@ -213,6 +336,29 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
         purify_with_cbpt(clip, images, target="banana", config=QUICK, run=run)
     with pytest.raises(ConfigError, match="views must be positive"):
         CBPTConfig(views=0)
+    with pytest.raises(ConfigError, match="shared is about prompts"):
+        CBPTConfig(shared=True)
+    with pytest.raises(ConfigError, match="only InfoNCE has negatives"):
+        CBPTConfig(negatives=False)
+    with pytest.raises(ConfigError, match="random signs have no size"):
+        CBPTConfig(delta="random", loud=())
+    with pytest.raises(ConfigError, match="rounds invert again, delta is none"):
+        CBPTConfig.as_published(delta="none")
+
+
+@pytest.mark.parametrize(
+    "purify",
+    [
+        purify_with_cbpt,
+        lambda clip, images, **more: purify_with_cbpt(clip, images, target=images.class_names[0], **more),
+        purify_with_rvpt,
+        purify_with_linear_probe,
+    ],
+)
+def test_one_class_is_no_classifier(purify: Any, clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
+    one = replace(images.select(np.flatnonzero(images.labels == 0)), class_names=images.class_names[:1])
+    with pytest.raises(NotEnoughDataError, match="classes: have 1, need at least 2"):
+        purify(clip, one, run=run)
 
 
 def test_fewer_shots_than_asked_are_said(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:

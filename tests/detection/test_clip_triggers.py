@@ -14,7 +14,7 @@ from unpoison.data.pairs import open_pairs
 from unpoison.detection import clip_triggers
 from unpoison.detection.clip_triggers import ConceptSearchConfig, find_concepts, search_concepts
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
-from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, judge_triggers
+from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, judge_triggers, search_triggers
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.models.clip_transformers import load_clip
 from unpoison.runs import Run
@@ -77,9 +77,10 @@ def test_what_is_suspected_is_searched_for_again_on_other_images(
     steps: list[str] = []
 
     def search(
-        logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, run: Run, step: str
+        logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, targets: Any, run: Run, step: str
     ) -> TriggerSearch:
         steps.append(step)
+        assert targets == (list(range(8)) if len(seen) == 1 else None)  # the same concepts are searched again
         sizes = [0.04 if not seen else second, 0.05, 0.052, 0.054, 0.056, 0.058, 0.06, 0.07]
         seen.append(images)
         return judge_triggers([planted_trigger(target, size) for target, size in enumerate(sizes)], names, config)
@@ -94,6 +95,28 @@ def test_what_is_suspected_is_searched_for_again_on_other_images(
     assert found.trigger_of(0).size == pytest.approx((0.04 * second) ** 0.5)
     search_concepts(clip, open_pairs("shapes:400:5"), replace(QUICK, confirm=False), run=Run())
     assert len(seen) == 3
+
+
+def test_more_concepts_than_finalists_are_searched_again_as_they_are(
+    clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anything = TriggerSearchConfig(
+        finalists=4, first_steps=1, ratio=1.0, index_apart=0.0, success=0.0,
+        inversion=InversionConfig(steps=2, batch_size=8),
+    )  # fmt: skip
+    searches: list[TriggerSearch] = []
+
+    def search(*given: Any, **more: Any) -> TriggerSearch:
+        searches.append(search_triggers(*given, **more))
+        return searches[-1]
+
+    monkeypatch.setattr(clip_triggers, "search_triggers", search)
+    config = replace(QUICK, concepts=24, search=anything)
+    found, captions = search_concepts(clip, open_pairs("shapes:400:5"), config, run=Run())
+    first, again = searches
+    assert len(captions) == 24
+    assert [entry.target for entry in again.triggers] == [entry.target for entry in first.triggers]
+    assert [entry.target for entry in found.triggers] == [entry.target for entry in first.triggers]
 
 
 def planted_trigger(target: int, size: float) -> InvertedTrigger:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unpoison.detection.inversion import InversionConfig, InvertedTrigger
+from unpoison.detection import trigger_search
+from unpoison.detection.inversion import FEWEST_IMAGES, InversionConfig, InvertedTrigger
 from unpoison.detection.trigger_search import (
     TriggerSearchConfig,
+    fewest_images,
     find_suspects,
     judge_triggers,
     kept_steps,
+    load_search,
     search_triggers,
+    store_search,
 )
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run, RunFolder
@@ -73,6 +78,65 @@ def test_many_classes_are_narrowed_down_and_the_planted_one_stays() -> None:
     assert len(found.triggers) == 6
     assert 17 in [trigger.target for trigger in found.triggers]
     assert found.suspects == (17,)
+
+
+def test_only_the_targets_asked_for_are_searched_and_to_the_same_end() -> None:
+    config = TriggerSearchConfig(finalists=6, first_steps=5, inversion=InversionConfig(steps=12, batch_size=16))
+    names = [f"class {number}" for number in range(24)]
+    whole = search_triggers(model(24, 17), images(120), names, config, run=Run())
+    wanted = [trigger.target for trigger in whole.triggers]
+    part = search_triggers(model(24, 17), images(120), names, config, targets=wanted, run=Run())
+    for one, other in zip(part.triggers, whole.triggers, strict=True):
+        assert (one.target, one.size) == (other.target, other.size)
+        assert torch.equal(one.pattern, other.pattern)
+
+
+def test_memory_does_not_grow_with_the_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: weakref.WeakSet[trigger_search._Search] = weakref.WeakSet()
+    most = 0
+    advance = trigger_search._Search.advance_to
+
+    def watched(self: trigger_search._Search, steps: int) -> None:
+        nonlocal most
+        opened.add(self)
+        most = max(most, len(opened))
+        advance(self, steps)
+
+    monkeypatch.setattr(trigger_search._Search, "advance_to", watched)
+    config = TriggerSearchConfig(finalists=4, first_steps=1, inversion=InversionConfig(steps=2, batch_size=8))
+    search_triggers(model(100), images(60), [f"class {number}" for number in range(100)], config, run=Run())
+    assert most <= 4 + 16
+
+
+def test_a_class_that_the_model_takes_nearly_all_images_for_is_left_out_and_named() -> None:
+    plain = model(8)
+
+    def lopsided(batch: Tensor) -> Tensor:
+        raised = torch.zeros(8)
+        raised[2] = 100.0
+        return plain(batch) + raised * (batch.mean(dim=(1, 2, 3)) > 0.4)[:, None]  # all but very dark images
+
+    some = images(100)
+    some[:40] *= 0.2
+    found = search_triggers(lopsided, some, NAMES, QUICK, run=Run())
+    assert len(found.triggers) == 8
+    found = search_triggers(lopsided, some[30:], NAMES, QUICK, run=Run())
+    assert found.skipped == (2,)
+    assert [trigger.target for trigger in found.triggers] == [0, 1, 3, 4, 5, 6, 7]
+    assert found.reason.endswith("Not looked at, because the model takes nearly all images for it: 'c'.")
+    assert load_search(store_search(found), torch.device("cpu")).skipped == (2,)
+    with pytest.raises(NotEnoughDataError, match="classes to compare that the model does not take nearly all"):
+        search_triggers(lopsided, some[30:], NAMES, QUICK, targets=[2], run=Run())
+
+
+@pytest.mark.parametrize("held_out", [0.05, 0.25, 0.4, 0.5, 0.9])
+def test_the_fewest_images_are_enough_and_one_less_is_not(held_out: float) -> None:
+    fewest = fewest_images(held_out)
+    judging = round(held_out * fewest)
+    assert min(judging, fewest - judging) >= FEWEST_IMAGES
+    judging = round(held_out * (fewest - 1))
+    assert min(judging, fewest - 1 - judging) < FEWEST_IMAGES
+    assert fewest_images(0.25) == 30
 
 
 @pytest.mark.parametrize("classes", [6, 24])
@@ -143,8 +207,8 @@ def test_suspects_are_the_smallest_and_leave_two_to_compare_with(sizes: list[flo
 def test_what_is_refused() -> None:
     with pytest.raises(NotEnoughDataError, match="classes to compare"):
         search_triggers(model(2), images(60), NAMES[:2], QUICK, run=Run())
-    with pytest.raises(NotEnoughDataError, match="images for inversion"):
-        search_triggers(model(8), images(6), NAMES, QUICK, run=Run())
+    with pytest.raises(NotEnoughDataError, match="images for inversion: have 29, need at least 30"):
+        search_triggers(model(8), images(29), NAMES, QUICK, run=Run())
     refused: list[dict[str, Any]] = [
         {"ratio": 0.0},
         {"held_out": 1.0},

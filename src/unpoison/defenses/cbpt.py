@@ -31,7 +31,8 @@ Where we differ, and what the paper leaves open
     SGD.
     The default tunes the class embeddings themselves, which prompts can only approach, adds the loss that pushes y* off
     the dummies, and asks of clean images that nothing changes rather than that few labels are learnt by heart
-    (docs/decisions/0007-classes-instead-of-prompts.md).
+    (docs/decisions/0007-classes-instead-of-prompts.md). The search looks for one form of trigger, not for a mask and
+    pattern beside it (docs/decisions/0005-search-before-repair.md).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.defenses.class_prompts import ClassCarrier, ClassPrompts, FreeClasses, all_classes, choose_classes
-from unpoison.defenses.dummies import contrast, excess, invert, loud, quiet, see
+from unpoison.defenses.dummies import contrast, excess, invert, loud, noise, quiet, see
 from unpoison.defenses.shots import Shots, accuracy, embed, usable_scale
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
 from unpoison.detection.trigger_search import TriggerSearchConfig
@@ -60,7 +61,8 @@ _OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 @dataclass(frozen=True, kw_only=True)
 class CBPTConfig:
-    """All numbers are ours: the paper's are not public. Chosen on victims of a seed that no table shows."""
+    """All numbers are ours: the paper's are not public. What tunes was chosen on victims of a seed that no table shows;
+    when ``search`` suspects, on victims of seeds 0 and 1 and three clean models (docs/decisions/0005)."""
 
     shots: int = 16
     """Labelled images of each class that are learnt from; others judge."""
@@ -68,6 +70,11 @@ class CBPTConfig:
     """The class embeddings themselves, or token prompts before each name."""
     context: str = "a photo of a"
     """The words whose token embeddings the prompts begin with; their number is m."""
+    shared: bool = False
+    """One set of token prompts for all classes: what class-wise ones are compared with."""
+    delta: Literal["inverted", "random", "none"] = "inverted"
+    """What the dummies show. Random signs as large as ``loud`` (or ``epsilon`` by InfoNCE), or no dummy at all and so
+    the losses on clean images alone, are what inversion is compared with."""
     dummies: Literal["several", "contrast"] = "several"
     """Two quiet and the loud ones by cross-entropy, or one by InfoNCE, of the form that reaches more."""
     loud: tuple[float, ...] = (32 / 255, 64 / 255)
@@ -77,6 +84,9 @@ class CBPTConfig:
     """Bound of the universal form by InfoNCE."""
     temperature: float = 0.07
     positives: int = 8
+    """Images of the target that InfoNCE pulls to beside its text; 0: the text alone."""
+    negatives: bool = True
+    """Whether InfoNCE pushes away from plain images and their classes, too."""
     views: int = 6
     shift: int = 3
     """Largest shift of a view, in pixels at 32; larger images in proportion."""
@@ -107,6 +117,7 @@ class CBPTConfig:
     """Largest excess ASR of a dummy on held-out images, in points, that is accepted."""
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
     search_images: int = 640
+    """At most, of the shots and of what neither they nor those that judge need."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:
@@ -120,6 +131,14 @@ class CBPTConfig:
                 raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}.", hint="Use 0 for none.")
         if not 0 <= self.label_share <= 1 or not 0 < self.epsilon <= 1 or not all(0 < e <= 1 for e in self.loud):
             raise ConfigError("expected label_share in [0, 1] and every epsilon in (0, 1].", hint="Try the defaults.")
+        if self.shared and self.tune != "prompts":
+            raise ConfigError("shared is about prompts.", hint='Set tune to "prompts".')
+        if not self.negatives and self.dummies != "contrast":
+            raise ConfigError("only InfoNCE has negatives.", hint='Set dummies to "contrast".')
+        if self.delta == "random" and self.dummies == "several" and not self.loud:
+            raise ConfigError("loud is empty: dummies of random signs have no size.", hint="Give one, such as 32/255.")
+        if self.rounds and self.delta != "inverted":
+            raise ConfigError(f"rounds invert again, delta is {self.delta}.", hint="Set rounds to 0.")
         if not self.context.strip():
             raise ConfigError("the context is empty.", hint='Give a few words, such as "a photo of a".')
 
@@ -191,10 +210,8 @@ def tune_classes(
         classes, prompts = fit_classes(clip, plain, seen, learnt, given, config, run)  # (4), (5)
         if number == config.rounds:
             break
-        again = [
-            invert(clip, learnt, classes, target, config.inversion, stream=("round", number), run=run)
-            for target in targets
-        ]
+        again = [new_dummy(clip, learnt, classes, target, config, stream=("round", number), run=run)
+                 for target in targets]  # fmt: skip
         fresh = [dummy for dummy in again if dummy.success >= config.least_asr]  # (6)
         if not fresh:
             break
@@ -220,19 +237,42 @@ def find_dummies(
     run: Run,
 ) -> list[InvertedTrigger]:
     """Step 3 for one target."""
+    if config.delta == "none":
+        return []
+    if config.delta == "random":
+        sizes = (config.epsilon,) if config.dummies == "contrast" else config.loud
+        return [noise(clip, shots, given, target, size, run=run) for size in sizes]
     if config.dummies == "contrast":
-        objective = contrast(
-            shots, embed(clip, shots), clip, given, target, positives=config.positives, temperature=config.temperature
-        )
-        forms = (loud(config.inversion, config.epsilon, config.loud_steps), replace(config.inversion, form="patch"))
-        both = [invert(clip, shots, given, target, how, stream=how.form, objective=objective, run=run) for how in forms]
-        return [max(both, key=lambda dummy: dummy.success)]
+        return [new_dummy(clip, shots, given, target, config, stream="first", run=run)]
     known = [trigger for trigger in found if trigger.target == target]
     hows = [quiet(config.inversion)] * (2 - min(2, len(known)))
     hows += [loud(config.inversion, epsilon, config.loud_steps) for epsilon in config.loud]
     return known + [
         invert(clip, shots, given, target, how, stream=place, run=run) for place, how in enumerate(hows)
     ]  # fmt: skip
+
+
+def new_dummy(
+    clip: ImageTextModel,
+    shots: Shots,
+    classes: Float[Tensor, "k d"],
+    target: int,
+    config: CBPTConfig,
+    *,
+    stream: object,
+    run: Run,
+) -> InvertedTrigger:
+    """A dummy against ``classes`` as they now are: by InfoNCE the form that reaches more, else the least change."""
+    if config.dummies == "several":
+        return invert(clip, shots, classes, target, config.inversion, stream=stream, run=run)
+    objective = contrast(
+        shots, embed(clip, shots), clip, classes, target, positives=config.positives, negatives=config.negatives,
+        temperature=config.temperature,
+    )  # fmt: skip
+    forms = (loud(config.inversion, config.epsilon, config.loud_steps), replace(config.inversion, form="patch"))
+    both = [invert(clip, shots, classes, target, how, stream=(stream, how.form), objective=objective, run=run)
+            for how in forms]  # fmt: skip
+    return max(both, key=lambda dummy: dummy.success)
 
 
 def fit_classes(
@@ -247,7 +287,9 @@ def fit_classes(
     """Steps 4 and 5 from the start: the class embeddings, and the prompts where prompts are tuned."""
     generator = run.generator("classes", len(dummies))
     carrier: ClassCarrier = (
-        FreeClasses(given) if config.tune == "classes" else ClassPrompts(clip, shots.names, config.context)
+        FreeClasses(given)
+        if config.tune == "classes"
+        else ClassPrompts(clip, shots.names, config.context, shared=config.shared)
     )
     rate = {"lr": config.learning_rate} | ({"momentum": 0.9} if config.optimiser == "sgd" else {})
     optimiser = _OPTIMISERS[config.optimiser]([carrier.free], **rate)
@@ -256,49 +298,53 @@ def fit_classes(
         if len(order) == 0:
             order = torch.randperm(len(labels), generator=generator).to(labels.device)
         rows, order = order[: config.batch_size], order[config.batch_size :]
-        view, worn = _draw(len(plain), generator), dummies[_draw(len(dummies), generator)]
+        view = _draw(len(plain), generator)
+        dummy = dummies[_draw(len(dummies), generator)] if dummies else None
+        target = [] if dummy is None else [dummy.dummy.target]
         classes = choose_classes(
-            torch.cat([labels[rows], labels.new_tensor([worn.dummy.target])]), len(given), config.classes, generator
+            torch.cat([labels[rows], labels.new_tensor(target)]), len(given), config.classes, generator
         )
+        worn = None if dummy is None else (dummy.dummy.target, dummy.seen[view, rows])
         loss = cbpt_loss(
-            plain[view, rows], worn.seen[view, rows], labels[rows], worn.dummy.target, classes, carrier.of(classes),
-            given[classes], scale, config,
-        )  # fmt: skip
+            plain[view, rows], worn, labels[rows], classes, carrier.of(classes), given[classes], scale, config
+        )
         if not bool(loss.isfinite()):
             raise DivergedError("cbpt", step=step, loss=float(loss.detach()))
         set_rate(optimiser, cosine(step / config.steps, begin=config.learning_rate))
         optimiser.zero_grad()
         loss.backward(inputs=[carrier.free])
         optimiser.step()
-    return all_classes(carrier), None if config.tune == "classes" else carrier.free.detach()
+    if config.tune == "classes":
+        return all_classes(carrier), None
+    return all_classes(carrier), carrier.free.detach().expand(len(given), -1, -1).contiguous()
 
 
 def cbpt_loss(
     plain: Float[Tensor, "r d"],
-    worn: Float[Tensor, "r d"],
+    worn: tuple[int, Float[Tensor, "r d"]] | None,
     labels: Int[Tensor, " r"],
-    target: int,
     classes: Int[Tensor, " c"],
     tuned: Float[Tensor, "c d"],
     given: Float[Tensor, "c d"],
     scale: float,
     config: CBPTConfig,
 ) -> Float[Tensor, ""]:
-    """Step 4's L. ``plain`` and ``worn``: the same shots without and with a dummy toward ``target``; ``classes``, which
-    the labels and the target are among, ascending, name the rows of ``tuned`` and ``given``. Shots of the target are
-    left out where the dummy is on."""
+    """Step 4's L. ``plain``: shots; ``worn``: a dummy's target and the same shots with it on, None without a dummy;
+    ``classes``, which the labels and the target are among, ascending, name the rows of ``tuned`` and ``given``. Shots
+    of the target are left out where the dummy is on."""
     place = torch.searchsorted(classes, labels)
     own = F.one_hot(place, len(classes)).to(plain.dtype)
     opinion = (scale * plain @ given.T).softmax(dim=1)
     loss = config.clean_weight * F.cross_entropy(scale * plain @ tuned.T, own if config.clean == "labels" else opinion)
     loss = loss + config.align_weight * (1 - (tuned * given).sum(dim=1)).mean()
-    others = labels != target
-    if not bool(others.any()):
+    if worn is None or bool((labels == worn[0]).all()):
         return loss
-    answers = (scale * worn[others] @ tuned.T).log_softmax(dim=1)
+    target, others = worn[0], labels != worn[0]
+    cosines = worn[1][others] @ tuned.T
+    answers = (scale * cosines).log_softmax(dim=1)
     wanted = config.label_share * own[others] + (1 - config.label_share) * opinion[others]
     at = int(torch.searchsorted(classes, classes.new_tensor(target)))
-    raised = scale * (worn[others] @ tuned.T + config.margin * F.one_hot(classes.new_tensor(at), len(classes)))
+    raised = scale * (cosines + config.margin * F.one_hot(classes.new_tensor(at), len(classes)))
     kept = raised.log_softmax(dim=1)[:, torch.arange(len(classes), device=classes.device) != at].logsumexp(dim=1)
     loss = loss - config.trigger_weight * (wanted * answers).sum(dim=1).mean()
     return loss - config.suppress_weight * kept.mean()
@@ -309,7 +355,7 @@ def judge(tuned: TunedClasses, config: CBPTConfig) -> TunedClasses:
     fall, left = tuned.held_out_before - tuned.held_out_after, max(tuned.left)
     reason = (
         f"Held-out accuracy is {tuned.held_out_after:.1f} percent, {tuned.held_out_before:.1f} before (a fall of at "
-        f"most {config.bound:.1f} points is accepted). Of {len(tuned.left)} inverted triggers, {len(tuned.aside)} of "
+        f"most {config.bound:.1f} points is accepted). Of {len(tuned.left)} dummy triggers, {len(tuned.aside)} of "
         f"them kept aside, the strongest still sends {left:.1f} percent of held-out images to its target over what "
         f"goes there anyway (at most {config.bound_asr:.1f} accepted)."
     )

@@ -24,6 +24,11 @@ class ClassCarrier(Protocol):
         """A leaf that takes gradient."""
         ...
 
+    @property
+    def count(self) -> int:
+        """How many classes there are."""
+        ...
+
     def of(self, rows: Int[Tensor, " c"]) -> Float[Tensor, "c d"]:
         """Unit embeddings of the classes ``rows``, differentiable by ``free``."""
         ...
@@ -35,32 +40,38 @@ class FreeClasses:
     def __init__(self, given: Float[Tensor, "k d"]) -> None:
         self._given = given
         self.free = torch.zeros_like(given).requires_grad_(True)
+        self.count = len(given)
 
     def of(self, rows: Int[Tensor, " c"]) -> Float[Tensor, "c d"]:
         return F.normalize(self._given[rows] + self.free[rows], dim=1)
 
 
 class ClassPrompts:
-    """g_k = text embedding of [v_k; name_k] with v_k [m, w], begun as the token embeddings of ``context``."""
+    """g_k = text embedding of [v_k; name_k] with v_k [m, w], begun as the token embeddings of ``context``.
 
-    def __init__(self, clip: ImageTextModel, names: Sequence[str], context: str) -> None:
-        self._clip = clip
+    ``shared``: one v for all classes.
+    """
+
+    def __init__(self, clip: ImageTextModel, names: Sequence[str], context: str, *, shared: bool = False) -> None:
+        self._clip, self._shared, self.count = clip, shared, len(names)
         with torch.no_grad():
             self._tokens = clip.tokenize([f"{context} {name}." for name in names])
             self._embedded = clip.embed_tokens(self._tokens).float()
             length = shared_start(clip.tokenize([context])[0], self._tokens)
-        self.free = self._embedded[:, 1 : 1 + length].clone().requires_grad_(True)
+        begun = self._embedded[: 1 if shared else None, 1 : 1 + length]
+        self.free = begun.clone().requires_grad_(True)
 
     def of(self, rows: Int[Tensor, " c"]) -> Float[Tensor, "c d"]:
         end = 1 + self.free.shape[1]
-        words = torch.cat([self._embedded[rows, :1], self.free[rows], self._embedded[rows, end:]], dim=1)
+        prompts = self.free.expand(len(rows), -1, -1) if self._shared else self.free[rows]
+        words = torch.cat([self._embedded[rows, :1], prompts, self._embedded[rows, end:]], dim=1)
         return self._clip.encode_token_embeddings(words, self._tokens[rows])
 
 
 @torch.no_grad()
 def all_classes(carrier: ClassCarrier) -> Embeddings:
     """[k, d], in parts that fit into memory."""
-    rows = torch.arange(len(carrier.free), device=carrier.free.device)
+    rows = torch.arange(carrier.count, device=carrier.free.device)
     return torch.cat([carrier.of(part) for part in rows.split(_AT_ONCE)])
 
 

@@ -42,6 +42,19 @@ def loud(config: InversionConfig, epsilon: float, steps: int) -> InversionConfig
     )  # fmt: skip
 
 
+def noise(
+    clip: ImageTextModel, shots: Shots, classes: Float[Tensor, "k d"], target: int, epsilon: float, *, run: Run
+) -> InvertedTrigger:
+    """What an inverted trigger is compared with: signs at random, ``epsilon`` large."""
+    size = shots.pixels.shape[1]
+    signs = torch.randint(2, (3, size, size), generator=run.generator("noise", target, epsilon)) * 2.0 - 1
+    dummy = InvertedTrigger(
+        form="additive", target=target, mask=torch.ones(1, size, size), pattern=epsilon * signs, size=epsilon,
+        success=0.0,
+    )  # fmt: skip
+    return replace(dummy, success=excess(clip, shots, dummy, classes)[0])
+
+
 def invert(
     clip: ImageTextModel,
     shots: Shots,
@@ -82,11 +95,12 @@ def contrast(
     *,
     positives: int,
     temperature: float,
+    negatives: bool = True,
 ) -> Objective:
     """InfoNCE over rows of the shots that are not of ``target``, whose plain embeddings are ``plain``.
 
     Positives: h of the target and up to ``positives`` clean images of it; negatives: the clean images of the batch, the
-    own among them, and the own class's h.
+    own among them, and the own class's h. Without ``negatives`` the positives alone pull.
     """
     others = shots.labels != target
     near_to = torch.cat([given[target][None], plain[~others][:positives]])
@@ -95,9 +109,11 @@ def contrast(
     def objective(images: Images, rows: Int[Tensor, " r"]) -> tuple[Float[Tensor, ""], float]:
         embedded = clip.encode_images(images)
         near = embedded @ near_to.T / temperature
-        own = (embedded * given[labels[rows]]).sum(dim=1, keepdim=True)
-        far = torch.cat([embedded @ far_from[rows].T, own], dim=1) / temperature
-        loss = (torch.cat([near, far], dim=1).logsumexp(dim=1) - near.logsumexp(dim=1)).mean()
+        loss = -near.logsumexp(dim=1).mean()
+        if negatives:
+            own = (embedded * given[labels[rows]]).sum(dim=1, keepdim=True)
+            far = torch.cat([embedded @ far_from[rows].T, own], dim=1) / temperature
+            loss = loss + torch.cat([near, far], dim=1).logsumexp(dim=1).mean()
         said = (embedded.detach() @ given.T).argmax(dim=1)
         return loss, float((said == target).float().mean())
 

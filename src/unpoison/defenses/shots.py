@@ -25,6 +25,8 @@ JUDGED = 64
 """At most this many images of each class judge a result..."""
 JUDGED_IN_ALL = 4096
 """...and about this many together."""
+SEARCHED = 160
+"""A search for a trigger gets at least so many images, where half of those that are not learnt from are enough."""
 _AT_ONCE, _PIXELS_AT_ONCE = 256, 256 * 64 * 64
 _HELD_OUT = 0.25
 _SCALES = (1.0, 100.0)
@@ -51,6 +53,12 @@ class Shots:
     def of(self, chosen: Int[Tensor, " _"]) -> Shots:
         return replace(self, rows=self.rows[chosen.cpu().numpy()], labels=self.labels[chosen])
 
+    def joined(self, other: Shots) -> Shots:
+        """These and then those of ``other``, which are rows of the same pixels."""
+        return replace(
+            self, rows=np.concatenate([self.rows, other.rows]), labels=torch.cat([self.labels, other.labels])
+        )
+
     def batches(self) -> Iterator[Int[Tensor, " _"]]:
         """All places in parts that fit into memory."""
         size = max(8, min(_AT_ONCE, _PIXELS_AT_ONCE // self.pixels.shape[1] ** 2))
@@ -60,22 +68,24 @@ class Shots:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ChosenShots:
     """``learnt``: at most ``shots`` images a class; ``judging``: others, at most 64 a class and 4,096 in all, that
-    nothing is fitted to.
+    nothing is fitted to; ``spare``: what is left, as many again at most.
 
     ``fewest``: the least number of images to learn from that a class has.
     """
 
     learnt: Shots
     judging: Shots
+    spare: Shots
     fewest: int
     skipped: tuple[SkippedRow, ...]
 
 
-def choose_shots(source: LabelledImages, shots: int, image_size: int, *, run: Run) -> ChosenShots:
+def choose_shots(source: LabelledImages, shots: int, image_size: int, *, searched: int = 0, run: Run) -> ChosenShots:
     """``shots`` images of each class at random to learn from, others to judge; on the run's device.
 
-    A quarter of a class's images judges where it has no more than ``shots``. Raises NotEnoughDataError for a class with
-    fewer than two usable images, SourceFormatError.
+    A quarter of a class's images judges where it has no more than ``shots``. ``searched``: how many images, to learn
+    from and to spare, a search for a trigger wants; for it up to half of the others do not judge. Raises
+    NotEnoughDataError for a class with fewer than two usable images, SourceFormatError.
     """
     rng = np.random.default_rng(run.seed_of("shots"))
     order = rng.permutation(len(source))
@@ -84,7 +94,7 @@ def choose_shots(source: LabelledImages, shots: int, image_size: int, *, run: Ru
     rows = np.concatenate(wanted)
     pixels = load_pixels(source.select(rows), image_size, cache=run.cache, progress=run.progress)
     labels = source.labels[rows]
-    learnt, judging, counts = [], [], []
+    learnt, judging, spare, counts = [], [], [], []
     for label, name in enumerate(source.class_names):
         usable = np.flatnonzero((labels == label) & pixels.usable)
         if len(usable) < FEWEST:
@@ -93,9 +103,13 @@ def choose_shots(source: LabelledImages, shots: int, image_size: int, *, run: Ru
                 hint="Give a few labelled images of every class, or leave the class out of the list.",
             )  # fmt: skip
         count = min(shots, len(usable) - max(1, round(_HELD_OUT * len(usable))))
+        others = len(usable) - count
+        wanted_more = max(0, -(-searched // len(source.class_names)) - count)
+        judged = min(judges, others - min(others // 2, wanted_more))
         counts.append(count)
         learnt.append(usable[:count])
-        judging.append(usable[count : count + judges])
+        judging.append(usable[count : count + judged])
+        spare.append(usable[count + judged :])
 
     def part(chosen: list[np.ndarray]) -> Shots:
         places = np.concatenate(chosen)
@@ -106,7 +120,9 @@ def choose_shots(source: LabelledImages, shots: int, image_size: int, *, run: Ru
             names=tuple(source.class_names),
         )
 
-    return ChosenShots(learnt=part(learnt), judging=part(judging), fewest=min(counts), skipped=pixels.skipped)
+    return ChosenShots(
+        learnt=part(learnt), judging=part(judging), spare=part(spare), fewest=min(counts), skipped=pixels.skipped
+    )
 
 
 def usable_scale(clip: ImageTextModel) -> float:

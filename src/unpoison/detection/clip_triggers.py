@@ -12,6 +12,7 @@ What it cannot see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,14 +106,15 @@ def search_concepts(
             with run.accelerator.autocast():
                 return clip.logit_scale * probed.encode_images(images) @ classes.T
 
-        def search(rows: np.ndarray, run: Run, step: str) -> TriggerSearch:
+        def search(rows: np.ndarray, run: Run, step: str, targets: Sequence[int] | None = None) -> TriggerSearch:
             images = to_images(pixels.array[np.sort(rows)]).to(run.device)
-            return search_triggers(logits, images, captions, config.search, run=run, step=step)
+            return search_triggers(logits, images, captions, config.search, targets=targets, run=run, step=step)
 
         found = search(order[: config.images], run, STEP)  # (2)
         if found.suspects and config.confirm:  # (3)
             others = order[config.images : 2 * config.images] if len(order) >= 2 * config.images else order
-            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")), _AGAIN)
+            same = [trigger.target for trigger in found.triggers]
+            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")), _AGAIN, same)
             found = average_searches(found, again, captions, config.search)
         return found, captions
 

@@ -7,7 +7,8 @@ Idea
     Invert a trigger for every class (:mod:`unpoison.detection.inversion`) and look for one that is out of line.
 Steps
     1. For each class the smallest change, the same for all images, that sends images of the others there.
-    2. Many classes: a few steps for all, the rest for the ``finalists`` that got furthest.
+    2. Many classes: a few steps for all, the rest for the ``finalists`` that got furthest. A class that the model takes
+       nearly all images for cannot be searched, and is named.
     3. A class is suspected where its size is at most three quarters of the median and its logarithm 2.2 deviations
        under it (index), or 1.5 where the size is at most 0.88 of the next, and where its trigger works on unseen
        images.
@@ -23,6 +24,7 @@ What it cannot see
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,11 +34,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unpoison.detection.inversion import (
+    FEWEST_IMAGES,
     Inversion,
     InversionConfig,
     InvertedTrigger,
     Logits,
-    check_enough,
     first_rank,
     measure_trigger,
     numbers_of,
@@ -53,6 +55,7 @@ _AT_ONCE = 256
 _FEWEST_CLASSES = 3
 STEP = "trigger"
 _KEPT_AT_ONCE = 16  # classes of a first look that are kept together
+_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +101,15 @@ class TriggerSearchConfig:
 class TriggerSearch:
     """What was found of each class that was looked at to the end, and the classes that are suspected, worst first.
 
-    ``triggers[i].target`` is the class; ``index[i]`` its deviations under the median. ``suspects`` are classes.
+    ``triggers[i].target`` is the class; ``index[i]`` its deviations under the median. ``suspects`` are classes, and so
+    are the ``skipped``: the model takes so many images for them that too few are left to search with.
     """
 
     triggers: tuple[InvertedTrigger, ...]
     index: tuple[float, ...]
     suspects: tuple[int, ...]
     reason: str
+    skipped: tuple[int, ...] = ()
 
     def trigger_of(self, target: int) -> InvertedTrigger:
         return next(trigger for trigger in self.triggers if trigger.target == target)
@@ -116,47 +121,77 @@ def search_triggers(
     names: Sequence[str],
     config: TriggerSearchConfig | None = None,
     *,
+    targets: Sequence[int] | None = None,
     run: Run,
     step: str = STEP,
 ) -> TriggerSearch:
-    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k].
+    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k], or over ``targets`` of them, all to the end.
 
-    ``images`` [n, 3, h, w] in [0, 1] are on the run's device; those that the model takes for a class are left out of
-    that class's search. Each class that was searched is kept as a step of the run, so that a search that is killed goes
-    on; ``step`` is what their names begin with, :func:`kept_steps` lists them. Raises NotEnoughDataError for too few
-    images or classes.
+    ``images`` [n, 3, h, w] in [0, 1] are on the run's device, in random order, since the first of them judge; those
+    that the model takes for a class are left out of that class's search. Each class that was searched is kept as a step
+    of the run, so that a search that is killed goes on; ``step`` is what their names begin with, :func:`kept_steps`
+    lists them. At any time at most ``finalists`` and 16 classes more are in memory. Raises NotEnoughDataError for fewer
+    than :func:`fewest_images` images, or where fewer than three classes can be searched.
     """
     config = config or TriggerSearchConfig()
-    wanted = list(range(len(names)))
-    if len(wanted) < _FEWEST_CLASSES:
-        raise NotEnoughDataError("classes to compare", have=len(wanted), need=_FEWEST_CLASSES, hint="Name more.")
-    check_enough(len(images))
+    if len(names) < _FEWEST_CLASSES:
+        raise NotEnoughDataError("classes to compare", have=len(names), need=_FEWEST_CLASSES, hint="Name more.")
+    fewest = fewest_images(config.held_out)
+    if len(images) < fewest:
+        raise NotEnoughDataError(
+            "images for inversion", have=len(images), need=fewest,
+            hint=f"Give more images. {100 * config.held_out:.0f} percent of them only judge the triggers; images that "
+            "judge a repair do not count.",
+        )  # fmt: skip
     with torch.no_grad():
         said = torch.cat([logits(part).argmax(dim=1) for part in images.split(_AT_ONCE)])
-    searches = {target: _Search.open(logits, images, said, target, config, run) for target in wanted}
+    others = (len(images) - torch.bincount(said, minlength=len(names))).tolist()
+    asked = range(len(names)) if targets is None else targets
+    wanted = [target for target in asked if others[target] >= fewest]
+    skipped = [target for target in asked if others[target] < fewest]
+    if len(wanted) < min(_FEWEST_CLASSES, len(asked)):
+        raise NotEnoughDataError(
+            "classes to compare that the model does not take nearly all images for", have=len(wanted),
+            need=_FEWEST_CLASSES, hint="Give more images, of all classes.",
+        )  # fmt: skip
+    searches: dict[int, _Search] = {}
 
     def look(targets: Sequence[int], steps: int) -> list[InvertedTrigger]:
         for target in targets:
+            if target not in searches:
+                searches[target] = _Search.open(logits, images, said, target, config, run)
             searches[target].advance_to(steps)
         return [searches[target].measure(config) for target in targets]
 
     steps = config.inversion.steps
-    if len(wanted) > config.finalists:  # (2)
+    if len(names) > config.finalists:
+        steps = max(steps, config.first_steps)
+    if targets is None and len(wanted) > config.finalists:  # (2)
         first: list[list[float]] = []  # no patterns: there may be thousands of classes
         starts = range(0, len(wanted), _KEPT_AT_ONCE)
         for start in run.progress.track(starts, total=len(wanted), what="looking for a trigger",
                                         weight=_KEPT_AT_ONCE, unit="classes"):  # fmt: skip
             part = wanted[start : start + _KEPT_AT_ONCE]
             stored = run.step(f"{step}-first-{start:05d}", lambda part=part: numbers_of(look(part, config.first_steps)))
-            first += stored["numbers"].tolist()
-        first.sort(key=lambda row: first_rank(size=row[1], success=row[2]))
-        wanted = [int(target) for target, *_ in first[: config.finalists]]
-        steps = max(steps, config.first_steps)
+            first = sorted(
+                [*first, *stored["numbers"].tolist()], key=lambda row: first_rank(size=row[1], success=row[2])
+            )[: config.finalists]
+            searches = {int(row[0]): searches[int(row[0])] for row in first if int(row[0]) in searches}
+        wanted = [int(target) for target, *_ in first]
     triggers: list[InvertedTrigger] = []
     for target in run.progress.track(wanted, total=len(wanted), what="looking for a trigger", unit="classes"):
         stored = run.step(f"{step}-{target:05d}", lambda target=target: pack_triggers(look([target], steps)))  # (1)
         triggers += unpack_triggers(stored, run.device)
-    return judge_triggers(triggers, names, config)
+        searches.pop(target, None)
+    return judge_triggers(triggers, names, config, skipped=skipped)
+
+
+def fewest_images(held_out: float) -> int:
+    """How many images a search needs at least, so that ``held_out`` of them and the others are each enough."""
+    fewest = math.floor((FEWEST_IMAGES - 0.5) / min(held_out, 1 - held_out))
+    while min(round(held_out * fewest), fewest - round(held_out * fewest)) < FEWEST_IMAGES:
+        fewest += 1
+    return fewest
 
 
 def kept_steps(count: int, step: str = STEP) -> list[str]:
@@ -168,9 +203,13 @@ def kept_steps(count: int, step: str = STEP) -> list[str]:
 
 
 def judge_triggers(
-    triggers: Sequence[InvertedTrigger], names: Sequence[str], config: TriggerSearchConfig
+    triggers: Sequence[InvertedTrigger],
+    names: Sequence[str],
+    config: TriggerSearchConfig,
+    *,
+    skipped: Sequence[int] = (),
 ) -> TriggerSearch:
-    """Step 3, and a sentence that says what was found."""
+    """Step 3, and sentences that say what was found and which classes were ``skipped``."""
     index = outlier_index([trigger.size for trigger in triggers])
     suspected = find_suspects(
         np.array([trigger.size for trigger in triggers]),
@@ -192,9 +231,14 @@ def judge_triggers(
             f"Nothing of {len(triggers)} is reached by a change that is out of line: the smallest, {say_size(first)}, "
             f"leads to {names[first.target]!r}."
         )
+    if skipped:
+        said = ", ".join(repr(names[target]) for target in skipped[:_NAMED])
+        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+        reason += f" Not looked at, because the model takes nearly all images for it: {said}{more}."
     return TriggerSearch(
-        triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason
-    )
+        triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason,
+        skipped=tuple(skipped),
+    )  # fmt: skip
 
 
 def average_searches(
@@ -202,17 +246,17 @@ def average_searches(
 ) -> TriggerSearch:
     """Step 3 on the geometric means of both sizes; success is the lower one. Triggers are those of ``first``.
 
-    Both must have looked at the same classes to the end.
+    A class that ``second`` did not look at to the end has the numbers of ``first``.
     """
-    triggers = []
+    triggers, again = [], {trigger.target: trigger for trigger in second.triggers}
     for trigger in first.triggers:
-        other = second.trigger_of(trigger.target)
+        other = again.get(trigger.target, trigger)
         triggers.append(
             replace(
                 trigger, size=float(np.sqrt(trigger.size * other.size)), success=min(trigger.success, other.success)
             )
         )
-    return judge_triggers(triggers, names, config)
+    return judge_triggers(triggers, names, config, skipped=first.skipped)
 
 
 def store_search(search: TriggerSearch) -> dict[str, Tensor]:
@@ -220,6 +264,7 @@ def store_search(search: TriggerSearch) -> dict[str, Tensor]:
     return pack_triggers(search.triggers) | {
         "index": torch.tensor(search.index, dtype=torch.float64),
         "suspects": torch.tensor(search.suspects, dtype=torch.long),
+        "skipped": torch.tensor(search.skipped, dtype=torch.long),
         "reason": torch.frombuffer(bytearray(search.reason.encode()), dtype=torch.uint8),
     }
 
@@ -230,6 +275,7 @@ def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSe
         triggers=tuple(unpack_triggers(stored, device)),
         index=tuple(stored["index"].tolist()),
         suspects=tuple(stored["suspects"].tolist()),
+        skipped=tuple(stored["skipped"].tolist()) if "skipped" in stored else (),
         reason=bytes(stored["reason"].tolist()).decode(),
     )
 
@@ -281,7 +327,6 @@ class _Search:
     ) -> _Search:
         others = torch.nonzero(said != target)[:, 0]
         held_out = round(config.held_out * len(others))
-        check_enough(held_out)
         inversion = Inversion(
             toward(logits, target), images, others[held_out:], config.inversion, run.generator("inversion", target)
         )
