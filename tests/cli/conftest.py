@@ -16,6 +16,24 @@ import pytest
 from unpoison.cli import main
 from unpoison.results import CLEAN, MIXED, SUSPECT, DatasetScan, PoisonEstimate, Split
 
+KILLED = """
+import functools, importlib, os, signal, sys
+
+module, _, name = sys.argv[1].partition(":")
+*owners, last = name.split(".")
+owner = functools.reduce(getattr, owners, importlib.import_module(module))
+called, calls = getattr(owner, last), iter(range(int(sys.argv[2]) - 1))
+
+def call(*values, **named):
+    if next(calls, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return called(*values, **named)
+
+setattr(owner, last, call)
+from unpoison.cli import main
+sys.exit(main(sys.argv[3:]))
+"""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -108,6 +126,20 @@ def kill_once(begin: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> Ca
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
         running.wait()
+
+    return run
+
+
+@pytest.fixture
+def kill_at(tmp_path: Path) -> Callable[..., None]:
+    """Run ``unpoison WORDS`` as a process that is killed as it calls ``place``, "module:name", for the given time."""
+
+    def run(place: str, time: int, *words: str) -> None:
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, place, str(time), *words], cwd=tmp_path, env=environment(tmp_path),
+            capture_output=True, text=True, timeout=250, check=False,
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     return run
 
