@@ -31,6 +31,7 @@ from unpoison.model_results import (
     DataVerdict,
     FileFinding,
     FileVerdict,
+    FindingKind,
     ModelScan,
     Power,
     ScannedFile,
@@ -42,7 +43,7 @@ from unpoison.outputs_models import save_model_scan
 from unpoison.report.html import render_report
 from unpoison.report.model_views import model_verdict
 from unpoison.report.runs import read_run
-from unpoison.results import Interval
+from unpoison.results import DatasetScan, Interval, PoisonEstimate
 from unpoison.runs import Run
 from unpoison.schemas import FOLDER, PUBLISHED, make_schema, read_schema
 from unpoison.storage import to_json
@@ -89,6 +90,33 @@ def planted_scan() -> ModelScan:
         model="m", kind="classifier", file=file, data=DataVerdict(reason="No training data were given."),
         weights=weights, not_covered=NOT_COVERED, power=Power(reason="One canary.", canaries=(canary,)),
     )  # fmt: skip
+
+
+def cleared(scan: ModelScan) -> ModelScan:
+    return replace(scan, weights=replace(scan.weights, word="no evidence"))
+
+
+def refused(scan: ModelScan, kind: FindingKind) -> ModelScan:
+    finding = FileFinding(file="weights.bin", kind=kind, reason="It is so.")
+    weights = WeightsVerdict(word="inconclusive", reason="Not looked at.")
+    return replace(scan, file=replace(scan.file, word="refused", findings=(finding,)), weights=weights)
+
+
+def damaged(scan: ModelScan) -> ModelScan:
+    return refused(scan, "unusable")
+
+
+def planted_data(word: str) -> DataVerdict:
+    estimate = PoisonEstimate(
+        poisoned=word == "poisoned", rate=0.05, rate_low=0.04, rate_high=0.06, target_labels=(0,), evidence={},
+        reason=f"The corner is {word}.",
+    )  # fmt: skip
+    scan = DatasetScan(
+        source="photos", method="cgd", samples=100, class_names=("a", "b"), estimate=estimate, flagged=5,
+        flagged_per_class={"a": 5}, skipped=(), warnings=(), not_covered=(), seconds=1.0, seed=0, config={},
+        ranks_only=word == "inconclusive",
+    )  # fmt: skip
+    return DataVerdict(reason=estimate.reason, scan=scan, asked=True)
 
 
 def check(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> None:
@@ -170,6 +198,19 @@ def test_exit_codes(word: Any, weights: Any, kind: Any, code: int) -> None:
     findings = () if kind is None else (FileFinding(file="f", kind=kind, reason="r"),)
     file = replace(scan.file, word=word, findings=findings)
     assert replace(scan, file=file, weights=replace(scan.weights, word=weights)).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("data", "weights", "code"),
+    [("poisoned", "no evidence", 1), ("inconclusive", "no evidence", 3), ("nothing found", "no evidence", 0),
+     ("inconclusive", "backdoored", 1), ("poisoned", "inconclusive", 1), ("nothing found", "inconclusive", 3)],
+)  # fmt: skip
+def test_exit_codes_with_a_data_verdict(data: str, weights: Any, code: int) -> None:
+    scan = planted_scan()
+    scan = replace(scan, data=planted_data(data), weights=replace(scan.weights, word=weights))
+    assert (scan.data.word, scan.exit_code) == (data, code)
+    asked = replace(scan, data=DataVerdict(reason="No time was left.", asked=True))
+    assert asked.exit_code == {"no evidence": 3, "inconclusive": 3, "backdoored": 1}[weights]
 
 
 def test_a_classifier_with_data_references_and_power(classifier: Path, tmp_path: Path) -> None:
@@ -270,9 +311,32 @@ def test_the_report_keeps_the_verdicts_apart_and_escapes(tmp_path: Path) -> None
     [
         (lambda scan: scan, "alert"),
         (lambda scan: replace(scan, weights=replace(scan.weights, word="no evidence")), "ok"),
-        (lambda scan: replace(scan, file=replace(scan.file, word="refused")), "alert"),
+        (lambda scan: refused(scan, "code"), "alert"),
+        (lambda scan: damaged(scan), "caution"),
         (lambda scan: replace(scan, file=replace(scan.file, word="not recognized")), "caution"),
+        (lambda scan: replace(cleared(scan), data=planted_data("poisoned")), "alert"),
+        (lambda scan: replace(cleared(scan), data=planted_data("inconclusive")), "caution"),
+        (lambda scan: replace(cleared(scan), data=planted_data("nothing found")), "ok"),
+        (lambda scan: replace(cleared(scan), data=DataVerdict(reason="No time was left.", asked=True)), "caution"),
+        (lambda scan: replace(damaged(scan), data=planted_data("poisoned")), "alert"),
     ],
 )
 def test_the_first_sentence(change: Callable[[ModelScan], ModelScan], tone: str) -> None:
     assert model_verdict(change(planted_scan())).tone == tone
+
+
+def test_the_headline_says_what_the_exit_code_says(tmp_path: Path) -> None:
+    scan = planted_scan()
+    poisoned = model_verdict(replace(cleared(scan), data=planted_data("poisoned")))
+    assert poisoned.sentence.startswith("The data that the model was trained on are poisoned. No evidence")
+    assert poisoned.detail == "The corner is poisoned."
+    both = model_verdict(replace(scan, data=planted_data("poisoned")))
+    assert "behave as if backdoored" in both.sentence
+    assert "trained on are poisoned" in both.sentence
+    for change, steps in ((refused(scan, "code"), "Do not load"), (damaged(scan), "Fetch those anew")):
+        change.save(tmp_path / "model-scan.json")
+        page = render_report([read_run(tmp_path)])
+        assert steps in page
+        assert ("Do not load these files with any tool" in page) == change.file.dangerous
+    replace(cleared(scan), data=planted_data("poisoned")).save(tmp_path / "model-scan.json")
+    assert "unpoison keep" in render_report([read_run(tmp_path)])

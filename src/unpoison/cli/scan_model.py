@@ -198,9 +198,8 @@ def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
         out.print(printable(f"  {finding.file} ({finding.kind}): {finding.reason}"))
     for known in scan.file.recognized:
         out.print(printable(f"  recognized: {known}"))
-    looked = "not looked at" if scan.data.scan is None else "poisoned" if scan.data.scan.estimate.poisoned else ""
     out.print()
-    out.print(f"Data: {looked or 'no proof of poison'}", style="bold")
+    out.print(f"Data: {scan.data.word}", style="bold")
     out.print(printable(scan.data.reason))
     out.print()
     out.print(f"Weights: {scan.weights.word}", style="bold")
