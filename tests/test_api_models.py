@@ -23,7 +23,15 @@ from unpoison.detection.class_search import ClassSearchConfig
 from unpoison.detection.decree import DECREEConfig
 from unpoison.detection.inversion import InversionConfig
 from unpoison.detection.model_weights import WeightsConfig
-from unpoison.errors import ConfigError, UnknownMethodError, UnsafeCheckpointError, UnsupportedModelError, UsageError
+from unpoison.detection.pickle_files import LEGACY
+from unpoison.errors import (
+    ConfigError,
+    NotEnoughDataError,
+    UnknownMethodError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
 from unpoison.model_results import (
     AnomalyIndex,
     Canary,
@@ -39,7 +47,9 @@ from unpoison.model_results import (
 )
 from unpoison.models.any_model import Opening
 from unpoison.models.classifier import new_classifier, save_classifier
+from unpoison.models.clip_transformers import load_clip
 from unpoison.outputs_models import save_model_scan
+from unpoison.planning_models import plan_model_scan
 from unpoison.report.html import render_report
 from unpoison.report.model_views import model_verdict
 from unpoison.report.runs import read_run
@@ -255,8 +265,50 @@ def test_the_data_verdict_is_a_scan_of_its_own(classifier: Path, small_folder: P
     assert (pairs.data.scan.method, pairs.data.scan.captioned) == ("dao", True)
     other = scan_model(classifier, trained_on=open_pairs("shapes:60:3"), config=QUICK, run=run).scan
     assert other.data.scan is None
-    with pytest.raises(UsageError, match="no detector"):
-        scan_model(classifier, trained_on=learnt, data_method="nothing", config=QUICK, run=run)
+    with pytest.raises(UsageError, match="no detector"):  # at once, not after the search
+        scan_model("nowhere", trained_on=learnt, data_method="nothing", config=QUICK, run=run)
+
+
+def test_the_clip_of_the_data_verdict_is_the_one_given(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def scan(*_: Any, clip: Any, **__: Any) -> Any:
+        given.append(clip)
+        raise NotEnoughDataError("this is far enough", have=0, need=1, hint="")
+
+    monkeypatch.setattr("unpoison.api_model_data.scan_dataset", scan)
+    clip, learnt = load_clip(), open_images("shapes:60:3")
+    for known in (clip, None):
+        with pytest.raises(NotEnoughDataError, match="far enough"):
+            scan_model(classifier, trained_on=learnt, clip=known, config=QUICK, run=Run(cache=tmp_path))
+    assert given[0] is clip
+    assert given[1].fingerprint == clip.fingerprint  # the bundled one
+
+
+def test_a_plan_says_steps_time_and_memory(classifier: Path, small_folder: Path, tmp_path: Path) -> None:
+    images, learnt = open_images("shapes:80:3"), open_images("shapes:60:4")
+    plan = plan_model_scan(
+        classifier, images=images, references=2, trained_on=learnt, data_method="strip", power=True, config=QUICK
+    )
+    said = [step.what for step in plan.steps]
+    for place, begin in enumerate(("file verdict: accepted", "decode", "weights: search 12 classes", "the same for 2",
+                                   "power: 1 canaries", "data: ")):  # fmt: skip
+        assert said[place].startswith(begin), said
+    assert all(step.seconds > 0 for step in plan.steps)
+    assert plan.steps[3].seconds == pytest.approx(2 * plan.steps[2].seconds)
+    assert plan.steps[2].amount == 3 * 12 * 1 + 3 * 2 * 2 + 3 * QUICK.weights.search.square_steps
+    assert plan.memory > 2**20
+    assert "data/" in plan.files
+    encoder = plan_model_scan(small_folder, config=QUICK)
+    assert encoder.steps[-1].what.startswith("weights: DECREE")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert [step.what for step in plan_model_scan(tmp_path / "weights.pth").steps] == [
+        f"file verdict: refused ({LEGACY})"
+    ]
+    save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+    assert "cannot be opened" in plan_model_scan(tmp_path / "weights.safetensors").steps[-1].what
 
 
 def test_what_is_refused_is_not_opened(tmp_path: Path) -> None:

@@ -149,9 +149,10 @@ class WeightsVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """One backdoor that was planted in a copy of the model. ``asr``: percent; ``found``: the scan said backdoored or
-    suspicious; ``named``: it named the planted target. ``learnt`` is False where the copy did not take the backdoor up:
-    it then says nothing about the scan."""
+    """One backdoor that was planted in a copy of the model. ``asr``: percent; ``floor``: the same without the trigger;
+    ``agreement``: percent of clean images of which the copy says what the model says; ``found``: the scan said
+    backdoored or suspicious; ``named``: it named the planted target. ``learnt`` is False where the copy did not take
+    the backdoor up, or collapsed: it then says nothing about the scan, and was not searched."""
 
     trigger: str
     rate: float
@@ -162,6 +163,8 @@ class Canary:
     found: bool
     named: bool
     score: float
+    floor: float = 0.0
+    agreement: float = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
