@@ -6,11 +6,11 @@
 
 Classifiers: small-resnet and wrn-16-1, trained on pictures of the shapes world or on rows 25,000.. of CIFAR-10 train, a
 share of them poisoned. CLIPs: the victims of seeds 0 and 1 and all clean controls of grids/cpu.toml. Triggers, targets,
-rates and seeds vary; every other model of a family is held out, so that both halves have all families. Each model has a
-folder of its own, named by a hash of all that it depends on: one that is done is not made again, one that was
-interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose ASR is under 90 % is
-refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds and families: the first
-N of it are a zoo of their own.
+rates and seeds vary; every other model of a family is held out: both halves have all families and both networks. Each
+model has a folder of its own, named by a hash of all that it depends on (a CLIP's by its cell): one that is done is not
+made again, one that was interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose
+ASR is under 90 % is refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds
+and families: the first N of it are a zoo of their own.
 """
 
 import argparse
@@ -42,6 +42,8 @@ VERSION = 1  # raised when the recipe makes other models from the same inputs
 LEAST_ASR = 90.0
 TRAINED_ON, TESTED_ON = 6_000, 1_000
 CLEAN = "clean"
+WIDE_FROM, WIDE_FAMILIES = 2, 4
+"""Seeds from which on the network is wrn-16-1, one in each half, and how many of the families it gets."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "badnet": {},
     "blended": {"alpha": 0.2},
@@ -73,7 +75,12 @@ class Entry:
 
     @property
     def name(self) -> str:
-        return "-".join(filter(None, (self.kind, self.world, self.family, str(self.seed))))
+        return name_of(asdict(self))
+
+
+def name_of(body: dict[str, Any]) -> str:
+    """Of an entry's fields, as zoo.json has them."""
+    return "-".join(filter(None, (body["kind"], body["world"], body["family"], str(body["seed"]))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +96,20 @@ TRAINING = {"cifar10": Training(epochs=6), "shapes": Training(epochs=6, augment=
 
 
 def plan_zoo(kinds: tuple[str, ...] = ("classifier", "clip")) -> list[Entry]:
-    """All models in the order in which they are made: 24 clean and 64 backdoored ones."""
+    """All models in the order in which they are made: 24 clean and 62 backdoored ones, half of each held out.
+
+    Both halves have the same kinds, worlds, networks and families of triggers.
+    """
     made: list[Entry] = []
     if "classifier" in kinds:
         for seed in range(4):
             for world in ("cifar10", "shapes"):
                 half = "calibration" if seed % 2 == 0 else "held-out"
-                arch = "small-resnet" if seed < 3 else "wrn-16-1"
+                arch = "small-resnet" if seed < WIDE_FROM else "wrn-16-1"
                 base = Entry(kind="classifier", family=CLEAN, seed=seed, half=half, world=world, arch=arch)
                 made += [base, replace(base, seed=seed + 4)]
                 for place, (family, params) in enumerate(FAMILIES.items()):
-                    if seed == 3 and place > 1:
+                    if seed >= WIDE_FROM and place >= WIDE_FAMILIES:
                         continue
                     rate, target = (0.05, 0.1, 0.08, 0.1)[seed], (3 * place + 2 * seed) % 10
                     made.append(replace(base, family=family, rate=rate, target=target, params=params))
@@ -162,9 +172,11 @@ def make_classifier(entry: Entry, shared: Path, work: Path) -> Path:
 def note_clip(entry: Entry, grid: Grid, bench: Path, work: Path) -> Path:
     """The folder with the zoo.json of one CLIP, which names the model that ``bench run`` made under ``bench``.
 
-    Raises UsageError where its cell has not run, or was refused.
+    The folder is named by the cell too: a cell of other settings is another model. Raises UsageError where its cell
+    has not run, or was refused.
     """
-    folder = RunFolder.open(work / entry.name, asdict(entry))
+    cell = cell_of(grid, entry.family, entry.seed)
+    folder = RunFolder.open(work / f"{entry.name}-{cell.key}", {"entry": asdict(entry), "cell": cell.key})
     if not folder.finished:
         found = find_clip(grid, bench, entry.family, entry.seed)
         figures = found.result.after
@@ -172,7 +184,7 @@ def note_clip(entry: Entry, grid: Grid, bench: Path, work: Path) -> Path:
         body = asdict(entry) | {
             "accepted": True, "target_name": None if found.poisoning is None else found.cell.data.target,
             "c_acc": figures.c_acc.value, "asr": None if figures.asr is None else figures.asr.value,
-            "model": str(found.model),
+            "model": str(found.model), "cell": cell.key,
         }  # fmt: skip
         write_atomically(folder.path / "zoo.json", json.dumps(body, indent=2).encode() + b"\n")
         folder.finish()
@@ -191,9 +203,18 @@ def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | 
 
 
 def find_zoo(work: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The accepted models that are there, each with what zoo.json says; ``model`` of a CLIP is its own folder."""
-    found = [(path.parent, json.loads(path.read_bytes())) for path in sorted(work.glob("*/zoo.json"))]
-    return [(folder, body) for folder, body in found if body["accepted"]]
+    """The accepted models that are there, each with what zoo.json says; ``model`` of a CLIP is its own folder.
+
+    Of several folders of one entry, the last that was made; none of an entry that the plan has no more, or has changed.
+    """
+    planned = {entry.name: asdict(entry) for entry in plan_zoo()}
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for path in sorted(work.glob("*/zoo.json"), key=lambda path: (path.stat().st_mtime_ns, path)):
+        body = json.loads(path.read_bytes())
+        name = name_of(body)
+        if name in planned and all(body.get(key) == value for key, value in planned[name].items()):
+            found[name] = (path.parent, body)
+    return [(folder, body) for _, (folder, body) in sorted(found.items()) if body["accepted"]]
 
 
 def poisoning_of(folder: Path) -> Poisoning | None:

@@ -23,7 +23,15 @@ from unpoison.detection.class_search import ClassSearchConfig
 from unpoison.detection.decree import DECREEConfig
 from unpoison.detection.inversion import InversionConfig
 from unpoison.detection.model_weights import WeightsConfig
-from unpoison.errors import ConfigError, UnknownMethodError, UnsafeCheckpointError, UnsupportedModelError, UsageError
+from unpoison.detection.pickle_files import LEGACY
+from unpoison.errors import (
+    ConfigError,
+    NotEnoughDataError,
+    UnknownMethodError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
 from unpoison.model_results import (
     AnomalyIndex,
     Canary,
@@ -31,6 +39,7 @@ from unpoison.model_results import (
     DataVerdict,
     FileFinding,
     FileVerdict,
+    FindingKind,
     ModelScan,
     Power,
     ScannedFile,
@@ -38,11 +47,13 @@ from unpoison.model_results import (
 )
 from unpoison.models.any_model import Opening
 from unpoison.models.classifier import new_classifier, save_classifier
+from unpoison.models.clip_transformers import load_clip
 from unpoison.outputs_models import save_model_scan
+from unpoison.planning_models import plan_model_scan
 from unpoison.report.html import render_report
 from unpoison.report.model_views import model_verdict
 from unpoison.report.runs import read_run
-from unpoison.results import Interval
+from unpoison.results import DatasetScan, Interval, PoisonEstimate
 from unpoison.runs import Run
 from unpoison.schemas import FOLDER, PUBLISHED, make_schema, read_schema
 from unpoison.storage import to_json
@@ -89,6 +100,33 @@ def planted_scan() -> ModelScan:
         model="m", kind="classifier", file=file, data=DataVerdict(reason="No training data were given."),
         weights=weights, not_covered=NOT_COVERED, power=Power(reason="One canary.", canaries=(canary,)),
     )  # fmt: skip
+
+
+def cleared(scan: ModelScan) -> ModelScan:
+    return replace(scan, weights=replace(scan.weights, word="no evidence"))
+
+
+def refused(scan: ModelScan, kind: FindingKind) -> ModelScan:
+    finding = FileFinding(file="weights.bin", kind=kind, reason="It is so.")
+    weights = WeightsVerdict(word="inconclusive", reason="Not looked at.")
+    return replace(scan, file=replace(scan.file, word="refused", findings=(finding,)), weights=weights)
+
+
+def damaged(scan: ModelScan) -> ModelScan:
+    return refused(scan, "unusable")
+
+
+def planted_data(word: str) -> DataVerdict:
+    estimate = PoisonEstimate(
+        poisoned=word == "poisoned", rate=0.05, rate_low=0.04, rate_high=0.06, target_labels=(0,), evidence={},
+        reason=f"The corner is {word}.",
+    )  # fmt: skip
+    scan = DatasetScan(
+        source="photos", method="cgd", samples=100, class_names=("a", "b"), estimate=estimate, flagged=5,
+        flagged_per_class={"a": 5}, skipped=(), warnings=(), not_covered=(), seconds=1.0, seed=0, config={},
+        ranks_only=word == "inconclusive",
+    )  # fmt: skip
+    return DataVerdict(reason=estimate.reason, scan=scan, asked=True)
 
 
 def check(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> None:
@@ -172,6 +210,19 @@ def test_exit_codes(word: Any, weights: Any, kind: Any, code: int) -> None:
     assert replace(scan, file=file, weights=replace(scan.weights, word=weights)).exit_code == code
 
 
+@pytest.mark.parametrize(
+    ("data", "weights", "code"),
+    [("poisoned", "no evidence", 1), ("inconclusive", "no evidence", 3), ("nothing found", "no evidence", 0),
+     ("inconclusive", "backdoored", 1), ("poisoned", "inconclusive", 1), ("nothing found", "inconclusive", 3)],
+)  # fmt: skip
+def test_exit_codes_with_a_data_verdict(data: str, weights: Any, code: int) -> None:
+    scan = planted_scan()
+    scan = replace(scan, data=planted_data(data), weights=replace(scan.weights, word=weights))
+    assert (scan.data.word, scan.exit_code) == (data, code)
+    asked = replace(scan, data=DataVerdict(reason="No time was left.", asked=True))
+    assert asked.exit_code == {"no evidence": 3, "inconclusive": 3, "backdoored": 1}[weights]
+
+
 def test_a_classifier_with_data_references_and_power(classifier: Path, tmp_path: Path) -> None:
     images = open_images("shapes:80:3")
     run = Run(cache=tmp_path)
@@ -214,8 +265,50 @@ def test_the_data_verdict_is_a_scan_of_its_own(classifier: Path, small_folder: P
     assert (pairs.data.scan.method, pairs.data.scan.captioned) == ("dao", True)
     other = scan_model(classifier, trained_on=open_pairs("shapes:60:3"), config=QUICK, run=run).scan
     assert other.data.scan is None
-    with pytest.raises(UsageError, match="no detector"):
-        scan_model(classifier, trained_on=learnt, data_method="nothing", config=QUICK, run=run)
+    with pytest.raises(UsageError, match="no detector"):  # at once, not after the search
+        scan_model("nowhere", trained_on=learnt, data_method="nothing", config=QUICK, run=run)
+
+
+def test_the_clip_of_the_data_verdict_is_the_one_given(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def scan(*_: Any, clip: Any, **__: Any) -> Any:
+        given.append(clip)
+        raise NotEnoughDataError("this is far enough", have=0, need=1, hint="")
+
+    monkeypatch.setattr("unpoison.api_model_data.scan_dataset", scan)
+    clip, learnt = load_clip(), open_images("shapes:60:3")
+    for known in (clip, None):
+        with pytest.raises(NotEnoughDataError, match="far enough"):
+            scan_model(classifier, trained_on=learnt, clip=known, config=QUICK, run=Run(cache=tmp_path))
+    assert given[0] is clip
+    assert given[1].fingerprint == clip.fingerprint  # the bundled one
+
+
+def test_a_plan_says_steps_time_and_memory(classifier: Path, small_folder: Path, tmp_path: Path) -> None:
+    images, learnt = open_images("shapes:80:3"), open_images("shapes:60:4")
+    plan = plan_model_scan(
+        classifier, images=images, references=2, trained_on=learnt, data_method="strip", power=True, config=QUICK
+    )
+    said = [step.what for step in plan.steps]
+    for place, begin in enumerate(("file verdict: accepted", "decode", "weights: search 12 classes", "the same for 2",
+                                   "power: 1 canaries", "data: ")):  # fmt: skip
+        assert said[place].startswith(begin), said
+    assert all(step.seconds > 0 for step in plan.steps)
+    assert plan.steps[3].seconds == pytest.approx(2 * plan.steps[2].seconds)
+    assert plan.steps[2].amount == 3 * 12 * 1 + 3 * 2 * 2 + 3 * QUICK.weights.search.square_steps
+    assert plan.memory > 2**20
+    assert "data/" in plan.files
+    encoder = plan_model_scan(small_folder, config=QUICK)
+    assert encoder.steps[-1].what.startswith("weights: DECREE")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    assert [step.what for step in plan_model_scan(tmp_path / "weights.pth").steps] == [
+        f"file verdict: refused ({LEGACY})"
+    ]
+    save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+    assert "cannot be opened" in plan_model_scan(tmp_path / "weights.safetensors").steps[-1].what
 
 
 def test_what_is_refused_is_not_opened(tmp_path: Path) -> None:
@@ -270,9 +363,32 @@ def test_the_report_keeps_the_verdicts_apart_and_escapes(tmp_path: Path) -> None
     [
         (lambda scan: scan, "alert"),
         (lambda scan: replace(scan, weights=replace(scan.weights, word="no evidence")), "ok"),
-        (lambda scan: replace(scan, file=replace(scan.file, word="refused")), "alert"),
+        (lambda scan: refused(scan, "code"), "alert"),
+        (lambda scan: damaged(scan), "caution"),
         (lambda scan: replace(scan, file=replace(scan.file, word="not recognized")), "caution"),
+        (lambda scan: replace(cleared(scan), data=planted_data("poisoned")), "alert"),
+        (lambda scan: replace(cleared(scan), data=planted_data("inconclusive")), "caution"),
+        (lambda scan: replace(cleared(scan), data=planted_data("nothing found")), "ok"),
+        (lambda scan: replace(cleared(scan), data=DataVerdict(reason="No time was left.", asked=True)), "caution"),
+        (lambda scan: replace(damaged(scan), data=planted_data("poisoned")), "alert"),
     ],
 )
 def test_the_first_sentence(change: Callable[[ModelScan], ModelScan], tone: str) -> None:
     assert model_verdict(change(planted_scan())).tone == tone
+
+
+def test_the_headline_says_what_the_exit_code_says(tmp_path: Path) -> None:
+    scan = planted_scan()
+    poisoned = model_verdict(replace(cleared(scan), data=planted_data("poisoned")))
+    assert poisoned.sentence.startswith("The data that the model was trained on are poisoned. No evidence")
+    assert poisoned.detail == "The corner is poisoned."
+    both = model_verdict(replace(scan, data=planted_data("poisoned")))
+    assert "behave as if backdoored" in both.sentence
+    assert "trained on are poisoned" in both.sentence
+    for change, steps in ((refused(scan, "code"), "Do not load"), (damaged(scan), "Fetch those anew")):
+        change.save(tmp_path / "model-scan.json")
+        page = render_report([read_run(tmp_path)])
+        assert steps in page
+        assert ("Do not load these files with any tool" in page) == change.file.dangerous
+    replace(cleared(scan), data=planted_data("poisoned")).save(tmp_path / "model-scan.json")
+    assert "unpoison keep" in render_report([read_run(tmp_path)])

@@ -6,14 +6,13 @@ from unpoison import open_images, scan_model
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from unpoison import __version__
-from unpoison.api import ScanOutcome, scan_dataset
-from unpoison.api_detectors import NETWORK_DETECTORS, scan_with_detector
-from unpoison.api_pairs import PAIR_DETECTORS, scan_pairs
+from unpoison.api import ScanOutcome
+from unpoison.api_model_data import check_data_method, judge_data, plan_data
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import CanaryConfig, measure_power, summary
@@ -24,11 +23,13 @@ from unpoison.detection.probe_images import gather_images
 from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
 from unpoison.model_results import DataVerdict, ModelScan, Power, WeightsVerdict
 from unpoison.models.any_model import AnyModel, Opening, open_any_model, says
-from unpoison.models.clip_transformers import TINY, load_clip
+from unpoison.models.clip_transformers import TINY
 from unpoison.models.folders import find_model_folder
 from unpoison.models.image_classifier import ImageClassifier
 from unpoison.models.open_clip_files import PREFIX, locate_open_clip
+from unpoison.report.text import duration
 from unpoison.runs import Run
+from unpoison.types import ImageTextModel
 
 NOT_COVERED = (
     "Patches wider than a fifth of the image, or in several places, in networks that a change spread over the "
@@ -45,6 +46,15 @@ _MADE_UP = (
 _OTHER_NAMES = "The data's class names are not the model's, so their labels were not used."
 _ONE_ANSWER = "The model says one and the same of all images: they are not what it is for, or it does not work."
 _FEWEST_SAID = 2
+_UNFINISHED = (
+    "The clean reference {} was not searched to the end in the time given, so nothing is compared with it. Give more "
+    "time; what was searched to the end once is kept in the cache."
+)
+_NO_TIME = (
+    "Not looked at: the training data would take about {} and {} of the budget are left. Scan them on their own "
+    "(unpoison scan dataset), or give more time."
+)
+_REFERENCE_SHARE, _MARGIN = 0.5, 1.2
 _NO_REFERENCE = (
     "No clean reference model was given: only the model's own classes are compared, and some clean models have one "
     "that is easy to reach. Give --clean-reference MODEL of the same kind."
@@ -75,24 +85,34 @@ def scan_model(
     references: Sequence[str | Path] = (),
     trained_on: LabelledImages | ImageTextPairs | None = None,
     data_method: str | None = None,
+    clip: ImageTextModel | None = None,
     opening: Opening | None = None,
     power: bool = False,
     budget: float | None = None,
     config: ModelScanConfig | None = None,
     run: Run | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ModelScanOutcome:
     """Scan a classifier or a CLIP: a folder, a hub id, a weights file.
 
     ``images`` are what triggers are looked for on (their labels serve too where the class names are the model's); None:
     made-up pictures. ``class_names``: a CLIP's zero-shot classes; None: those of ``images``, else it is judged as an
     encoder. ``references``: clean models of the same kind. ``trained_on``: the training data, for the data verdict, by
-    ``data_method`` (cgd or a detector; dao for pairs). ``budget``: seconds for all of it; the search then stops in time
-    and says what it reached. Files that are refused or not recognized are not opened: the other verdicts say so.
+    ``data_method`` (cgd or a detector; dao for pairs) and ``clip`` (None: the bundled one; for pairs the reference).
+    ``budget``: seconds for all of it, as ``clock`` counts them. Half of them at most are for the references, of which
+    only those that were searched to the end count; the search of the model stops in time and says what it reached; no
+    canary and no scan of data is begun that would not fit. Files that are refused or not recognized are not opened: the
+    other verdicts say so.
     Raises ModelError where there is no such model, UsageError, NotEnoughDataError, and for a reference that cannot be
     used UnsafeCheckpointError or UnsupportedModelError.
     """
-    run, config, begun = run or Run(), config or ModelScanConfig(), time.monotonic()
+    run, config, begun = run or Run(), config or ModelScanConfig(), clock()
     opening = opening or Opening()
+
+    def left() -> float | None:
+        return None if budget is None else budget - (clock() - begun)
+
+    check_data_method(trained_on, data_method)
     if budget is not None and not budget > 0:
         raise ConfigError(f"expected a budget above 0 seconds, got {budget:g}.", hint="Give 10m, for example.")
     names = list(class_names) if class_names is not None else None
@@ -101,15 +121,29 @@ def scan_model(
     opened: AnyModel | None = None
     if file.word == "accepted":
         try:
-            opened = _open(model, names, images, opening, run)
+            opened = open_suspect(model, names, images, opening, run)
         except ModelError as error:
             unopened = f"The model could not be opened: {error.message} {error.hint}"
-    data, outcome = _judge_data(opened, trained_on, data_method, run)
+    needed = 0.0
+    if trained_on is not None and budget is not None:
+        plan = plan_data(opened, trained_on, data_method, clip, run=run)
+        needed = 0.0 if plan is None else plan.seconds
     if opened is None:
         weights, powers, warnings = WeightsVerdict(word="inconclusive", reason=unopened), None, ()
     else:
-        left = None if budget is None else max(1.0, budget - (time.monotonic() - begun))
-        weights, powers, warnings = _look(opened, images, references, names, opening, power, left, config, run)
+        reserve = _MARGIN * needed
+        kept = reserve if reserve <= (left() or 0.0) / 2 else 0.0
+        weights, powers, warnings = _look(
+            opened, images, references, names, opening, power, lambda: _less(left(), kept), config, run, clock
+        )
+    rest = left()
+    if rest is not None and needed > rest:
+        data, outcome = (
+            DataVerdict(reason=_NO_TIME.format(duration(needed), duration(max(0.0, rest))), asked=True),
+            None,
+        )
+    else:
+        data, outcome = judge_data(opened, trained_on, data_method, clip, run=run)
     scan = ModelScan(
         model=str(model),
         kind="" if opened is None else opened.kind,
@@ -119,40 +153,12 @@ def scan_model(
         power=powers,
         warnings=warnings,
         not_covered=_not_covered(powers),
-        seconds=time.monotonic() - begun,
+        seconds=clock() - begun,
         seed=run.seed,
         config=asdict(config) | {"budget": budget},
         inputs={"model": "" if opened is None else opened.fingerprint, "unpoison": __version__},
     )
     return ModelScanOutcome(scan=scan, data=outcome)
-
-
-def plan_model_scan(
-    model: str | Path,
-    images: LabelledImages | None,
-    class_names: Sequence[str] | None,
-    references: int,
-    config: ModelScanConfig,
-    *,
-    power: bool,
-) -> dict[str, list[str]]:
-    """What a scan would do and write, in words, without opening the model."""
-    file = judge_files(files_of(model))
-    search, names = config.weights.search, class_names or (images.class_names if images is not None else ())
-    shown = f"{len(names)} classes" if names else "each class of a classifier"
-    steps = [f"file verdict: {file.word} ({file.format})"]
-    if file.word == "accepted":
-        steps += [
-            f"weights: {search.steps} steps of {search.inversion.batch_size} images for {shown} in each of "
-            f"{len(search.forms)} forms (squares: {search.square_steps}; {search.first_steps} first of more than "
-            f"{search.finalists} classes); "
-            "an encoder without class names by DECREE",
-            *([f"the same for {references} clean references"] if references else []),
-        ]
-        if power:
-            made = len(config.canaries.triggers) * len(config.canaries.rates)
-            steps.append(f"power: {made} canaries of {config.canaries.steps} training steps, each scanned as well")
-    return {"steps": steps, "files": ["run.json", "trigger.png", "model-scan.json", "report.html", "data/"]}
 
 
 def _look(
@@ -162,28 +168,40 @@ def _look(
     names: list[str] | None,
     opening: Opening,
     power: bool,
-    seconds: float | None,
+    left: Callable[[], float | None],
     config: ModelScanConfig,
     run: Run,
+    clock: Callable[[], float],
 ) -> tuple[WeightsVerdict, Power | None, tuple[str, ...]]:
     """The weights verdict and the power, with what has to be said about both."""
-    begun = time.monotonic()
     frozen = opened.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
-    clean = [(str(name), _reference(name, opened, images, names, opening, config, run)) for name in references]
-    left = None if seconds is None else max(1.0, seconds - (time.monotonic() - begun))
-    share = left / 2 if left is not None and power else left
+    warnings: list[str] = []
+    clean: list[tuple[str, Sizes]] = []
+    most = _REFERENCE_SHARE * (left() or 0.0)
+    for name in references:
+        seconds = _less(left(), most)
+        sizes = _reference(name, opened, images, names, opening, config, run, seconds, clock)
+        if sizes is None:
+            warnings.append(_UNFINISHED.format(name))
+        else:
+            clean.append((str(name), sizes))
 
-    def judge(model: AnyModel, step: str | None = None) -> WeightsVerdict:
-        return judge_weights(model, probe, clean, config.weights, run=run, seconds=share, step=step)
+    def judge(model: AnyModel, seconds: float | None, step: str | None = None) -> WeightsVerdict:
+        return judge_weights(model, probe, clean, config.weights, run=run, seconds=seconds, step=step, clock=clock)
 
-    weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen, "search"))
+    rest = left()
+    share = None if rest is None else max(1.0, rest / 2 if power else rest)
+    weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen, share, "search"))
     run.forget(kept_searches("search", len(frozen.class_names), config.weights.search))
     powers = None
     if power:
-        rest = None if seconds is None else max(0.0, seconds - (time.monotonic() - begun))
-        powers = measure_power(frozen, probe, judge, config.canaries, run=run, seconds=rest)
-    warnings = [_MADE_UP] if probe.made_up else [_OTHER_NAMES] if probe.labels is None else []
+        powers = measure_power(
+            frozen, probe, judge, config.canaries, run=run, seconds=left(), share=share, needed=weights.seconds,
+            clock=clock,
+        )  # fmt: skip
+    if probe.made_up or probe.labels is None:
+        warnings.append(_MADE_UP if probe.made_up else _OTHER_NAMES)
     if frozen.class_names and len(says(frozen, probe.images).unique()) < _FEWEST_SAID:
         warnings.append(_ONE_ANSWER)
     if not references:
@@ -191,8 +209,13 @@ def _look(
     return weights, powers, tuple(warnings)
 
 
-def _open(
-    model: str | Path, names: list[str] | None, images: LabelledImages | None, opening: Opening, run: Run
+def _less(seconds: float | None, kept: float) -> float | None:
+    """What remains where some seconds are ``kept`` for later, None where there is no limit."""
+    return None if seconds is None else max(0.0, seconds - kept)
+
+
+def open_suspect(
+    model: str | Path, names: Sequence[str] | None, images: LabelledImages | None, opening: Opening, run: Run
 ) -> AnyModel:
     """The model; a CLIP or a weights file that is given no class names takes those of the data where they can fit."""
     opened = open_any_model(model, class_names=names, opening=opening, run=run)
@@ -212,14 +235,16 @@ def _reference(
     opening: Opening,
     config: ModelScanConfig,
     run: Run,
-) -> Sizes:
-    """Sizes of a clean model's triggers; its files are judged like any others."""
+    seconds: float | None,
+    clock: Callable[[], float],
+) -> Sizes | None:
+    """Sizes of a clean model's triggers, None where time was too short; its files are judged like any others."""
     file = judge_files(files_of(name))
     if file.word != "accepted":
         raise UnsafeCheckpointError(f"reference {name}: {file.reason}", hint="Give another --clean-reference.")
     same_arch = isinstance(suspect.model, ImageClassifier) and Path(name).is_file()
     try:
-        found = _open(name, names, images, opening if same_arch else Opening(), run)
+        found = open_suspect(name, names, images, opening if same_arch else Opening(), run)
     except UsageError as error:
         raise UsageError(f"reference {name}: {error.message}", hint=error.hint) from error
     if found.kind != suspect.kind or bool(found.class_names) != bool(suspect.class_names):
@@ -228,33 +253,7 @@ def _reference(
         )
     frozen = found.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
-    return reference_sizes(frozen, probe, config.weights, run=run)
-
-
-def _judge_data(
-    opened: AnyModel | None, trained_on: LabelledImages | ImageTextPairs | None, method: str | None, run: Run
-) -> tuple[DataVerdict, ScanOutcome | None]:
-    """CGD's ranks or another detector on labelled images, the detectors of pairs on pairs."""
-    if trained_on is None:
-        return DataVerdict(reason="No training data were given (--trained-on)."), None
-    if isinstance(trained_on, ImageTextPairs):
-        if opened is None or isinstance(opened.model, ImageClassifier):
-            return DataVerdict(reason="Not looked at: pairs are scanned with the CLIP that was trained on them."), None
-        method = method or "dao"
-        asks = method in PAIR_DETECTORS and PAIR_DETECTORS[method].reference
-        outcome = scan_pairs(
-            trained_on, clip=opened.model, reference=load_clip() if asks else None, method=method, run=run
-        )
-    elif method in NETWORK_DETECTORS:
-        own = opened.model if opened is not None and isinstance(opened.model, ImageClassifier) else None
-        outcome = scan_with_detector(trained_on, method, classifier=own, run=run)
-    elif method in (None, "cgd"):
-        outcome = scan_dataset(trained_on, clip=load_clip(), run=run)
-    else:
-        raise UsageError(
-            f"{method} is no detector of labelled images.", hint=f"Known: cgd, {', '.join(NETWORK_DETECTORS)}."
-        )
-    return DataVerdict(reason=outcome.scan.estimate.reason, scan=outcome.scan), outcome
+    return reference_sizes(frozen, probe, config.weights, run=run, seconds=seconds, clock=clock)
 
 
 def files_of(model: str | Path) -> Path:

@@ -10,6 +10,7 @@ from unpoison.storage import JsonResult
 
 FileWord = Literal["accepted", "refused", "not recognized"]
 FindingKind = Literal["code", "remote code", "archive bomb", "link", "malformed", "unusable"]
+DataWord = Literal["not looked at", "poisoned", "inconclusive", "nothing found"]
 WeightsWord = Literal["backdoored", "suspicious", "no evidence", "inconclusive"]
 DANGEROUS: frozenset[str] = frozenset({"code", "remote code", "archive bomb", "link", "malformed"})
 """Kinds of findings that no honest writer of weights produces; the rest is damage."""
@@ -62,10 +63,27 @@ class FileVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class DataVerdict:
-    """The scan of the data that the model was trained on; ``reason`` says why there is none."""
+    """The scan of the data that the model was trained on; ``reason`` says why there is none.
+
+    ``asked``: data were given.
+    """
 
     reason: str
     scan: DatasetScan | None = None
+    asked: bool = False
+
+    @property
+    def word(self) -> DataWord:
+        if self.scan is None:
+            return "not looked at"
+        if self.scan.estimate.poisoned:
+            return "poisoned"
+        return "inconclusive" if self.scan.inconclusive else "nothing found"
+
+    @property
+    def open(self) -> bool:
+        """The question was asked and has no answer."""
+        return self.word == "inconclusive" or (self.asked and self.scan is None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +149,10 @@ class WeightsVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Canary:
-    """One backdoor that was planted in a copy of the model. ``asr``: percent; ``found``: the scan said backdoored or
-    suspicious; ``named``: it named the planted target. ``learnt`` is False where the copy did not take the backdoor up:
-    it then says nothing about the scan."""
+    """One backdoor that was planted in a copy of the model. ``asr``: percent; ``floor``: the same without the trigger;
+    ``agreement``: percent of clean images of which the copy says what the model says; ``found``: the scan said
+    backdoored or suspicious; ``named``: it named the planted target. ``learnt`` is False where the copy did not take
+    the backdoor up, or collapsed: it then says nothing about the scan, and was not searched."""
 
     trigger: str
     rate: float
@@ -144,6 +163,8 @@ class Canary:
     found: bool
     named: bool
     score: float
+    floor: float = 0.0
+    agreement: float = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +199,8 @@ class ModelScan(JsonResult):
 
     @property
     def exit_code(self) -> int:
-        """0 nothing found, 1 findings, 3 inconclusive, files of no recognized format, or damaged ones."""
-        poisoned = self.data.scan is not None and self.data.scan.estimate.poisoned
-        if self.file.dangerous or poisoned or self.weights.word in ("backdoored", "suspicious"):
+        """0 nothing found, 1 findings, 3 a verdict that was asked for is open, or files damaged or not recognized."""
+        if self.file.dangerous or self.data.word == "poisoned" or self.weights.word in ("backdoored", "suspicious"):
             return 1
-        return 0 if self.file.word == "accepted" and self.weights.word == "no evidence" else 3
+        cleared = self.file.word == "accepted" and self.weights.word == "no evidence" and not self.data.open
+        return 0 if cleared else 3

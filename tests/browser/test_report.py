@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -183,3 +184,16 @@ def test_readable_without_script(show: Any, tmp_path: Path, planted: ModuleType)
     expect(page.get_by_role("heading", name="The most suspicious images")).to_be_visible()
     assert page.locator(".sample:visible").count() == 60
     expect(page.get_by_role("button", name="Save decisions")).to_be_hidden()
+
+
+def test_poisoned_training_data_make_no_green_headline(show: Any, tmp_path: Path, planted: ModuleType) -> None:
+    seen = show(planted.write_model_scan(tmp_path / "scan"), viewport={"width": 390, "height": 844})
+    headline = seen.page.get_by_role("heading", name="The data that the model was trained on are poisoned.")
+    expect(headline).to_be_visible()
+    banner = seen.page.locator("header.verdict")
+    expect(banner).to_have_class(re.compile("alert"))
+    expect(banner.get_by_text("Poisoned data", exact=True)).to_be_visible()
+    expect(seen.page.get_by_role("heading", name="Data verdict: poisoned")).to_be_visible()
+    expect(seen.page.get_by_role("heading", name="Weights verdict: no evidence")).to_be_visible()
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+    seen.assert_quiet()

@@ -104,12 +104,25 @@ def test_a_scan_goes_on_after_a_kill(
 
 def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in tmp_path.iterdir())
-    result = here("scan", "model", "model", "--power", "--dry-run", "--json")
+    words = ("scan", "model", "model", "--power", "--dry-run", "--config", "quick.toml", "--trained-on", "shapes:60:3")
+    result = here(*words, "--json")
     assert result.code == 0, result.err
     plan = json.loads(result.out)
-    assert plan["steps"][0].startswith("file verdict: accepted")
-    assert any(step.startswith("power: 6 canaries") for step in plan["steps"])
+    assert plan["steps"][0]["what"].startswith("file verdict: accepted")
+    assert any(step["what"].startswith("power: 6 canaries") for step in plan["steps"])
+    assert min(step["seconds"] for step in plan["steps"]) > 0
+    assert plan["memory"] > 0
+    shown = here(*words)
+    assert "Time: about" in shown.out
+    assert "Memory: about" in shown.out
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_clip_for_the_training_data(here: Callable[..., Any], model: Path) -> None:
+    words = ("scan", "model", "model", "--config", "quick.toml", "-o", "scan", "--json", "-q")
+    result = here(*words, "--trained-on", "shapes:60:3", "--clip", "nowhere/at/all")
+    assert result.code == 2
+    assert "nowhere/at/all" in json.loads(result.out)["error"]["message"]
 
 
 def test_training_pairs_are_told_apart_from_others(here: Callable[..., Any], model: Path) -> None:

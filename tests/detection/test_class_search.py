@@ -18,7 +18,7 @@ from unpoison.detection.anomaly import (
     score_of,
     word_of,
 )
-from unpoison.detection.canaries import CanaryConfig, measure_power, plant, summary
+from unpoison.detection.canaries import CanaryConfig
 from unpoison.detection.class_search import ClassSearchConfig, kept_searches, search_classes
 from unpoison.detection.decree import DECREEConfig, decree, mean_cosine
 from unpoison.detection.inversion import InversionConfig
@@ -95,6 +95,7 @@ def test_the_clean_control_is_left_alone_with_and_without_references() -> None:
     alone = judge_weights(clean, probe(), config=CONFIG, run=Run())
     assert alone.word == "no evidence", alone.reason
     sizes = reference_sizes(clean, probe(), CONFIG, run=Run())
+    assert sizes is not None
     assert set(sizes) == {"square", "patch", "additive"}
     beside = judge_weights(clean, probe(), [("clean", sizes)], CONFIG, run=Run())
     assert beside.word == "no evidence"
@@ -104,7 +105,11 @@ def test_the_clean_control_is_left_alone_with_and_without_references() -> None:
 
 def test_beside_a_clean_reference_the_backdoor_stays_out_of_line(found: WeightsVerdict, tmp_path: Any) -> None:
     run = Run(cache=tmp_path)
+    assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) is None
+    assert not list(tmp_path.glob("model-scan/*"))  # half a search is no reference
     sizes = reference_sizes(model(backdoored=False), probe(), CONFIG, run=run)
+    assert sizes is not None
+    assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) == sizes  # from the cache
     assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run) == sizes
     assert len(list((tmp_path / "model-scan").iterdir())) == 1
     beside = judge_weights(model(backdoored=True), probe(), [("clean", sizes)], CONFIG, run=run)
@@ -237,31 +242,6 @@ def test_mean_cosine_is_that_of_all_pairs() -> None:
     rows = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=1)
     pairs = [float(rows[i] @ rows[j]) for i in range(5) for j in range(5) if i != j]
     assert float(mean_cosine(rows)) == pytest.approx(float(np.mean(pairs)), abs=1e-6)
-
-
-def test_a_canary_is_planted_in_a_copy_only() -> None:
-    suspect = model(backdoored=False)
-    before = {name: value.clone() for name, value in suspect.module.state_dict().items()}
-    images, labels = probe().images, probe().labels
-    assert labels is not None
-    config = CanaryConfig(steps=20, batch_size=16, learning_rate=0.05)
-    infected = plant(suspect, images, labels, lambda part: part.clamp(0.4, 0.5), 0.5, 2, config, run=Run())
-    assert all(torch.equal(value, before[name]) for name, value in suspect.module.state_dict().items())
-    changed = [not torch.equal(value, before[name]) for name, value in infected.module.state_dict().items()]
-    assert any(changed)
-    assert not any(parameter.requires_grad for parameter in infected.module.parameters())
-
-
-def test_power_counts_only_what_was_learnt() -> None:
-    suspect = model(backdoored=False)
-    verdict = WeightsVerdict(word="backdoored", reason="", target=0)
-    config = CanaryConfig(triggers=("badnet", "blended"), rates=(0.1,), steps=1)
-    power = measure_power(suspect, probe(), lambda _: verdict, config, run=Run())
-    assert len(power.canaries) == 2
-    assert not power.learnt  # one step teaches nothing
-    assert "not known" in summary(power.canaries)
-    none = measure_power(suspect, probe(), lambda _: verdict, config, run=Run(), seconds=0.0)
-    assert "0 of 2" in none.reason
 
 
 def test_made_up_images() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from unpoison.clip_results import ClipPurification
+from unpoison.model_results import DataVerdict, FileVerdict, ModelScan, WeightsVerdict
 from unpoison.results import (
     CLEAN,
     MIXED,
@@ -154,6 +155,20 @@ def write_scan(
     if samples:
         (folder / "samples.json").write_text(json.dumps(example_samples(scores, split)))
     (folder / "finished.json").write_text("{}")
+    return folder
+
+
+def write_model_scan(folder: Path) -> Path:
+    """A folder as ``unpoison scan model --trained-on`` leaves it: weights without evidence, poisoned training data."""
+    data = DatasetScan.load(write_scan(folder / "data") / "scan.json")
+    weights = WeightsVerdict(
+        word="no evidence", reason="No class is reached by a change that is out of line.", images=480,
+        method="class-wise inversion", image_source="480 images", covered=100.0,
+    )  # fmt: skip
+    file = FileVerdict(word="accepted", reason="safetensors with no code.", format="safetensors", sha256="0" * 64)
+    verdict = DataVerdict(reason=data.estimate.reason, scan=data, asked=True)
+    scan = ModelScan(model="model", kind="classifier", file=file, data=verdict, weights=weights)
+    scan.save(folder / "model-scan.json")
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Group, Parameter
 
@@ -62,6 +62,14 @@ def model(
             help="How --trained-on is scanned, as by `scan dataset --method`. [default: cgd, for pairs dao]",
         ),
     ] = None,
+    clip: Annotated[
+        str,
+        Parameter(
+            group=METHOD,
+            help='For --trained-on: a CLIP that judges its labels, "tiny" (bundled), a folder, an id; for pairs the '
+            "reference that never saw them.",
+        ),
+    ] = "tiny",
     power: Annotated[
         bool,
         Parameter(
@@ -109,14 +117,24 @@ def model(
         from dataclasses import asdict
 
         from unpoison import __version__
-        from unpoison.api_models import ModelScanConfig, files_of, plan_model_scan, scan_model
-        from unpoison.cli.running import begin, describe, open_source, read_class_names, vars_of
+        from unpoison.api_models import ModelScanConfig, files_of, scan_model
+        from unpoison.cli.running import (
+            DryRun,
+            begin,
+            describe,
+            open_source,
+            read_class_names,
+            run_without_folder,
+            vars_of,
+        )
         from unpoison.configs import make_config, read_config
         from unpoison.data.pairs import open_pairs
         from unpoison.detection.model_files import hash_files
         from unpoison.model_results import ModelScan
         from unpoison.models import any_model
+        from unpoison.models.clip_files import load_any_clip
         from unpoison.outputs_models import save_model_scan
+        from unpoison.planning_models import plan_model_scan
         from unpoison.report.runs import MODEL_SCAN
         from unpoison.results import to_json
 
@@ -139,15 +157,22 @@ def model(
             content = describe(learnt)
         opened = any_model.Opening(**vars_of(opening))
         path = run_path(options.output, "scan", model)
+        judge = None if learnt is None else load_any_clip(clip)
         if options.dry_run:
-            plan = plan_model_scan(model, images, names, len(clean_reference or ()), settings, power=power)
-            answer = plan | {"dry_run": True, "folder": str(path)}
-            console.answer(answer, lambda out: _show_plan(out, answer))
+            plan = plan_model_scan(
+                model, images=images, class_names=names, references=len(clean_reference or ()), trained_on=learnt,
+                data_method=data_method, clip=judge, opening=opened, power=power, config=settings,
+                run=run_without_folder(console, options),
+            )  # fmt: skip
+            dry = DryRun(plan=plan, folder=path)
+            console.answer(dry.data(), dry.show)
             return 0
         inputs = {
             "unpoison": __version__, "verb": "scan model", "model": model, "files": hash_files(files_of(model)),
             "data": None if images is None else describe(images),
             "trained_on": content, "data_method": data_method,
+            "clip": None if judge is None else clip,
+            "clip_fingerprint": None if judge is None else judge.fingerprint,
             "classes": names, "clean_reference": {name: hash_files(files_of(name)) for name in clean_reference or ()},
             "opening": vars_of(opening), "power": power, "budget": seconds, "limit": options.limit,
             "seed": options.seed, "config": asdict(settings),
@@ -156,7 +181,8 @@ def model(
         if run.folder is not None and not run.folder.finished:
             outcome = scan_model(
                 model, images=images, class_names=names, references=clean_reference or (), trained_on=learnt,
-                data_method=data_method, opening=opened, power=power, budget=seconds, config=settings, run=run,
+                data_method=data_method, clip=judge, opening=opened, power=power, budget=seconds, config=settings,
+                run=run,
             )  # fmt: skip
             save_model_scan(outcome, path)
             run.folder.finish()
@@ -180,13 +206,6 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _show_plan(out: rich.console.Console, plan: dict[str, Any]) -> None:
-    out.print("Nothing is written in a dry run. The run would do:")
-    for line in plan["steps"]:
-        out.print(f"  {line}")
-    out.print(f"Files in {plan['folder']}: {', '.join(plan['files'])}")
-
-
 def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
     from unpoison.cli.console import printable
     from unpoison.cli.tables import class_triggers_table, plain_table
@@ -197,9 +216,8 @@ def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
         out.print(printable(f"  {finding.file} ({finding.kind}): {finding.reason}"))
     for known in scan.file.recognized:
         out.print(printable(f"  recognized: {known}"))
-    looked = "not looked at" if scan.data.scan is None else "poisoned" if scan.data.scan.estimate.poisoned else ""
     out.print()
-    out.print(f"Data: {looked or 'no proof of poison'}", style="bold")
+    out.print(f"Data: {scan.data.word}", style="bold")
     out.print(printable(scan.data.reason))
     out.print()
     out.print(f"Weights: {scan.weights.word}", style="bold")
@@ -220,10 +238,13 @@ def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
     if scan.power is not None:
         out.print()
         out.print(printable(f"Power: {scan.power.reason}"))
-        table = plain_table("planted", "rate", "target", "success", "verdict", right=("rate", "success"))
+        table = plain_table(
+            "planted", "rate", "target", "success", "floor", "verdict", right=("rate", "success", "floor")
+        )
         for canary in scan.power.canaries:
             word = canary.word if canary.learnt else "not learnt"
-            row = (canary.trigger, f"{100 * canary.rate:g} %", printable(canary.target), f"{canary.asr:.0f} %", word)
+            row = (canary.trigger, f"{100 * canary.rate:g} %", printable(canary.target), f"{canary.asr:.0f} %",
+                   f"{canary.floor:.0f} %", word)  # fmt: skip
             table.add_row(*row)
         out.print(table)
     for warning in scan.warnings:

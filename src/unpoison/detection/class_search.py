@@ -47,6 +47,7 @@ from unpoison.types import Images
 SEARCHED: tuple[Form, ...] = ("square", "patch", "additive")
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 _AT_ONCE, _KEPT_AT_ONCE = 256, 16
+_PROBED_STEPS = 4
 FEWEST_CLASSES = 3
 
 
@@ -97,6 +98,7 @@ class ClassSearch:
     """``found`` has the classes that stayed to the end, by form. ``seen`` of ``planned`` classes were looked at at all.
 
     ``covered``: share of the planned steps that was taken, in [0, 1]. ``unseen``: rows that no search used.
+    ``cut``: the time ran out.
     """
 
     found: dict[Form, tuple[SearchedClass, ...]]
@@ -104,6 +106,7 @@ class ClassSearch:
     covered: float
     seen: int
     planned: int
+    cut: bool = False
 
     @property
     def complete(self) -> bool:
@@ -171,7 +174,24 @@ def search_classes(
         form: tuple(entry for entry in every if entry.trigger.form == form) for form in config.forms
     }
     seen = max(seen, *(len(classes) for classes in found.values()))
-    return ClassSearch(found=found, unseen=unseen, covered=min(1.0, taken / max(planned, 1)), seen=seen, planned=count)
+    covered = min(1.0, taken / max(planned, 1))
+    return ClassSearch(found=found, unseen=unseen, covered=covered, seen=seen, planned=count, cut=late())
+
+
+def seconds_of_search(
+    logits: Logits, images: Images, count: int, config: ClassSearchConfig, *, run: Run
+) -> tuple[int, float]:
+    """How many steps :func:`search_classes` takes at most without a limit, and their seconds, from a few of them."""
+    rows = torch.arange(len(images), device=images.device)
+    said = torch.full((len(images),), -1, device=images.device)  # of no class: all images are used
+    seconds = 0.0
+    for form in config.forms:
+        search = _Search(logits, images, said, rows, rows, 0, form, config, run)
+        search.advance(1)  # with what a first step sets up
+        begun = time.perf_counter()
+        search.advance(_PROBED_STEPS)
+        seconds += _planned_of(form, count, config) * (time.perf_counter() - begun) / _PROBED_STEPS
+    return _planned(count, config), seconds
 
 
 def kept_searches(step: str, count: int, config: ClassSearchConfig) -> list[str]:
@@ -215,8 +235,12 @@ class _Deadline:
 
 
 def _planned(count: int, config: ClassSearchConfig) -> int:
+    return sum(_planned_of(form, count, config) for form in config.forms)
+
+
+def _planned_of(form: Form, count: int, config: ClassSearchConfig) -> int:
     first = count * config.first_steps if count > config.finalists else 0
-    return sum(first + min(count, config.finalists) * config.steps_of(form) for form in config.forms)
+    return first + min(count, config.finalists) * config.steps_of(form)
 
 
 def _finalists(

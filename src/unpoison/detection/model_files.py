@@ -4,11 +4,13 @@ Steps
     1. Every entry of the folder: no link may lead out of it. Size and SHA-256 of each file.
     2. What each file is, by its first bytes: a name can lie.
     3. safetensors: the header by itself (:mod:`unpoison.detection.safetensors_files`). Pickles: their opcodes, by
-       fickling (:mod:`unpoison.detection.pickle_files`). JSON: nothing that asks for code from elsewhere.
+       fickling (:mod:`unpoison.detection.pickle_files`), and so any other file, entry of a zip archive or array of
+       objects that can be read as one. JSON: nothing that asks for code from elsewhere.
     4. Refused for any finding. A model of no format that we know is not recognized, and the list of those that are
        comes with the verdict.
 What it cannot see
-    Faults in the libraries that read these formats, and code that a user runs beside the weights (a training script).
+    Faults in the libraries that read these formats, code that a user runs beside the weights (a training script), and
+    what is in archives other than zip, or in archives within archives.
 """
 
 from __future__ import annotations
@@ -19,14 +21,25 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from unpoison.detection.pickle_files import ARCHIVE, LEGACY, check_pickled
+from unpoison.detection.pickle_files import (
+    ARCHIVE,
+    LEGACY,
+    PICKLE,
+    ZIP,
+    check_archived,
+    check_loose,
+    check_pickled,
+    looks_like_safetensors,
+    named_pickle,
+)
 from unpoison.detection.safetensors_files import check_tensors
 from unpoison.errors import ModelError, UnsafeCheckpointError
 from unpoison.model_results import FileFinding, FileVerdict, ScannedFile
-from unpoison.models.checkpoints import PICKLED_SUFFIXES
+from unpoison.models.checkpoints import LFS_POINTER, PICKLED_SUFFIXES
 from unpoison.models.folders import check_config, leads_out
 
 SAFETENSORS, JSON, TEXT, SOURCE = "safetensors", "JSON", "text", "Python source"
+POINTER, TORCHSCRIPT = "Git LFS pointer", "TorchScript archive"
 RECOGNIZED = (
     "a .safetensors file",
     f"a torch weights file ({', '.join(PICKLED_SUFFIXES)}) that holds tensors only",
@@ -41,6 +54,8 @@ _DESCRIPTIONS = {
     "config.json": "transformers folder",
 }
 _WEIGHTS = (SAFETENSORS, ARCHIVE, LEGACY)
+_NOT_FETCHED = "a Git LFS pointer, not the weights: run `git lfs pull` where it was cloned, and scan again"
+_PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")
 _MAGIC = (
     (b"GGUF", "GGUF"),
     (b"\x89HDF\r\n", "HDF5 (Keras)"),
@@ -124,12 +139,21 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _look_at(path: Path, name: str) -> tuple[ScannedFile, list[FileFinding]]:
     format = format_of(path)
     findings: list[FileFinding] = []
-    if format == SAFETENSORS:
-        findings = check_tensors(path, name)
-    elif format in (ARCHIVE, LEGACY, "TorchScript archive"):
+    if format == POINTER:
+        if path.suffix.lower() in (".safetensors", *PICKLED_SUFFIXES):
+            findings = [FileFinding(file=name, kind="unusable", reason=_NOT_FETCHED)]
+    elif format in (ARCHIVE, LEGACY, TORCHSCRIPT):
         findings = check_pickled(path, name)
-    elif format == JSON:
-        findings = _check_json(path, name)
+    elif format == SAFETENSORS and path.suffix.lower() == ".safetensors":
+        findings = check_tensors(path, name)
+    else:
+        findings = check_loose(lambda: path.open("rb"), name)
+        if zipfile.is_zipfile(path):
+            findings += check_archived(path, name)
+        if format == SAFETENSORS:
+            findings += check_tensors(path, name)
+        elif format == JSON:
+            findings += _check_json(path, name)
     runs = format == SOURCE or any(finding.kind in ("code", "remote code") for finding in findings)
     size, digest = path.stat().st_size, _sha256(path)
     return ScannedFile(name=name, format=format, bytes=size, sha256=digest, can_run_code=runs), findings
@@ -139,18 +163,22 @@ def format_of(path: Path) -> str:
     """By the first bytes; the name decides only where they do not."""
     suffix = path.suffix.lower()
     with path.open("rb") as file:
-        start = file.read(16)
-    if start[:4] == b"PK\x03\x04" or (suffix in PICKLED_SUFFIXES and zipfile.is_zipfile(path)):
+        start = file.read(32)
+    if start.startswith(LFS_POINTER):
+        return POINTER
+    if start.startswith(ZIP) or (suffix in PICKLED_SUFFIXES and zipfile.is_zipfile(path)):
         return _format_of_archive(path)
     if suffix == ".safetensors":
         return SAFETENSORS
-    if start[:1] == b"\x80" or suffix in PICKLED_SUFFIXES:
+    if suffix in PICKLED_SUFFIXES:
         return LEGACY
+    if named_pickle(path.name) or (start[:1] == b"\x80" and start[1:2] in _PROTOCOLS):
+        return PICKLE
     if suffix == ".json":
         return JSON
     if suffix in (".py", ".pyc", ".so", ".dll"):
         return SOURCE
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+    if looks_like_safetensors(start, path.stat().st_size):
         return SAFETENSORS
     known = next((name for magic, name in _MAGIC if start.startswith(magic)), None)
     return known or (TEXT if suffix in _TEXTS and b"\0" not in start else f"{suffix or 'a file'} of an unknown kind")
@@ -161,9 +189,9 @@ def _format_of_archive(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError):
-        return ARCHIVE  # read as one, it is found to be damaged
+        names = []  # what is weights by its name is then found to be damaged
     if any("code" in name.split("/")[1:-1] or name.endswith("constants.pkl") for name in names):
-        return "TorchScript archive"
+        return TORCHSCRIPT
     torch_like = any(name.endswith("data.pkl") for name in names) or path.suffix.lower() in PICKLED_SUFFIXES
     return ARCHIVE if torch_like or path.suffix == ".safetensors" else "zip archive"
 
@@ -184,7 +212,7 @@ def _notes(files: list[ScannedFile]) -> tuple[str, ...]:
     notes = [
         f"{found.name}: {found.format}; no loader of ours runs or reads it."
         for found in files
-        if found.format not in (*_WEIGHTS, JSON, TEXT, "TorchScript archive")
+        if found.format not in (*_WEIGHTS, JSON, TEXT, TORCHSCRIPT)
     ]
     if any(found.format in (ARCHIVE, LEGACY) and not found.can_run_code for found in files):
         notes.append("A pickle is a program: load it elsewhere with weights_only=True, or convert it to safetensors.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import msgspec
@@ -92,30 +92,44 @@ def judge_weights(
     run: Run,
     seconds: float | None = None,
     step: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> WeightsVerdict:
     """Steps 1 to 4 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`reference_sizes`.
 
     ``seconds``: the search stops about then and reports what it reached. ``step``: what the names of the run's steps
     begin with that keep what was searched. Raises NotEnoughDataError.
     """
-    config, begun = config or WeightsConfig(), time.monotonic()
+    config, begun = config or WeightsConfig(), clock()
     common = {
         "images": len(probe.images),
         "image_source": probe.source,
         "references": tuple(name for name, _ in references),
     }
     if not model.class_names:
-        found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds)
-        return _judge_encoder(found, references, config, common | {"seconds": time.monotonic() - begun})
+        found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds, clock=clock)
+        return _judge_encoder(found, references, config, common | {"seconds": clock() - begun})
     search = search_classes(
-        model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds, step=step
-    )
-    common |= {"seconds": time.monotonic() - begun}
+        model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds, clock=clock,
+        step=step,
+    )  # fmt: skip
+    common |= {"seconds": clock() - begun}
     return _judge_classes(model, probe, search, references, config, common, run)
 
 
-def reference_sizes(model: AnyModel, probe: ProbeImages, config: WeightsConfig, *, run: Run) -> Sizes:
-    """Step 2 for one clean :meth:`AnyModel.frozen` model, from the run's cache where it was done before."""
+def reference_sizes(
+    model: AnyModel,
+    probe: ProbeImages,
+    config: WeightsConfig,
+    *,
+    run: Run,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sizes | None:
+    """Step 2 for one clean :meth:`AnyModel.frozen` model, from the run's cache where it was done before.
+
+    None where ``seconds`` are not enough for all of the search: triggers of half a search are larger, and a suspect's
+    would look small beside them.
+    """
     inputs = [_VERSION, model.fingerprint, asdict(config), _hash_of(probe.images), run.seed]
     key = hashlib.blake2b(msgspec.json.encode(inputs), digest_size=16).hexdigest()
     path = None if run.cache is None else run.cache / "model-scan" / f"{key}.json"
@@ -125,11 +139,17 @@ def reference_sizes(model: AnyModel, probe: ProbeImages, config: WeightsConfig, 
         except msgspec.DecodeError:
             run.progress.log(f"{path.name} is damaged and is computed again")
     if not model.class_names:
-        found = decree(model.encode, probe.images, config.decree, run=run)
+        found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds, clock=clock)
+        if found.steps < config.decree.steps:
+            return None
         sizes = {DECREE: [float(np.log(found.trigger.size))]}
     else:
         count, step = len(model.class_names), f"reference-{key}"
-        search = search_classes(model.logits, probe.images, count, config.search, run=run, step=step)
+        search = search_classes(
+            model.logits, probe.images, count, config.search, run=run, seconds=seconds, clock=clock, step=step
+        )
+        if search.cut:
+            return None
         sizes = {form: _logs(classes).tolist() for form, classes in search.found.items()}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,8 @@ PICKLED_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 MAX_HEADER_BYTES = 100 * 1024**2
 MAX_INFLATION = 20
+LFS_POINTER = b"version https://git-lfs"
+"""What stands in the place of a large file that git has not fetched begins with."""
 _PREFIX = "module."
 _CONVERT = "Where you trust its author, load it there and save the weights as safetensors; then give that file."
 _DAMAGED = "Fetch the file again, or compare its checksum with the publisher's."
@@ -65,6 +67,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file.", hint="Check the path of the weights file.")
+    check_fetched(path)
     if path.suffix == ".safetensors":
         content: object = _read_safetensors(path)
     elif path.suffix in PICKLED_SUFFIXES:
@@ -195,8 +198,19 @@ def check_finite(weights: Mapping[str, Tensor], *, name: str) -> None:
         )
 
 
+def check_fetched(path: Path) -> None:
+    """Raises ModelError for a pointer of Git LFS, which stands where the weights were not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ModelError(
+                f"{path}: a Git LFS pointer, not the weights themselves.",
+                hint="Run `git lfs pull` where the repository was cloned, then repeat the command.",
+            )
+
+
 def check_safetensors(path: Path) -> None:
     """Look at the header before anything is mapped. Raises UnsafeCheckpointError, ModelError."""
+    check_fetched(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

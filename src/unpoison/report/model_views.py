@@ -7,7 +7,7 @@ import base64
 from unpoison.detection.canaries import summary
 from unpoison.model_results import ModelScan
 from unpoison.report.page import RunView, Step, Tile, provenance
-from unpoison.report.runs import ReportRun, redraw_picture
+from unpoison.report.runs import DATA, ReportRun, redraw_picture
 from unpoison.report.text import counted, percent
 from unpoison.report.views import Verdict, command
 
@@ -20,6 +20,9 @@ _SENTENCES = {
 }
 
 
+_POISONED = "The data that the model was trained on are poisoned."
+
+
 def model_view(run: ReportRun, scan: ModelScan, anchor: str) -> RunView:
     weights = scan.weights
     return RunView(
@@ -29,7 +32,7 @@ def model_view(run: ReportRun, scan: ModelScan, anchor: str) -> RunView:
         verdict=model_verdict(scan),
         tiles=[
             Tile(value=scan.file.word, name="file verdict", note=scan.file.format),
-            Tile(value=data_word(scan), name="data verdict", note=scan.data.scan.source if scan.data.scan else ""),
+            Tile(value=scan.data.word, name="data verdict", note=scan.data.scan.source if scan.data.scan else ""),
             Tile(value=weights.word, name="weights verdict", note=weights.method),
         ],
         steps=_steps(run, scan),
@@ -38,36 +41,39 @@ def model_view(run: ReportRun, scan: ModelScan, anchor: str) -> RunView:
         not_covered=list(scan.not_covered),
         warnings=[*scan.warnings, *run.notes],
         provenance=provenance(run, scan, source=scan.model),
-        summary={"found": weights.reason},
+        summary={"found": scan.data.reason if scan.data.word == "poisoned" else weights.reason},
     )
 
 
 def model_verdict(scan: ModelScan) -> Verdict:
-    """Files that are refused come first: nothing else was looked at then."""
+    """The gravest of the three verdicts. Files that are refused come first: the weights were not looked at then."""
+    poisoned = scan.data.word == "poisoned"
     if scan.file.word != "accepted":
-        refused = scan.file.word == "refused"
+        sentence = (
+            "The model's format is not recognized, so nothing of it was loaded."
+            if scan.file.word == "not recognized"
+            else "The model's files are refused: do not load them."
+            if scan.file.dangerous
+            else "The model's files are damaged or incomplete, so nothing of them was loaded."
+        )
         return Verdict(
-            tone="alert" if refused else "caution",
+            tone="alert" if scan.file.dangerous or poisoned else "caution",
             word=scan.file.word.capitalize(),
-            sentence="The model's files are refused: do not load them."
-            if refused
-            else "The model's format is not recognized, so nothing of it was loaded.",
+            sentence=f"{sentence} {_POISONED}" if poisoned else sentence,
             detail=scan.file.reason,
         )
     weights = scan.weights
-    sentence = _SENTENCES[weights.word]
+    sentence, detail = _SENTENCES[weights.word], weights.reason
     if weights.word in ("backdoored", "suspicious"):
         sentence += f", toward '{weights.target_name}'." if weights.target_name is not None else "."
-    return Verdict(tone=_TONES[weights.word], word=weights.word.capitalize(), sentence=sentence, detail=weights.reason)
-
-
-def data_word(scan: ModelScan) -> str:
-    found = scan.data.scan
-    if found is None:
-        return "not looked at"
-    if found.estimate.poisoned:
-        return "poisoned"
-    return "inconclusive" if found.inconclusive else "nothing found"
+        if poisoned:
+            sentence, detail = f"{sentence} {_POISONED}", f"{detail} {scan.data.reason}"
+    elif poisoned:
+        return Verdict(tone="alert", word="Poisoned data", sentence=f"{_POISONED} {sentence}", detail=scan.data.reason)
+    elif scan.data.open and weights.word == "no evidence":
+        sentence = f"{sentence} Whether its training data are poisoned could not be decided."
+        return Verdict(tone="caution", word="Inconclusive", sentence=sentence, detail=scan.data.reason)
+    return Verdict(tone=_TONES[weights.word], word=weights.word.capitalize(), sentence=sentence, detail=detail)
 
 
 def trigger_picture(scan: ModelScan) -> str:
@@ -77,12 +83,20 @@ def trigger_picture(scan: ModelScan) -> str:
 
 
 def _steps(run: ReportRun, scan: ModelScan) -> list[Step]:
-    if scan.file.word == "refused":
+    if scan.file.dangerous:
         return [Step(text="Do not load these files with any tool. Ask the publisher for safetensors.")]
+    if scan.file.word == "refused":
+        return [
+            Step(text="See below what is wrong with each file. Fetch those anew, and compare checksums."),
+            Step(text="Then scan again:", line=command("unpoison", "scan", "model", scan.model)),
+        ]
     if scan.file.word == "not recognized":
         return [Step(text="Convert the model to one of the recognized formats where you trust its author, and scan.")]
     again = ["unpoison", "scan", "model", scan.model]
     steps = []
+    if scan.data.word == "poisoned":
+        keep = command("unpoison", "keep", f"{run.path}/{DATA}", "-o", "clean.parquet")
+        steps.append(Step(text="Look at the suspects of the training data, and write a copy without them:", line=keep))
     if scan.weights.word in ("backdoored", "suspicious"):
         repair = "par MODEL --pairs CLEAN_PAIRS" if scan.kind == "CLIP" else "pad-ft MODEL --data TRAINING_DATA"
         steps = [
