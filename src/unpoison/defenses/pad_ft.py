@@ -111,6 +111,7 @@ def repair_with_pad_ft(
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     head = sum(weight.numel() for weight in clipped.head().parameters())
     bound_count = sum(bound.numel() for bound in bounds)
+    changed = head + (0 if config.clip.rule == "none" else bound_count)
     total = sum(weight.numel() for weight in clipped.module.parameters())
 
     def tuned(config: PADFTConfig) -> Repair:
@@ -125,7 +126,7 @@ def repair_with_pad_ft(
             classifier=repaired,
             history=[{"step": 0.0, "held_out_accuracy": before}, after],
             steps=steps,
-            changed_share=(head + bound_count) / (total + bound_count),
+            changed_share=changed / (total + bound_count),
         )
 
     if doubted is None:
