@@ -69,7 +69,7 @@ def test_clean_labels_are_not_called_poisoned() -> None:
 def test_a_cluster_too_small_for_the_draw_is_seen() -> None:
     random = np.random.default_rng(0)
     features = random.normal(0, 0.1, (3000, 6)).astype(np.float32)
-    missed = np.random.RandomState(0).permutation(3000)[1000:][:3]  # noqa: NPY002 # none of them in the first thousand
+    missed = np.random.RandomState(0).permutation(3000)[1000:][:3]  # none of them in the first thousand
     features[missed] += 50
     scores, (verdict,) = activation_clustering(features, np.zeros(3000, dtype=np.int64), ActivationClusteringConfig())
     assert set(np.argsort(-scores)[:3]) == set(missed)

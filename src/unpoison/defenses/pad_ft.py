@@ -51,7 +51,7 @@ class PADFTConfig(RateConfig):
     """PAD-FT's constants; the paper names n_c only, the rest is ours."""
 
     per_class: int = 250
-    """n_c: samples of each class in D_c."""
+    """n_c: samples of each class in D_c. At most half of a class, unless more than this default is asked for."""
     scores_share: float = 1.0
     """Weight of the given scores' rank in the choice of D_c; the rest is the paper's rule. Ours."""
     odd_labels: OddLabels = "unlearn"
@@ -81,6 +81,11 @@ class PADFTConfig(RateConfig):
             raise ConfigError(
                 "expected held_out in (0, 1), scores_share in [0, 1], views of at least 0.", hint="Try the defaults."
             )
+
+    @property
+    def largest_share(self) -> float:
+        """Share of a class that D_c may hold, in (0, 1]."""
+        return 0.5 if self.per_class <= type(self).per_class else 1.0
 
     @classmethod
     def as_published(cls) -> PADFTConfig:

@@ -69,7 +69,7 @@ class AtActivations(TorchFunctionMode):
             return output
         if not args:
             args = [kwargs.pop("input")]
-        # What is in place works on a copy first: the change is made from values that nobody overwrites, as gradients ask.
+        # What is in place works on a copy first: gradients ask that nobody overwrites what the change was made from.
         place = args[0] if _maybe_in_place(function, args, kwargs) else None
         if place is not None:
             args[0] = place.clone()

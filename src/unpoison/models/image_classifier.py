@@ -174,8 +174,8 @@ class ImageClassifier:
             )
         if not _is_plain(self.module.get_submodule(name), features, output):
             raise UnsupportedModelError(
-                f"{type(self.module).__name__}: its last linear layer, {name!r}, does more than x W^T + b with a weight "
-                "and a bias of its own.",
+                f"{type(self.module).__name__}: its last linear layer, {name!r}, does more than x W^T + b with a "
+                "weight and a bias of its own.",
                 hint="Fold a weight norm into the weight, or end the network with a plain nn.Linear.",
             )
         return name
