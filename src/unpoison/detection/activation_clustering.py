@@ -100,7 +100,7 @@ def silhouette_rows(parts: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, 
 
     A draw that misses the smaller cluster is made again with half of it from each, or all that there is of the smaller.
     """
-    order = np.random.RandomState(seed).permutation(len(parts))  # noqa: NPY002 # the draw of scikit-learn's sample_size
+    order = np.random.RandomState(seed).permutation(len(parts))  # the draw of scikit-learn's sample_size
     drawn = order[:_SILHOUETTE_SAMPLES]
     if len(np.unique(parts[drawn])) > 1:
         return drawn
