@@ -51,7 +51,7 @@ SUMMARY = ROOT / "benchmarks/results/cgd.json"
 NATURAL = ROOT / "benchmarks/results/cgd_natural.json"
 SEPARATION = ROOT / "benchmarks/results/cgd_separation.json"
 SMALL = ROOT / "benchmarks/results/cgd_small.json"
-ATTACKS = ("clean", "badnet", "blended", "sig", "clean-image")
+ATTACKS = ("clean", "badnet", "blended", "sig", "wanet", "clean-image")
 RATE, TARGET, ROWS, EPOCHS = 0.05, 0, "25000:35000", 15
 ABLATIONS = {
     "scale-1": CGDConfig(separation=SeparationConfig(clip_logit_scale=1.0)),

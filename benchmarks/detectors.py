@@ -1,4 +1,5 @@
-"""Activation clustering and spectral signatures, ours beside those of the Adversarial Robustness Toolbox (ART).
+"""Activation clustering and spectral signatures, ours beside those of the Adversarial Robustness Toolbox (ART); STRIP
+and IBD-PSC, which ART has no detector of training samples for, alone.
 
     make art                                         # once: ART in an environment of its own
     python benchmarks/detectors.py run [--attack badnet ...] [--seed 0 ...] [--repeats 3]
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ RESULTS = ROOT / "benchmarks/results/detectors"
 SUMMARY = ROOT / "benchmarks/results/detectors.json"
 ART = ROOT / ".venv-art/bin/python"
 METHODS = ("activation-clustering", "spectral-signatures")
+ALONE = ("strip", "ibd-psc")
 LIBRARIES = ("ours", "art")
-ATTACKS = ("badnet", "blended", "sig")
+ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image")
 RATE = 0.05
 
 
@@ -106,7 +109,7 @@ def measure(args: argparse.Namespace) -> None:
     images = to_images(cell.pixels.array[rows]).numpy()
     found, cache = {}, tempfile.TemporaryDirectory()
     ours = Run(seed=cell.run.seed, cache=Path(cache.name))  # empty at first: only the second method finds the features
-    for method in METHODS:
+    for method in (*METHODS, *ALONE) if args.library == "ours" else METHODS:
         begun, wall = time.process_time(), time.perf_counter()
         if args.library == "ours":
             known = Trained(classifier=victim, pixels=cell.pixels, rows=rows, labels=labels)
@@ -128,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seed:
         for attack in args.attack:
             file = args.results / f"{attack}-{seed}.json"
-            if file.exists():
+            if file.exists() and set(ALONE) <= json.loads(file.read_bytes())["runs"]["ours"][0].keys():
                 continue
             runs: dict[str, list[dict[str, Any]]] = {library: [] for library in LIBRARIES}
             for _ in range(args.repeats):
@@ -136,7 +139,7 @@ def run(args: argparse.Namespace) -> None:
                     runs[library].append(_elsewhere(library, attack, seed, args))
             result = {"attack": attack, "seed": seed, "runs": runs}
             file.write_text(json.dumps(result, indent=1) + "\n")
-            for method in METHODS:
+            for method in (*METHODS, *ALONE):
                 print(f"{attack} {seed} {method}: {_line(runs, method)}", flush=True)
 
 
@@ -158,6 +161,8 @@ def _elsewhere(library: str, attack: str, seed: int, args: argparse.Namespace) -
 def _line(runs: dict[str, list[dict[str, Any]]], method: str) -> str:
     parts = []
     for library, repeats in runs.items():
+        if method not in repeats[0]:
+            continue
         seconds = statistics.median(entry[method]["cpu_seconds"] for entry in repeats)
         auroc = statistics.mean(entry[method]["auroc"] for entry in repeats)
         parts.append(f"{library} AUROC {auroc:.3f}, {seconds:.1f} CPU s")
@@ -165,19 +170,33 @@ def _line(runs: dict[str, list[dict[str, Any]]], method: str) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Means over seeds as Markdown; the largest CPU ratio and the least gain in AUROC over attacks as JSON."""
+    """Means over seeds as Markdown; the largest CPU ratio and the least gain in AUROC over attacks as JSON.
+
+    Those are of means over seeds, and the ratio is that of both methods together; the worst single cell, and each
+    method's own ratio, stand beside them.
+    """
     rows: dict[str, list[dict[str, float]]] = {}
     for file in sorted(args.results.glob("*.json")):
         result = json.loads(file.read_bytes())
         rows.setdefault(result["attack"], []).append({"seed": result["seed"], **_figures(result["runs"])})
-    names = [name for name in next(iter(rows.values()))[0] if name != "seed"]
+    everywhere = [entry for found in rows.values() for entry in found]
+    names = [name for name in dict.fromkeys(name for entry in everywhere for name in entry) if name != "seed"]
     print("| attack | seeds | " + " | ".join(names) + " |\n|" + "---|" * (2 + len(names)))
     means: dict[str, dict[str, float]] = {}
     for attack, found in rows.items():
-        means[attack] = {name: statistics.mean(entry[name] for entry in found) for name in names}
-        print(f"| {attack} | {len(found)} | " + " | ".join(f"{value:.3f}" for value in means[attack].values()) + " |")
+        known = {name: [entry[name] for entry in found if name in entry] for name in names}
+        means[attack] = {name: statistics.mean(values) for name, values in known.items() if values}
+        shown = [f"{means[attack][name]:.3f}" if name in means[attack] else "" for name in names]
+        print(f"| {attack} | {len(found)} | {' | '.join(shown)} |")
     gains = [mean[f"gain {method}"] for mean in means.values() for method in METHODS]
+    cells = [(f"{attack}-{entry['seed']:.0f}", entry) for attack, found in rows.items() for entry in found]
+    ratios = ["cpu ratio", *(f"cpu ratio {method}" for method in METHODS)]
+    worst = {name: _worst(cells, name, max) for name in ratios}
+    worst |= {f"gain {method}": _worst(cells, f"gain {method}", min) for method in METHODS}
+    for name, entry in worst.items():
+        print(f"worst cell, {name}: {entry['value']:.3f} ({entry['cell']})")
     summary = {
+        "worst_cells": worst,
         "cells": sum(map(len, rows.values())),
         "seeds": sorted({int(entry["seed"]) for found in rows.values() for entry in found}),
         "cpu_ratio_max": max(mean["cpu ratio"] for mean in means.values()), "auroc_gain_min": min(gains),
@@ -186,8 +205,15 @@ def table(args: argparse.Namespace) -> None:
     SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
 
 
+def _worst(
+    cells: list[tuple[str, dict[str, float]]], name: str, pick: Callable[..., tuple[str, dict[str, float]]]
+) -> dict[str, Any]:
+    cell, entry = pick(cells, key=lambda item: item[1][name])
+    return {"value": entry[name], "cell": cell}
+
+
 def _figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """AUROC and CPU seconds of each method, the gain over ART, the ratio of the sums."""
+    """AUROC and CPU seconds of each method, the gain over ART, each ratio of CPU seconds and that of the sums."""
     figures: dict[str, float] = {}
     for method in METHODS:
         found = {library: [entry[method] for entry in runs[library]] for library in LIBRARIES}
@@ -196,6 +222,12 @@ def _figures(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
         figures[f"gain {method}"] = aurocs["ours"] - aurocs["art"]
         for name in ("ours", "art"):
             figures[f"cpu {method} {name}"] = statistics.median(entry["cpu_seconds"] for entry in found[name])
+        figures[f"cpu ratio {method}"] = figures[f"cpu {method} ours"] / figures[f"cpu {method} art"]
+    for method in ALONE:
+        alone = [entry[method] for entry in runs["ours"] if method in entry]
+        if alone:
+            figures[f"auroc {method} ours"] = statistics.mean(entry["auroc"] for entry in alone)
+            figures[f"cpu {method} ours"] = statistics.median(entry["cpu_seconds"] for entry in alone)
     ours, theirs = (sum(figures[f"cpu {method} {name}"] for method in METHODS) for name in ("ours", "art"))
     return figures | {"cpu ratio": ours / theirs}
 

@@ -8,14 +8,17 @@
 
 Victims, scores and splits are those of benchmarks/cgd.py: rows 25,000..34,999 of CIFAR-10 train, 5 percent poisoned
 toward class 0. All 10,000 test images for every rate; ``--set tune`` measures rows 45,000.. of train instead, which
-nothing else uses. One thread a process; a cell that is done is not computed again.
+nothing else uses. One thread a process; a cell that is done with the same settings is not computed again, and one whose
+settings are not on record counts as stale. The table marks methods with * where a repair was not accepted: what stands
+there is the model that was refused.
 """
 
 import argparse
+import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 from cgd import Cell, rates
+from pad_ft_variants import CGD_VARIANTS, CLASSIC_NAMES, CLASSIC_VARIANTS, PAD_FT, SIZES, VARIANTS
 
 from unpoison.api_repairs import CLASSICS
 from unpoison.data.sources import open_images
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
-from unpoison.defenses.clipping import ClippingConfig
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair
 from unpoison.detection.cgd import apply_classifier, with_mean_rank
@@ -48,41 +51,13 @@ ATTACKS = ("badnet", "blended", "sig", "wanet", "clean-image", "clean", PUBLISHE
 TUNE = "cifar10/train.parquet[45000:50000]"
 
 
-def clips(**more: Any) -> ClippingConfig:
-    return ClippingConfig(**more)
-
-
 ABLATED = (("badnet", 9), ("blended", 9))
-SIZES = (10, 25, 50, 100, 250, 500, 1000)
 PANELS = {
     "bounds": {"none": "clip-none", "quantile": "clip-quantile", "learned": "clip-learned", "margin": "clip-margin",
                "suspects": "pad-ft"},
     "head": {"tuned": "pad-ft", "drawn anew": "reset-head", "no unlearning": "no-unlearning"},
     "choice of samples": {"own losses": "own-rule", "half": "share-0.5", "CGD's ranks": "pad-ft"},
 }  # fmt: skip
-
-PAD_FT = {
-    "pad-ft": PADFTConfig(),
-    "pad-ft-paper": PADFTConfig.as_published(),
-}
-VARIANTS = {
-    **{f"clip-{rule}": PADFTConfig(clip=clips(rule=rule)) for rule in ("none", "quantile", "learned", "margin")},
-    **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q), unlearn=0.0) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
-    "no-unlearning": PADFTConfig(unlearn=0.0),
-    **{f"n-{n}": PADFTConfig(per_class=n) for n in SIZES},
-    **{
-        f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, suspect_batch=size))
-        for steps, size in ((80, 200), (40, 200), (80, 100), (60, 128))
-    },
-    "suspect-weight-0.25": PADFTConfig(clip=clips(rule="suspects", suspect_weight=0.25)),
-    "suspect-epsilon-1e-8": PADFTConfig(clip=clips(rule="suspects", suspect_epsilon=1e-8)),
-    "odd-left-out": PADFTConfig(odd_labels="leave-out"),
-    "reset-head": PADFTConfig(reset_head=True),
-    "share-0.5": PADFTConfig(scores_share=0.5),
-    "own-rule": PADFTConfig(scores_share=0.0),
-    "views-4": PADFTConfig(views=4),
-    "rate-0.01": PADFTConfig(learning_rate=0.01, smaller_rates=()),
-}
 
 
 @dataclass(kw_only=True)
@@ -102,7 +77,7 @@ class Setting:
         return cls(cell=cell, run=replace(cell.run, folder=None), attack=attack, shared=args.shared)
 
     def victim(self) -> ImageClassifier:
-        """The published one was trained by others on other rows of CIFAR-10, with the trigger that our BadNet has."""
+        """The published one was trained by others, on rows that we do not know, with our BadNet's trigger."""
         if self.attack != PUBLISHED:
             return self.cell.victim()
         return load_classifier(
@@ -134,10 +109,13 @@ class Setting:
 def pad_ft(setting: Setting, victim, config: PADFTConfig, run: Run) -> tuple[Repair, Split]:
     own = setting.own_scores(victim)
     if config.scores_share == 0:
-        split = select_clean(own, config.per_class)
+        split = select_clean(own, config.per_class, largest_share=config.largest_share)
     else:
         _, scores = setting.cell.scores(CGDConfig().separation)
-        split = select_clean(own, config.per_class, other=with_mean_rank(scores), share=config.scores_share)
+        split = select_clean(
+            own, config.per_class, other=with_mean_rank(scores), share=config.scores_share,
+            largest_share=config.largest_share,
+        )  # fmt: skip
         split = with_suspects(split, split_by_evidence(scores, odd=config.odd_labels).suspect)
     return repair_with_pad_ft(victim, setting.cell.pixels, split, config, run=run), split
 
@@ -150,63 +128,80 @@ def cgd(setting: Setting, victim, config: CGDConfig, run: Run) -> tuple[Repair |
     return repair_with_cgd(victim, setting.cell.pixels, split, zero_shot.cosines, config, run=run), split
 
 
-def classic(setting: Setting, victim, name: str, run: Run, **more: Any) -> tuple[Repair, Split]:
+def classic(setting: Setting, victim, name: str, config: Any, run: Run) -> tuple[Repair, Split]:
     _, scores = setting.cell.scores(CGDConfig().separation)
-    split = split_by_evidence(scores)
-    repair_with, kind = CLASSICS[name]
-    return repair_with(victim, setting.cell.pixels, split, kind(**more), run=run), split
+    split = split_by_evidence(scores, odd=getattr(config, "odd_labels", "leave-out"))
+    repair_with, _ = CLASSICS[name]
+    return repair_with(victim, setting.cell.pixels, split, config, run=run), split
 
 
-METHODS: dict[str, Callable[..., tuple[Repair | None, Split]]] = {}
-for name, settings in (PAD_FT | VARIANTS).items():
-    METHODS[name] = lambda setting, victim, run, settings=settings: pad_ft(setting, victim, settings, run)
-CLASSIC_NAMES = ("ft", "ft-sam", "fine-pruning", "nad", "anp", "i-bau", "abl")
-for name in CLASSIC_NAMES:
-    METHODS[name] = lambda setting, victim, run, name=name: classic(setting, victim, name, run)
-LONG_UNLEARNING = {"training_epochs": 12, "steps": 100, "check_every": 10}  # what ABL had first
-CLASSIC_VARIANTS = {
-    "i-bau-rate-0.0001": ("i-bau", {"radius": 2.5, "ascent_rate": 0.5, "learning_rate": 1e-4}),
-    "i-bau-radius-1-rate-1e-4": ("i-bau", {"radius": 1.0, "learning_rate": 1e-4}),
-    "abl-split": ("abl", LONG_UNLEARNING),
-    "abl-epochs-10": ("abl", {"isolation": "own", "isolation_epochs": 10, **LONG_UNLEARNING}),
-    "abl-training-16-steps-20": ("abl", {"training_epochs": 16, "steps": 20, "check_every": 5}),
-    **{f"{kind}-rate-{rate}": (kind, {"learning_rate": rate, "smaller_rates": ()})
-       for kind in ("ft", "ft-sam", "fine-pruning", "nad") for rate in (0.01, 0.03, 0.1)},
-    **{f"anp-rate-{rate}-epsilon-{epsilon}": ("anp", {"learning_rate": rate, "epsilon": epsilon})
-       for rate, epsilon in ((0.02, 0.2), (0.05, 0.4), (0.1, 0.4), (0.2, 0.4))},
-    **{f"i-bau-radius-{radius}-rate-{rate}": ("i-bau", {"radius": radius, "learning_rate": rate})
-       for radius in (1.0,) for rate in (3e-4, 1e-3, 3e-3)},
-}  # fmt: skip
-for name, (kind, more) in CLASSIC_VARIANTS.items():
-    METHODS[name] = lambda setting, victim, run, kind=kind, more=more: classic(setting, victim, kind, run, **more)
-METHODS["cgd"] = lambda setting, victim, run: cgd(setting, victim, CGDConfig(), run)
-CGD_VARIANTS = {
-    "cgd-authors-kl": CGDConfig(alpha=5e-4, teacher="all"),
-    "cgd-all-classes": CGDConfig(teacher="all"),
-    "cgd-alpha-0.05": CGDConfig(alpha=0.05),
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A repair with its settings: ``repair(setting, victim, config, run)``."""
+
+    repair: Callable[..., tuple[Repair | None, Split]]
+    config: Any
+
+    def accepts(self, repair: Repair | None) -> bool:
+        """As the package's own verbs judge it; a model that is handed back as it is, is accepted."""
+        if repair is None:
+            return True
+        kept = next(look for look in repair.history if look["step"] == repair.steps)
+        unlearnt = kept.get("suspect_agreement", 0.0) <= getattr(self.config, "believed", 100.0)
+        return repair.held_out_before - repair.held_out_after <= self.config.bound and unlearnt
+
+
+def of_classic(kind: str, **more: Any) -> Method:
+    config = CLASSICS[kind][1](**more)
+    return Method(
+        repair=lambda setting, victim, config, run: classic(setting, victim, kind, config, run), config=config
+    )
+
+
+METHODS: dict[str, Method] = {
+    **{name: Method(repair=pad_ft, config=config) for name, config in (PAD_FT | VARIANTS).items()},
+    **{name: of_classic(name) for name in CLASSIC_NAMES},
+    **{name: of_classic(kind, **more) for name, (kind, more) in CLASSIC_VARIANTS.items()},
+    **{name: Method(repair=cgd, config=config) for name, config in {"cgd": CGDConfig(), **CGD_VARIANTS}.items()},
 }
-for name, settings in CGD_VARIANTS.items():
-    METHODS[name] = lambda setting, victim, run, settings=settings: cgd(setting, victim, settings, run)
 
 
 def compute(setting: Setting, method: str) -> dict[str, Any]:
-    cell = setting.cell
+    cell, asked = setting.cell, METHODS[method]
     victim = setting.victim()
     before = setting.before
-    folder = RunFolder.open(cell.folder.path / f"{setting.attack}-pad-ft-{method}", {"method": method})
+    folder = RunFolder.open(
+        cell.folder.path / f"{setting.attack}-pad-ft-{method}-{key_of(asked.config)}", {"method": method}
+    )
     run = replace(cell.run, folder=folder)
-    begun = time.time()
-    repair, split = METHODS[method](setting, victim, run)
-    seconds = time.time() - begun
+    begun, processor = time.time(), time.process_time()
+    repair, split = asked.repair(setting, victim, asked.config, run)
+    seconds, processor = time.time() - begun, time.process_time() - processor
     after = cell.evaluate(repair.classifier) if repair else before
     return {
-        "attack": setting.attack, "seed": cell.run.seed, "method": method,
+        "attack": setting.attack, "seed": cell.run.seed, "method": method, "config": plain(asked.config),
         "test": cell.test.name.removeprefix(f"{setting.shared}/"),
-        "repaired": repair is not None, "before": rates(before), "after": rates(after),
+        "repaired": repair is not None, "accepted": asked.accepts(repair),
+        "before": rates(before), "after": rates(after),
         "der": evaluate_before_after(before, after), "purity": setting.purity(split),
         "changed_share": repair.changed_share if repair else 0.0, "history": repair.history if repair else [],
-        "seconds": seconds,
+        "seconds": seconds, "processor_seconds": processor,
     }  # fmt: skip
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def key_of(config: Any) -> str:
+    """Tells the folders of other settings apart: none goes on with another's steps."""
+    return hashlib.blake2b(json.dumps(plain(config), sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def is_done(file: Path, config: Any) -> bool:
+    """Whether a cell was computed with these settings."""
+    return file.exists() and json.loads(file.read_bytes()).get("config") == plain(config)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -217,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
             setting = None
             for method in args.method:
                 file = args.results / f"{args.set}-{attack}-{seed}-{method}.json"
-                if file.exists():
+                if is_done(file, METHODS[method].config):
                     continue
                 setting = setting or Setting.of(attack, seed, args)
                 result = compute(setting, method)
@@ -231,7 +226,7 @@ def table(args: argparse.Namespace) -> None:
     for file in sorted(args.results.glob(f"{args.set}-*.json")):
         result = json.loads(file.read_bytes())
         rows.setdefault((result["attack"], result["method"]), []).append(result)
-    names = ("C-Acc", "ASR", "floor", "excess", "RA", "DER", "purity", "changed", "seconds")
+    names = ("C-Acc", "ASR", "floor", "excess", "RA", "DER", "purity", "changed", "seconds", "processor s")
     print("| attack | method | seeds | " + " | ".join(names) + " |")
     print("|" + "---|" * (3 + len(names)))
     found: dict[str, dict[str, Any]] = {}
@@ -243,11 +238,16 @@ def table(args: argparse.Namespace) -> None:
             results = rows.get((attack, method), [])
             if results:
                 columns = [column(result["after"], result) for result in results]
-                print(f"| {attack} | {method} | {len(results)} | {spread(columns)} |")
+                refused = sum(not result.get("accepted", True) for result in results)
+                mark = "" if not refused else "*" if len(results) == 1 else f"* ({refused} of {len(results)})"
+                stale = sum(result.get("config") != plain(METHODS[method].config) for result in results)
+                mark += f" [{stale} stale]" if stale else ""
+                print(f"| {attack} | {method}{mark} | {len(results)} | {spread(columns)} |")
                 found.setdefault(method, {})[attack] = {
                     "seeds": sorted(result["seed"] for result in results),
-                    **dict(zip(names, np.nanmean(np.array(columns, dtype=float), axis=0).tolist(), strict=True)),
+                    **{name: mean_of(values) for name, values in zip(names, zip(*columns, strict=True), strict=True)},
                     "C-Acc fall": float(np.mean([fall(result) for result in results])),
+                    "not accepted": refused,
                 }
     if args.set == "test":
         worst = {method: worst_of([row for (_, name), results in rows.items() if name == method for row in results])
@@ -318,13 +318,20 @@ def column(side: dict[str, Any], result: dict[str, Any]) -> list[float]:
     """One row of the table; NaN for what was not measured."""
     rates_of = [side[key]["value"] if side[key] else np.nan for key in ("c_acc", "asr", "asr_floor")]
     after = side is result["after"]
-    more = [result["der"], result["purity"]["target"], 100 * result["changed_share"], result["seconds"]]
+    more = [result["der"], result["purity"]["target"], 100 * result["changed_share"], result["seconds"],
+            result.get("processor_seconds")]  # fmt: skip
     return [
         *rates_of,
         side["asr_excess"] if side["asr_excess"] is not None else np.nan,
         side["ra"]["value"] if side["ra"] else np.nan,
-        *([np.nan if value is None else value for value in more] if after else [np.nan] * 4),
+        *([np.nan if value is None else value for value in more] if after else [np.nan] * len(more)),
     ]
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """Over what was measured; None where nothing was."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else None
 
 
 def fall(result: dict[str, Any]) -> float:

@@ -18,10 +18,19 @@ from PIL import Image
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.defenses.cgd import CGDConfig, repair_with_cgd
-from unpoison.defenses.repair import Repair
+from unpoison.defenses.repair import Repair, label_accuracy
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, first_choices, score_with_cgd
 from unpoison.detection.thresholds import split_as_published, split_by_evidence
-from unpoison.errors import DataError, NotEnoughDataError, ResultError
+from unpoison.errors import ResultError
+from unpoison.evidence import (
+    NEAR_CHANCE,
+    check_classes,
+    check_every_class,
+    check_same_set,
+    clip_warnings,
+    judge_agreement,
+    near_chance,
+)
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import new_classifier
 from unpoison.models.zero_shot import ZeroShot, zero_shot_logits
@@ -37,12 +46,10 @@ from unpoison.results import (
     SampleScores,
     SkippedRow,
     Split,
-    clip_too_weak,
 )
 from unpoison.runs import Run
 from unpoison.types import Classifier, ZeroShotModel
 
-MIN_SAMPLES = 50
 SCAN_LIMITS = (
     "Backdoors whose trigger a fresh network learns no faster than the objects themselves.",
     "Poison whose labels CLIP agrees with and that leaves no trace in early training.",
@@ -135,7 +142,7 @@ def conclude_scan(
         clip=clip.fingerprint,
         clip_agreement=scores.details["clip_agreement"],
         chance_agreement=100.0 / len(source.class_names),
-        warnings=_warnings(source, scores, truncated),
+        warnings=clip_warnings(source, scores, truncated),
         not_covered=SCAN_LIMITS,
         seconds=seconds,
         seed=seed,
@@ -167,14 +174,19 @@ def purify_with_cgd(
     evidence = _gather(classifier, source, clip, config, run, scores)
     split = evidence.split
     original = hash_weights(classifier.weights())
+    usable = np.flatnonzero(evidence.pixels.usable)
+    agreement = label_accuracy(classifier, evidence.pixels, source.labels, usable, run=run)
     if len(split.suspect) == 0:
         repair = None
         accepted, reason = True, "No evidence of poisoning was found in the training set; the model is left as it is."
     else:
+        check_every_class(split)
         repair = repair_with_cgd(classifier, evidence.pixels, split, evidence.zero_shot.cosines, config, run=run)
         accepted, reason = _judge(repair, config)
         if not _required(split.estimate).poisoned:
             reason += " Poisoning was not proved: the doubtful samples of odd labels were unlearnt (odd_labels)."
+    if near_chance(agreement, len(source.class_names)):
+        accepted, reason = False, reason + NEAR_CHANCE
     result = repair.classifier if repair else classifier.copy()
     purification = Purification(
         method="cgd",
@@ -195,6 +207,10 @@ def purify_with_cgd(
         history=repair.history if repair else [],
         inputs={"model": original, "clip": clip.fingerprint, "data": source.name},
         not_covered=REPAIR_LIMITS,
+        warnings=(
+            *judge_agreement(agreement, len(source.class_names), source.name),
+            *clip_warnings(source, evidence.scores, evidence.zero_shot.truncated),
+        ),
     )
     return PurifyOutcome(
         classifier=result, purification=purification, scores=evidence.scores, split=split, samples=evidence.samples
@@ -220,11 +236,13 @@ def _gather(
 ) -> _Evidence:
     """Stage A: pixels once, CLIP once, early models, ranks, regions."""
     check_classes(classifier, source)
-    if scores is not None and (scores.ids != list(source.ids) or not {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys()):
-        raise ResultError(
-            f"the scores are not CGD's of {source.name} ({scores.method}, {len(scores.ids)} samples).",
-            hint="Scan this very set with cgd, or leave the scores away.",
-        )
+    if scores is not None:
+        if not {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys():
+            raise ResultError(
+                f"the scores of {source.name} are not CGD's but of {scores.method}.",
+                hint="Scan this very set with cgd, or leave the scores away.",
+            )
+        check_same_set(scores, ids=source.ids, labels=source.labels, class_names=source.class_names, name=source.name)
     zero_shot = zero_shot_logits(clip, source, run=run)
     check_skips(zero_shot.skipped, len(source), source.name)
     pixels = load_pixels(source, classifier.image_size, cache=run.cache, progress=run.progress)
@@ -304,39 +322,6 @@ def _judge(repair: Repair, config: CGDConfig) -> tuple[bool, str]:
             f" But the model still gives {believed:.0f} percent of the suspects their label: nothing was unlearnt."
         )
     return fall <= config.bound and believed <= config.believed, sentence
-
-
-def _warnings(source: LabelledImages, scores: SampleScores, truncated: tuple[str, ...]) -> tuple[str, ...]:
-    warnings = []
-    agreement, chance = scores.details["clip_agreement"], 100.0 / len(source.class_names)
-    if clip_too_weak(agreement, chance):
-        warnings.append(
-            f"CLIP agrees with {agreement:.1f} percent of the given labels, chance is {chance:.1f}: it hardly knows "
-            "these classes. Give a larger one with --clip, or class names as people would say them."
-        )
-    if truncated:
-        names = ", ".join(truncated)
-        warnings.append(f"CLIP's tokenizer cut these class names off: {names}.")
-    counts = np.bincount(source.labels, minlength=len(source.class_names))
-    rare = [name for name, count in zip(source.class_names, counts, strict=True) if 0 < count < 20]
-    if rare:
-        warnings.append(f"Classes with fewer than 20 samples cannot be judged on their own: {', '.join(rare)}.")
-    return tuple(warnings)
-
-
-def check_classes(classifier: Classifier, source: LabelledImages) -> None:
-    if tuple(classifier.class_names) != tuple(source.class_names):
-        raise DataError(
-            f"the model's classes {list(classifier.class_names)} are not the data's {list(source.class_names)}.",
-            hint="Give the data with the same class names in the same order as the model's.",
-        )
-    if len(source) < MIN_SAMPLES:
-        raise NotEnoughDataError(
-            f"samples in {source.name}",
-            have=len(source),
-            need=MIN_SAMPLES,
-            hint="Ranks over so few samples mean nothing; give the whole training set.",
-        )
 
 
 def _required(estimate: PoisonEstimate | None) -> PoisonEstimate:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from unpoison.api import MIN_SAMPLES, ScanOutcome, check_classes, describe_samples
+from unpoison.api import ScanOutcome, describe_samples
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages
 from unpoison.detection import activation_clustering as clusters
@@ -21,6 +21,7 @@ from unpoison.detection import ibd_psc as scaling
 from unpoison.detection import spectral_signatures as spectra
 from unpoison.detection import strip as overlays
 from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.evidence import MIN_SAMPLES, check_classes
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import ImageClassifier, new_classifier
 from unpoison.models.features import stored_features
@@ -208,7 +209,8 @@ def scan_with_detector(
 
 
 def highest(scores: Float[np.ndarray, " k"], assumed_rate: float) -> Bool[np.ndarray, " k"]:
-    """The 1.5 ``assumed_rate`` highest scores, as spectral signatures' authors remove them."""
+    """The 1.5 ``assumed_rate`` highest scores of the whole set. Spectral signatures' authors remove that share of each
+    label; a set that is poisoned toward one label has most of its poison there."""
     count = round(1.5 * assumed_rate * len(scores))
     flagged = np.zeros(len(scores), dtype=bool)
     flagged[np.argsort(-scores, kind="stable")[:count]] = True

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from unpoison.api import MIN_SAMPLES, ScanOutcome, choose_examples, thumbnail
+from unpoison.api import ScanOutcome, choose_examples, thumbnail
 from unpoison.api_detectors import highest
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
@@ -27,6 +27,7 @@ from unpoison.detection.reference_similarity import DensityConfig, density_of_le
 from unpoison.detection.similarity_gain import OverfitConfig, similarity_gain
 from unpoison.embedded_pairs import Embedded, see_pairs
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
+from unpoison.evidence import MIN_SAMPLES
 from unpoison.results import (
     CLEAN,
     REGION_NAMES,

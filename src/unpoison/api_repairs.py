@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from unpoison.api import REPAIR_LIMITS, PurifyOutcome, check_classes, describe_samples
+from unpoison.api import REPAIR_LIMITS, PurifyOutcome, describe_samples
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import LabelledImages
 from unpoison.defenses.baselines.abl import ABLConfig, repair_with_abl
@@ -23,6 +23,7 @@ from unpoison.defenses.baselines.ft import FTConfig, repair_with_ft
 from unpoison.defenses.baselines.ft_sam import FTSAMConfig, repair_with_ft_sam
 from unpoison.defenses.baselines.i_bau import IBAUConfig, repair_with_i_bau
 from unpoison.defenses.baselines.nad import NADConfig, repair_with_nad
+from unpoison.defenses.clipping import used_rule
 from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft
 from unpoison.defenses.repair import Repair, label_accuracy
 from unpoison.detection.cgd import (
@@ -36,15 +37,22 @@ from unpoison.detection.cgd import (
 )
 from unpoison.detection.self_purified import LOSS_AXIS, score_by_own_loss, select_clean, with_suspects
 from unpoison.detection.thresholds import split_by_evidence
-from unpoison.errors import DataError, NotEnoughDataError, ResultError
+from unpoison.errors import DataError
+from unpoison.evidence import (
+    NEAR_CHANCE,
+    check_classes,
+    check_every_class,
+    check_same_set,
+    clip_warnings,
+    judge_agreement,
+    near_chance,
+)
 from unpoison.models.checkpoints import hash_weights
-from unpoison.models.zero_shot import zero_shot_logits
-from unpoison.results import Purification, SampleScores, Split, clip_too_weak
+from unpoison.models.zero_shot import ZeroShot, zero_shot_logits
+from unpoison.results import Purification, SampleScores, Split
 from unpoison.runs import Run
 from unpoison.types import Classifier, ZeroShotModel
 
-FOREIGN_AGREEMENT = 60.0
-"""Percent of given labels that a model says, under which the set hardly is the one that it was trained on."""
 BELIEVED = 20.0
 """Percent of the suspects that get their label from a repaired model, above which it is said."""
 PAD_FT_LIMITS = (
@@ -66,21 +74,25 @@ def purify_with_pad_ft(
 
     ``scores`` of any detector choose them together with the model's own losses (``config.scores_share``); with a
     ``clip`` CGD's are made; with neither the paper's rule alone decides, which prefers poison. The caller's model is
-    never changed. Raises NotEnoughDataError, SourceFormatError, DataError, UnsupportedModelError, DivergedError.
+    never changed. Raises NotEnoughDataError, SourceFormatError, DataError, ResultError (scores of another set or order
+    of classes), UnsupportedModelError, DivergedError.
     """
     run, config = run or Run(), config or PADFTConfig()
     begun, classifier = time.monotonic(), classifier.copy()
+    if scores is not None:
+        _check(scores, source)
     known = _open(classifier, source, run)
-    estimate, choices, suspect = None, None, np.zeros(0, dtype=np.int64)
+    estimate, zero_shot, suspect = None, None, np.zeros(0, dtype=np.int64)
     if scores is None and clip is not None and config.scores_share > 0:
         zero_shot = zero_shot_logits(clip, source, run=run)
         scores = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
-        choices = first_choices(zero_shot.cosines)
+    told = _of_clip(source, scores, zero_shot)
     if scores is not None and {CLIP_AXIS, EARLY_AXIS} <= scores.axes.keys():
         separated = split_by_evidence(scores, odd=config.odd_labels)
         estimate, suspect, scores = separated.estimate, separated.suspect, with_mean_rank(scores)
     share = config.scores_share if scores is not None else 0.0
-    split = with_suspects(select_clean(known.own, config.per_class, other=scores, share=share), suspect)
+    chosen = select_clean(known.own, config.per_class, other=scores, share=share, largest_share=config.largest_share)
+    split = with_suspects(chosen, suspect)
     split = replace(split, estimate=estimate)
     check_every_class(split)
     repair = repair_with_pad_ft(classifier, known.pixels, split, config, run=run)
@@ -92,16 +104,18 @@ def purify_with_pad_ft(
         seconds=time.monotonic() - begun,
         protects="the classifier's last layer, behind clipped activations",
         limits=PAD_FT_LIMITS,
-        warnings=known.warnings + _warnings(scores, split) + believed,
+        warnings=known.warnings + told + _warnings(scores, split, config) + believed,
+        used=_used(scores, split, config),
+        shuffled=known.shuffled,
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
-    samples = describe_samples(source, shown, split, choices)
+    samples = describe_samples(source, shown, split, None if zero_shot is None else first_choices(zero_shot.cosines))
     return PurifyOutcome(
         classifier=repair.classifier, purification=purification, scores=shown, split=split, samples=samples
     )
 
 
-def _warnings(scores: SampleScores | None, split: Split) -> tuple[str, ...]:
+def _warnings(scores: SampleScores | None, split: Split, config: PADFTConfig) -> tuple[str, ...]:
     if scores is None:
         return (
             "The samples to tune on were chosen by the model's own losses alone: where it was poisoned, many of the "
@@ -109,7 +123,34 @@ def _warnings(scores: SampleScores | None, split: Split) -> tuple[str, ...]:
         )
     if len(split.suspect) and split.estimate is not None and not split.estimate.poisoned:
         return ("Poisoning was not proved: the doubtful samples of odd labels were unlearnt (odd_labels).",)
+    if len(split.suspect) == 0 and _used(scores, split, config):
+        why = (
+            "no sample is suspect" if split.estimate is not None else f"the scores of {scores.method} name no suspects"
+        )
+        return (f"No label was unlearnt, and bounds come from clean samples alone: {why}.",)
     return ()
+
+
+def _used(scores: SampleScores | None, split: Split, config: PADFTConfig) -> dict[str, str]:
+    """What was done in place of what ``config`` asks for."""
+    rule = used_rule(config.clip, split.suspect)
+    changed = {
+        "clip.rule": rule if rule != config.clip.rule else None,
+        "unlearn": "0" if config.unlearn > 0 and len(split.suspect) == 0 else None,
+        "scores_share": "0" if config.scores_share > 0 and scores is None else None,
+    }
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def _of_clip(source: LabelledImages, scores: SampleScores | None, zero_shot: ZeroShot | None) -> tuple[str, ...]:
+    """What to say of CGD's scores, given or made here; nothing of those of others."""
+    if scores is None or "clip_agreement" not in scores.details:
+        return ()
+    return clip_warnings(source, scores, () if zero_shot is None else zero_shot.truncated)
+
+
+def _check(found: SampleScores | Split, source: LabelledImages) -> None:
+    check_same_set(found, ids=source.ids, labels=source.labels, class_names=source.class_names, name=source.name)
 
 
 def warn_of_suspects(repaired: Classifier, pixels: Pixels, split: Split, run: Run) -> tuple[str, ...]:
@@ -149,13 +190,16 @@ def purify_with_classic(
     """A defense that was published for clean samples, on the clean part of ``split``; ``method`` is one of CLASSICS.
 
     Without a split, CGD makes one with ``clip``. The caller's model is never changed. Raises NotEnoughDataError,
-    SourceFormatError, DataError, ResultError (a split of another set), UnsupportedModelError, DivergedError.
+    SourceFormatError, DataError, ResultError (a split of another set or order of classes), UnsupportedModelError,
+    DivergedError.
     """
     repair_with, kind = CLASSICS[method]
     run, config = run or Run(), config or kind()
     begun, classifier = time.monotonic(), classifier.copy()
+    if split is not None:
+        _check(split, source)
     known = _open(classifier, source, run)
-    scores, choices = known.own, None
+    scores, choices, told = known.own, None, ()
     if split is None:
         if clip is None:
             raise DataError(
@@ -163,12 +207,9 @@ def purify_with_classic(
             )
         zero_shot = zero_shot_logits(clip, source, run=run)
         scores = score_with_cgd(classifier, source, known.pixels, zero_shot, SeparationConfig(), run=run)
-        split, choices = split_by_evidence(scores), first_choices(zero_shot.cosines)
-    elif split.ids != list(source.ids):
-        raise ResultError(
-            f"the split is of another set ({len(split.ids)} samples, {source.name} has {len(source)}).",
-            hint="Scan this very set, with the same --limit and --seed.",
-        )
+        told = _of_clip(source, scores, zero_shot)
+        split = split_by_evidence(scores, odd=getattr(config, "odd_labels", "leave-out"))
+        choices = first_choices(zero_shot.cosines)
     check_every_class(split)
     repair = repair_with(classifier, known.pixels, split, config, run=run)
     purification = _purification(
@@ -177,7 +218,8 @@ def purify_with_classic(
         seconds=time.monotonic() - begun,
         protects="the weights of a new classifier" if method == "abl" else "the classifier's weights",
         limits=REPAIR_LIMITS,
-        warnings=known.warnings + warn_of_suspects(repair.classifier, known.pixels, split, run),
+        warnings=known.warnings + told + warn_of_suspects(repair.classifier, known.pixels, split, run),
+        shuffled=known.shuffled,
         inputs={} if clip is None else {"clip": clip.fingerprint},
     )  # fmt: skip
     samples = describe_samples(source, scores, split, choices)
@@ -212,6 +254,7 @@ class _Known:
     pixels: Pixels
     own: SampleScores
     warnings: tuple[str, ...]
+    shuffled: bool
 
 
 def _open(classifier: Classifier, source: LabelledImages, run: Run) -> _Known:
@@ -224,35 +267,9 @@ def _open(classifier: Classifier, source: LabelledImages, run: Run) -> _Known:
     skipped = tuple({row.id: row for row in (*source.skipped, *pixels.skipped)}.values())
     own = score_by_own_loss(logits, source.labels, list(source.ids), source.class_names, skipped)
     agreement = 100 * float((logits[rows].argmax(axis=1) == source.labels[rows]).mean()) if len(rows) else 0.0
-    return _Known(pixels=pixels, own=own, warnings=judge_agreement(agreement, len(source.class_names), source.name))
-
-
-def judge_agreement(agreement: float, classes: int, name: str) -> tuple[str, ...]:
-    """Warnings about a model's agreement, in percent, with the labels of its supposed training set."""
-    said = f"The model says the given label for only {agreement:.1f} percent of {name}"
-    if clip_too_weak(agreement, 100.0 / classes):
-        return (
-            f"{said}; chance is {100 / classes:.1f}. The labels look shuffled, or the classes are in another order: "
-            "nothing that follows means much.",
-        )
-    if agreement < FOREIGN_AGREEMENT:
-        return (
-            f"{said}: this hardly is the set that it was trained on, and losses on another set tell little of poison.",
-        )
-    return ()
-
-
-def check_every_class(split: Split) -> None:
-    """Raises NotEnoughDataError where a class has no clean sample: a repair would unlearn it."""
-    counts = np.bincount(split.labels[split.clean], minlength=len(split.class_names))
-    missing = [name for name, count in zip(split.class_names, counts, strict=True) if count == 0]
-    if missing:
-        raise NotEnoughDataError(
-            f"clean samples of {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}",
-            have=0,
-            need=1,
-            hint="A repair would unlearn these classes: give the whole training set, or one that trusts some of it.",
-        )
+    classes = len(source.class_names)
+    warnings = judge_agreement(agreement, classes, source.name)
+    return _Known(pixels=pixels, own=own, warnings=warnings, shuffled=near_chance(agreement, classes))
 
 
 def _purification(
@@ -269,16 +286,18 @@ def _purification(
     protects: str,
     limits: tuple[str, ...],
     warnings: tuple[str, ...],
+    shuffled: bool,
     inputs: dict[str, str],
+    used: dict[str, str] | None = None,
 ) -> Purification:
     fall = repair.held_out_before - repair.held_out_after
     return Purification(
         method=method,
         config=msgspec.json.decode(msgspec.json.encode(config)),
-        accepted=fall <= bound,
+        accepted=fall <= bound and not shuffled,
         reason=(
             f"Held-out label accuracy went from {repair.held_out_before:.1f} to {repair.held_out_after:.1f} percent; "
-            f"a fall of at most {bound:.1f} points is accepted."
+            f"a fall of at most {bound:.1f} points is accepted.{NEAR_CHANCE if shuffled else ''}"
         ),
         protects=protects,
         held_out_before=repair.held_out_before,
@@ -296,6 +315,7 @@ def _purification(
         not_covered=limits,
         warnings=warnings,
         clipped_sites=len(repair.classifier.bounds),
+        used=used or {},
     )
 
 

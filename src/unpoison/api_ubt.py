@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unpoison.api import MIN_SAMPLES, ScanOutcome
+from unpoison.api import ScanOutcome
 from unpoison.api_clip import TEXT_TOWER_LIMIT, ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
 from unpoison.api_pairs import ranked_outcome
 from unpoison.clip_results import PairExposure
@@ -28,6 +28,7 @@ from unpoison.detection.similarity_gain import similarity_gain
 from unpoison.embedded_pairs import Embedded, caption_cosines, see_pairs
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
+from unpoison.evidence import MIN_SAMPLES
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 

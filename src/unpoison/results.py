@@ -299,6 +299,8 @@ class Purification(JsonResult):
 
     Held-out accuracies are in percent, None where nothing was trained; ``bound`` is in points; ``changed_share`` is a
     share of the parameters in [0, 1]; ``clipped_sites`` counts the activations that the model's files carry bounds for.
+    ``used``: what took the place of settings of ``config``, by their names. ``purity``: percent of each class's trusted
+    samples that are not poison, where ground truth is known; None for a class without any.
     """
 
     schema: ClassVar[str] = "purification"
@@ -324,6 +326,8 @@ class Purification(JsonResult):
     not_covered: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     clipped_sites: int = 0
+    used: dict[str, str] = field(default_factory=dict)
+    purity: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

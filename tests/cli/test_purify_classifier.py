@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,23 @@ def victim(tmp_path: Path) -> Path:
     return tmp_path / "victim"
 
 
+@pytest.fixture(scope="session")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that knows the labels of the set, as nothing else is repaired."""
+    from unpoison.data.pixels import load_pixels
+    from unpoison.data.sources import open_images
+    from unpoison.runs import Run, Silent
+    from unpoison.training import train_classifier
+
+    source = open_images("shapes:240")
+    pixels = load_pixels(source, 32, cache=None, progress=Silent())
+    fresh = new_classifier("small-resnet", source.class_names)
+    trained = train_classifier(fresh, pixels, source.labels, run=Run(), epochs=6, batch_size=32, augment=False)
+    folder = tmp_path_factory.mktemp("learnt") / "victim"
+    save_classifier(trained, folder)
+    return folder
+
+
 @pytest.fixture
 def scanned(tmp_path: Path) -> Path:
     """The files of a scan of the set, with every tenth sample suspect."""
@@ -42,40 +60,95 @@ def scanned(tmp_path: Path) -> Path:
     return tmp_path / "scan"
 
 
-def test_pad_ft_with_the_scores_of_a_scan(process: Here, victim: Path, scanned: Path, tmp_path: Path) -> None:
-    words = ("purify", "pad-ft", "victim", *DATA, "--scores", "scan", "--per-class", "6", "--test", "shapes:60:1",
-             "-o", "out")  # fmt: skip
-    before = hash_weights(load_classifier(victim).weights())
+def test_pad_ft_with_the_scores_of_a_scan(process: Here, learnt: Path, scanned: Path, tmp_path: Path) -> None:
+    from unpoison.attacks.poison import plan_poisoning
+    from unpoison.data.sources import open_images
+
+    plan_poisoning(open_images("shapes:240"), "badnet", rate=0.1, target=0).save(tmp_path / "train.json")
+    words = ("purify", "pad-ft", str(learnt), *DATA, "--scores", "scan", "--per-class", "6", "--test", "shapes:60:1",
+             "--train-manifest", "train.json", "-o", "out")  # fmt: skip
+    before = hash_weights(load_classifier(learnt).weights())
     result = process(*words, "--bound", "100")
     assert result.code == 0, result.err
-    assert "Accepted." in result.out
-    assert "percent of the parameters free to change" in " ".join(result.out.split())
-    assert "labels look shuffled" in " ".join(result.out.split())  # this victim was never trained
+    said = " ".join(result.out.split())
+    assert "Accepted." in said
+    assert "percent of the parameters free to change" in said
+    assert "No label was unlearnt" in said
+    assert "Purity of the trusted samples, by the manifest of the training set" in said
     assert "Traceback" not in result.err
-    assert hash_weights(load_classifier(victim).weights()) == before
+    assert hash_weights(load_classifier(learnt).weights()) == before
     repaired = load_classifier(tmp_path / "out/model")
     assert len(repaired.bounds) == 7
     assert "clipped activations" in (tmp_path / "out/card.md").read_text()
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Purity of the trusted samples" in page
+    assert "No label was unlearnt" in page
     again = process(*words, "--bound", "100", "--json")
     assert again.code == 0
     body = json.loads(again.out)
     assert body["method"] == "pad-ft"
     assert body["clean_count"] == 72
+    assert body["used"] == {"clip.rule": "quantile", "unlearn": "0"}
+    names = open_images("shapes:240").class_names
+    assert list(body["purity"]) == list(names)
+    assert all(body["purity"][name] == 100 for name in names[1:])
     assert Purification.load(tmp_path / "out/purification.json").changed_share == body["changed_share"]
 
 
-def test_the_papers_rule_warns(process: Here, victim: Path) -> None:
-    result = process("purify", "pad-ft", "victim", *DATA, "--paper", "--per-class", "6", "--bound", "100", "-o", "out")
+def test_a_manifest_of_another_set_is_refused(here: Here, learnt: Path, scanned: Path, tmp_path: Path) -> None:
+    from unpoison.attacks.poison import plan_poisoning
+    from unpoison.data.sources import open_images
+
+    manifest = plan_poisoning(open_images("shapes:240"), "badnet", rate=0.1, target=0)
+    replace(manifest, ids=tuple(f"x{name}" for name in manifest.ids)).save(tmp_path / "other.json")
+    result = here("purify", "pad-ft", str(learnt), *DATA, "--scores", "scan", "--per-class", "6",
+                  "--train-manifest", "other.json", "-o", "out")  # fmt: skip
+    assert result.code == 2
+    assert "names no sample of this set" in " ".join(result.err.split())
+
+
+def test_a_model_that_does_not_know_the_labels_is_not_accepted(
+    here: Here, victim: Path, scanned: Path, tmp_path: Path
+) -> None:
+    result = here("purify", "pad-ft", "victim", *DATA, "--scores", "scan", "--per-class", "6", "--bound", "100",
+                  "--test", "shapes:60:1", "-o", "out")  # fmt: skip
+    assert result.code == 3, result.err
+    assert "labels look shuffled" in " ".join(result.out.split())
+    assert "hardly better than chance" in " ".join(result.out.split())
+    found = Purification.load(tmp_path / "out/purification.json")
+    assert found.after is not None
+    assert found.after.model == "out/model-not-accepted"
+    assert (tmp_path / found.after.model).is_dir()
+
+
+def test_a_scan_with_another_order_of_classes_is_refused(
+    here: Here, learnt: Path, scanned: Path, tmp_path: Path
+) -> None:
+    names = load_classifier(learnt).class_names
+    for kind, name in ((Split, "split.parquet"), (SampleScores, "scores.parquet")):
+        found = kind.load(tmp_path / "scan" / name)
+        labels = len(names) - 1 - found.labels
+        replace(found, class_names=names[::-1], labels=labels).save(tmp_path / "scan" / name)
+    for words in (("ft", "--split-from"), ("pad-ft", "--scores")):
+        result = here("purify", words[0], str(learnt), *DATA, words[1], "scan", "-o", "out")
+        assert result.code == 2
+        assert "another list of classes" in " ".join(result.err.split())
+
+
+def test_the_papers_rule_warns(process: Here, learnt: Path) -> None:
+    result = process(
+        "purify", "pad-ft", str(learnt), *DATA, "--paper", "--per-class", "6", "--bound", "100", "-o", "out"
+    )
     assert result.code == 0, result.err
     assert "chosen by the model's own losses alone" in " ".join(result.out.split())
 
 
 def test_a_classic_goes_on_after_a_kill(
-    process: Here, kill_once: Here, elsewhere: Here, victim: Path, scanned: Path, tmp_path: Path
+    process: Here, kill_once: Here, elsewhere: Here, learnt: Path, scanned: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "settings.toml"
     settings.write_text("steps = 60\ncheck_every = 5\nbatch_size = 16\nbound = 100.0\nheld_out = 0.2\n")
-    words = ("purify", "ft", "victim", *DATA, "--split-from", str(scanned), "--config", str(settings), "-o")
+    words = ("purify", "ft", str(learnt), *DATA, "--split-from", str(scanned), "--config", str(settings), "-o")
     kill_once("cut/steps/ft-0.1-00010.safetensors", *words, "cut")
     assert not (tmp_path / "cut/finished.json").exists()
     for folder in ("cut", "whole"):
@@ -109,6 +182,23 @@ def test_a_scan_with_a_detector(here: Here, victim: Path, tmp_path: Path, method
     assert "CLIP agrees" not in page
     assert here("scan", "dataset", "shapes:240", "--method", method, "--model", "victim", "-o", "scan-d",
                 "--exit-zero", "--json").code == 0  # fmt: skip
+
+
+def test_a_weights_file_is_scanned_with_its_own_normalisation(here: Here, victim: Path, tmp_path: Path) -> None:
+    words = ("scan", "dataset", "shapes:240", "--method", "spectral-signatures", "--model",
+             str(victim / "model.safetensors"))  # fmt: skip
+    for folder, more in (("usual", ()), ("same", ("--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25")),
+                         ("plain", ("--mean", "0", "0", "0", "--std", "1", "1", "1"))):  # fmt: skip
+        result = here(*words, *more, "-o", folder)
+        assert result.code == 3, result.err
+    usual, same, plain = (
+        SampleScores.load(tmp_path / folder / "scores.parquet").suspicion for folder in ("usual", "same", "plain")
+    )
+    assert np.array_equal(usual, same)
+    assert not np.allclose(usual, plain)
+    result = here("scan", "dataset", "shapes:240", "--method", "strip", "--mean", "0", "0", "0", "-o", "x")
+    assert result.code == 2
+    assert "--model" in result.err
 
 
 def test_a_detector_trains_its_own_network(here: Here, tmp_path: Path) -> None:

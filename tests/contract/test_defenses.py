@@ -52,7 +52,7 @@ QUICK: dict[str, Any] = {
         bound=100.0,
     ),
 }
-FORMATS = ("folder", "safetensors", "wrapped half precision")
+FORMATS = ("folder", "safetensors", "wrapped half precision", "transformers")
 # Those of CLIP models are held to the same in test_clip_repairs.py.
 OF_CLASSIFIERS = tuple(entry for entry in DEFENSES if "victim model" in entry.needs)
 entries = pytest.mark.parametrize("entry", OF_CLASSIFIERS, ids=lambda entry: entry.name)
@@ -60,7 +60,7 @@ entries = pytest.mark.parametrize("entry", OF_CLASSIFIERS, ids=lambda entry: ent
 
 @pytest.fixture(scope="module")
 def source() -> LabelledImages:
-    return open_images("shapes:120:3")
+    return open_images("shapes:240:3")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,9 @@ def clip() -> ImageTextModel:
 
 
 def victim(source: LabelledImages, kind: str, folder: Path) -> ImageClassifier:
-    """The same small network as it comes from three kinds of files."""
+    """The same small network as it comes from three kinds of files, or a small ViT of transformers."""
+    if kind == "transformers":
+        return load_classifier(vit(source.class_names, folder / "vit"))
     made = new_classifier("small-resnet", source.class_names, seed=1)
     if kind == "folder":
         save_classifier(made, folder / "model")
@@ -82,6 +84,18 @@ def victim(source: LabelledImages, kind: str, folder: Path) -> ImageClassifier:
     state = {f"module.{key}": v.half() if v.is_floating_point() else v for key, v in made.weights().items()}
     torch.save({"state_dict": state}, folder / "w.pth")
     return load_classifier(folder / "w.pth", arch="small-resnet", class_names=source.class_names)
+
+
+def vit(names: tuple[str, ...], folder: Path) -> Path:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    return folder
 
 
 def purify(entry: Entry, model: Classifier, source: LabelledImages, clip: ImageTextModel, seed: int = 0) -> Any:

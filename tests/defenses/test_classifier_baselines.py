@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from torch import Tensor, nn
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.baselines.abl import ABLConfig, isolate, local_gradient_ascent
 from unpoison.defenses.baselines.anp import ANPConfig, learn_masks, neuron_layers, repair_with_anp
-from unpoison.defenses.baselines.fine_pruning import cut_features
-from unpoison.defenses.baselines.ft import FTConfig
+from unpoison.defenses.baselines.fine_pruning import FinePruningConfig, cut_features, repair_with_fine_pruning
+from unpoison.defenses.baselines.ft import FTConfig, repair_with_ft
 from unpoison.defenses.baselines.ft_sam import worst_change
 from unpoison.defenses.baselines.i_bau import IBAUConfig, hypergradient, perturbed_loss, worst_perturbation
-from unpoison.defenses.baselines.nad import attention_distance, attention_map, chosen_layers
+from unpoison.defenses.baselines.nad import NADConfig, attention_distance, attention_map, chosen_layers
 from unpoison.defenses.repair import CleanData, Repair, acceptable, at_largest_rate, last_acceptable
 from unpoison.errors import ConfigError, DivergedError, UnsupportedModelError
 from unpoison.models.batch_norm import batch_norms, frozen_statistics
@@ -45,6 +47,14 @@ def data(count: int = 30) -> CleanData:
     region = np.where(np.arange(count) < 3, SUSPECT, CLEAN).astype(np.int8)
     split = Split(method="x", ids=[str(row) for row in range(count)], labels=labels, region=region, class_names=NAMES)
     return CleanData.open(pixels, split, 0.2, run())
+
+
+def split_of(clean: CleanData) -> Split:
+    """Every sample clean."""
+    return Split(
+        method="x", ids=[str(row) for row in range(len(clean.labels))], labels=clean.labels,
+        region=np.full(len(clean.labels), CLEAN, dtype=np.int8), class_names=NAMES,
+    )  # fmt: skip
 
 
 class Tiny(nn.Module):
@@ -187,12 +197,32 @@ def test_of_equal_masks_the_one_that_fell_first_is_pruned_first(monkeypatch: pyt
     found["mean"][:3] = torch.tensor([0.9, 0.1, 0.5])
     monkeypatch.setattr("unpoison.defenses.baselines.anp.learn_masks", lambda *_: found)
     clean = data()
-    split = Split(method="x", ids=[str(row) for row in range(30)], labels=clean.labels,
-                  region=np.full(30, CLEAN, dtype=np.int8), class_names=NAMES)  # fmt: skip
+    split = split_of(clean)
     config = ANPConfig(prune_fall=100.0, largest_share=1.1 / count, levels=2, held_out=0.2)
     repair = repair_with_anp(model, clean.pixels, split, config, run=run())
     gone = torch.cat([layer.weight == 0 for _, layer in batch_norms(repair.classifier.module)])
     assert gone.nonzero().flatten().tolist() == [1]
+
+
+class NoHead(nn.Module):
+    """A convolution gives the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 16)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("repair", "config"), [(repair_with_fine_pruning, FinePruningConfig()), (repair_with_anp, ANPConfig(steps=1))]
+)
+def test_pruning_needs_a_linear_last_layer(repair: Callable[..., Repair], config: Any) -> None:
+    clean = data()
+    model = ImageClassifier(module=NoHead(), class_names=NAMES, image_size=16)
+    with pytest.raises(UnsupportedModelError, match=r"nn\.Linear"):
+        repair(model, clean.pixels, split_of(clean), replace(config, held_out=0.2), run=run())
 
 
 # ---- fine-tuning
@@ -218,6 +248,31 @@ def test_the_largest_rate_that_a_network_bears_is_kept() -> None:
     tried.clear()
     assert at_largest_rate(FTConfig(learning_rate=0.02), attempt).held_out_after == 71.0
     assert tried == [0.02, 0.01]  # 0.03 is not smaller
+
+
+def test_batches_of_one_are_refused_where_they_cannot_be_normalised() -> None:
+    clean, one = data(), FTConfig(batch_size=1, steps=1, held_out=0.2)
+    model = new_classifier("small-resnet", NAMES, image_size=16)
+    with pytest.raises(ConfigError, match="BatchNorm"):
+        repair_with_ft(model, clean.pixels, split_of(clean), one, run=run())
+    plain = ImageClassifier(module=nn.Sequential(nn.Flatten(), nn.Linear(768, 3)), class_names=NAMES, image_size=16)
+    repair_with_ft(plain, clean.pixels, split_of(clean), one, run=run())
+
+
+def test_the_teacher_holds_out_what_the_student_does() -> None:
+    assert NADConfig().teacher.held_out == FTConfig().held_out == NADConfig().held_out
+    assert NADConfig(held_out=0.3).teacher.held_out == 0.3
+
+
+def test_pruning_changes_the_neurons_alone() -> None:
+    clean, model = data(), new_classifier("small-resnet", NAMES, image_size=16)
+    config = ANPConfig(steps=1, prune_fall=100.0, levels=2, held_out=0.2)
+    repair = repair_with_anp(model, clean.pixels, split_of(clean), config, run=run())
+    before, after = model.module.state_dict(), repair.classifier.module.state_dict()
+    neurons = {f"{name}.weight" for name, _ in batch_norms(model.module)}
+    assert {key for key in before if not torch.equal(before[key], after[key])} <= neurons
+    total = sum(value.numel() for value in model.module.parameters())
+    assert repair.changed_share == sum(before[key].numel() for key in neurons) / total
 
 
 # ---- ABL

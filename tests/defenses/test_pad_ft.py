@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from unpoison.models.activations import activations, channel_rows
 from unpoison.models.classifier import ImageClassifier, new_classifier
 from unpoison.models.features import features_on
 from unpoison.results import CLEAN, MIXED, SUSPECT, Split
-from unpoison.runs import Run
+from unpoison.runs import Run, RunFolder
 from unpoison.training import train_classifier
 
 NAMES = ("dark", "bright", "striped")
@@ -129,6 +132,36 @@ def test_without_suspects_quantiles_take_their_place(victim: ImageClassifier) ->
     torch.testing.assert_close(for_nobody, bounds_by(victim, rule="quantile"))
 
 
+def test_long_rules_go_on_where_they_were(victim: ImageClassifier, tmp_path: Path) -> None:
+    pixels, labels = easy_pixels()
+    nobody = np.zeros(0, dtype=np.int64)
+    config = ClippingConfig(rule="margin", batch_size=64, epochs=10, noise_images=2)
+    folder = RunFolder.open(tmp_path / "run", {})
+
+    def found(run: Run) -> tuple[Tensor, ...]:
+        return find_bounds(victim, pixels, split_of(labels).clean, config, labels=labels, suspect=nobody, run=run)
+
+    whole = found(replace(run(), folder=folder))
+    for stage in range(5, 10):
+        (folder.path / f"steps/bounds-margin-{stage:04d}.safetensors").unlink()
+    for bound, again, free in zip(whole, found(replace(run(), folder=folder)), found(run()), strict=True):
+        assert torch.equal(bound, again)
+        assert torch.equal(bound, free)
+
+
+@pytest.mark.parametrize("rule", ["quantile", "learned", "suspects", "none"])
+def test_a_second_repair_does_not_widen_bounds(victim: ImageClassifier, rule: Any) -> None:
+    pixels, labels = easy_pixels()
+    tight = tuple(0.5 * bound for bound in bounds_by(victim, rule="quantile"))
+    clip = ClippingConfig(rule=rule, epochs=2)
+    repair = repair_with_pad_ft(
+        victim.bounded(tight), pixels, split_of(labels), PADFTConfig(clip=clip, epochs=1), run=run()
+    )
+    assert len(repair.classifier.bounds) == len(tight)
+    for bound, before in zip(repair.classifier.bounds, tight, strict=True):
+        assert (bound <= before).all()
+
+
 def test_disbelief_and_margins() -> None:
     logits = torch.tensor([[2.0, 1.0, -1.0], [40.0, 0.0, 0.0]])
     labels = torch.tensor([1, 0])
@@ -206,11 +239,33 @@ class NoActivation(nn.Module):
         return self.fc(images.flatten(1))
 
 
+class Cosine(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 10 * F.linear(F.normalize(input), F.normalize(self.weight))
+
+
+class OtherHead(nn.Module):
+    """``head`` is an nn.Linear, but not in what it does."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3 * 16 * 16, 8), head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images.flatten(1)).relu())
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
-    [(NoHead, "nn.Linear"), (TwoHeads, "not the logits"), (NoActivation, "nothing can be clipped")],
+    [
+        (lambda: OtherHead(Cosine(8, 3)), "does more than"),
+        (lambda: OtherHead(nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))), "does more than"),
+        (NoHead, "nn.Linear"),
+        (TwoHeads, "not the logits"),
+        (NoActivation, "nothing can be clipped"),
+    ],
 )
-def test_networks_that_do_not_fit_are_refused(network: type[nn.Module], words: str) -> None:
+def test_networks_that_do_not_fit_are_refused(network: Callable[[], nn.Module], words: str) -> None:
     pixels, labels = easy_pixels()
     model = ImageClassifier(module=network(), class_names=NAMES, image_size=16)
     with pytest.raises(UnsupportedModelError, match=words):

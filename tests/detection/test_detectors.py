@@ -20,7 +20,11 @@ from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.catalog import DETECTORS
 from unpoison.data.pixels import Pixels, load_pixels
 from unpoison.data.sources import open_images
-from unpoison.detection.activation_clustering import ActivationClusteringConfig, activation_clustering
+from unpoison.detection.activation_clustering import (
+    ActivationClusteringConfig,
+    activation_clustering,
+    silhouette_rows,
+)
 from unpoison.detection.ibd_psc import IBDPSCConfig, ibd_psc, scale_last
 from unpoison.detection.spectral_signatures import spectral_signatures
 from unpoison.detection.strip import STRIPConfig, entropy, strip
@@ -60,6 +64,28 @@ def test_clean_labels_are_not_called_poisoned() -> None:
     _, verdicts = activation_clustering(features, labels, ActivationClusteringConfig())
     assert [entry.label for entry in verdicts] == [0, 1, 2]
     assert not any(entry.suspicious for entry in verdicts)
+
+
+def test_a_cluster_too_small_for_the_draw_is_seen() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(0, 0.1, (3000, 6)).astype(np.float32)
+    missed = np.random.RandomState(0).permutation(3000)[1000:][:3]  # none of them in the first thousand
+    features[missed] += 50
+    scores, (verdict,) = activation_clustering(features, np.zeros(3000, dtype=np.int64), ActivationClusteringConfig())
+    assert set(np.argsort(-scores)[:3]) == set(missed)
+    assert verdict.share == pytest.approx(0.001)
+    assert verdict.silhouette > 0.9
+
+
+def test_the_silhouette_is_that_of_an_even_draw() -> None:
+    from sklearn.metrics import silhouette_score
+
+    random = np.random.default_rng(1)
+    points, parts = random.normal(0, 1, (2500, 3)), (np.arange(2500) % 4 == 0).astype(np.int64)
+    rows = silhouette_rows(parts, 7)
+    assert silhouette_score(points[rows], parts[rows]) == silhouette_score(
+        points, parts, sample_size=1000, random_state=7
+    )
 
 
 def test_degenerate_labels_score_nothing() -> None:
@@ -219,6 +245,15 @@ def test_a_network_is_trained_where_none_is_given(trained: Any) -> None:
     outcome = scan_with_detector(source, "spectral-signatures", config=DetectorConfig(epochs=1), run=run())
     assert outcome.scan.flagged == round(1.5 * 0.05 * len(source))
     assert outcome.scan.inputs == {"network": "small-resnet"}
+
+
+@pytest.mark.parametrize("method", ["activation-clustering", "spectral-signatures"])
+def test_features_need_a_linear_last_layer(method: str, trained: Any) -> None:
+    source, _, _ = trained
+    network = nn.Sequential(nn.Conv2d(3, len(source.class_names), 32), nn.Flatten())
+    model = ImageClassifier(module=network, class_names=source.class_names)
+    with pytest.raises(UnsupportedModelError, match=r"nn\.Linear"):
+        scan_with_detector(source, method, classifier=model, run=run())
 
 
 def test_a_network_of_other_classes_is_refused(trained: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal, getcontext
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from unpoison.defenses.pad_ft import PADFTConfig
 from unpoison.detection.self_purified import (
     label_margin,
     own_loss,
@@ -75,6 +77,13 @@ def test_each_class_gives_its_surest() -> None:
         assert set(split.clean[labels[split.clean] == label]) == set(members[np.argsort(loss[members])[:10]])
 
 
+def test_more_than_half_of_a_class_has_to_be_asked_for() -> None:
+    scores = scores_of(np.random.default_rng(0).normal(0, 1, (30, 3)), np.arange(30) % 3)
+    assert [len(select_clean(scores, n).clean) for n in (4, 5, 8)] == [12, 15, 15]
+    assert [len(select_clean(scores, n, largest_share=1.0).clean) for n in (8, 10, 99)] == [24, 30, 30]
+    assert [PADFTConfig(per_class=n).largest_share for n in (10, 250, 251)] == [0.5, 0.5, 1.0]
+
+
 def test_margins_break_ties() -> None:
     far = 800.0  # exp(-800) is 0 in float64, so every loss is
     logits = np.array([[far, 0, 0], [far + 5, 0, 0], [far + 9, 0, 0], [far + 1, 0, 0]])
@@ -104,6 +113,10 @@ def test_other_scores_take_the_choice_over() -> None:
     )  # fmt: skip
     with pytest.raises(ResultError, match="another set"):
         select_clean(own, 5, other=strange)
+    with pytest.raises(ResultError, match="another list of classes"):
+        select_clean(own, 5, other=replace(other, class_names=NAMES[::-1]))
+    with pytest.raises(ResultError, match="of other labels"):
+        select_clean(own, 5, other=replace(other, labels=labels + 1))
 
 
 def test_trusted_samples_stay_trusted() -> None:

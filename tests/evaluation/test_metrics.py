@@ -124,3 +124,10 @@ def test_a_rate_of_no_samples_and_an_impossible_bound_are_refused() -> None:
         metrics.accuracy(nothing, nothing)
     with pytest.raises(ConfigError, match="fpr"):
         metrics.tpr_at_fpr(np.ones(2), np.array([True, False]), 1.5)
+
+
+def test_purity_is_of_each_given_labels_trusted_samples() -> None:
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    trusted = np.array([True, True, False, True, True, False])
+    poisoned = np.array([True, False, True, False, False, True])
+    assert metrics.purity_per_class(labels, trusted, poisoned, 3) == [0.5, 1.0, None]

@@ -21,6 +21,7 @@ from unpoison.data.shapes import make_shapes
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, SeparationConfig
+from unpoison.errors import ConfigError, NotEnoughDataError, ResultError
 from unpoison.evaluation.classifier import evaluate_classifier
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.classifier import new_classifier
@@ -150,6 +151,47 @@ def test_the_backdoor_is_gone_and_the_rest_is_kept(case: Case) -> None:
     assert case.after.c_acc.value >= case.before.c_acc.value - 3
 
 
+def test_permuted_labels_are_not_accepted(case: Case, oracle: Oracle) -> None:
+    permuted = case.poisoned.with_labels((case.poisoned.labels + 1) % len(case.poisoned.class_names))
+    scores = replace(case.scan.scores, labels=permuted.labels, details={"clip_agreement": 9.0})
+    found = purify_with_cgd(
+        case.victim, permuted, clip=oracle, scores=scores, config=replace(CONFIG, steps=50), run=make_run()
+    ).purification
+    assert found.steps > 0
+    assert not found.accepted
+    assert "hardly better than chance" in found.reason
+    assert "labels look shuffled" in found.warnings[0]
+    assert "CLIP agrees with 9.0 percent" in found.warnings[1]
+    assert case.outcome.purification.warnings == ()
+
+
+def test_what_does_not_belong_to_the_set_is_refused(case: Case, oracle: Oracle) -> None:
+    scores, names = case.scan.scores, case.poisoned.class_names
+    for wrong, words in (
+        (replace(scores, class_names=names[::-1]), "another list of classes"),
+        (replace(scores, labels=np.roll(scores.labels, 1)), "of other labels"),
+        (replace(scores, ids=scores.ids[::-1]), "another set"),
+        (replace(scores, axes={"x": scores.suspicion}, primary="x"), "not CGD's"),
+    ):
+        with pytest.raises(ResultError, match=words):
+            purify_with_cgd(case.victim, case.poisoned, clip=oracle, scores=wrong, config=CONFIG, run=make_run())
+
+
+def test_a_class_without_clean_samples_is_refused(case: Case, oracle: Oracle) -> None:
+    scores = case.scan.scores
+    axes = {name: np.where(scores.labels == 3, np.nan, values) for name, values in scores.axes.items()}
+    with pytest.raises(NotEnoughDataError, match=case.poisoned.class_names[3]):
+        purify_with_cgd(
+            case.victim, case.poisoned, clip=oracle, scores=replace(scores, axes=axes), config=CONFIG, run=make_run()
+        )
+
+
+def test_batches_of_one_are_refused_where_they_cannot_be_normalised(case: Case, oracle: Oracle) -> None:
+    config = replace(CONFIG, batch_size=1)
+    with pytest.raises(ConfigError, match="BatchNorm"):
+        purify_with_cgd(case.victim, case.poisoned, clip=oracle, scores=case.scan.scores, config=config, run=make_run())
+
+
 def test_a_repair_that_unlearns_nothing_is_refused(case: Case, oracle: Oracle) -> None:
     config = replace(CONFIG, beta=0.0, alpha=0.0, insist=0.0)
     found = purify_with_cgd(
@@ -177,8 +219,8 @@ def test_scan_and_purification_find_the_same(case: Case) -> None:
     assert case.scan.scan.flagged_per_class[case.poisoned.class_names[TARGET]] == case.scan.scan.flagged
 
 
-def test_a_clean_set_and_its_model_are_left_alone(clean: LabelledImages, oracle: Oracle) -> None:
-    model = new_classifier("small-resnet", clean.class_names, seed=3)
+def test_a_clean_set_and_its_model_are_left_alone(case: Case, clean: LabelledImages, oracle: Oracle) -> None:
+    model = case.victim  # it knows these labels as well
     outcome = purify_with_cgd(model, clean, clip=oracle, config=CONFIG, run=make_run())
     assert outcome.split.estimate is not None
     assert not outcome.split.estimate.poisoned

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from unpoison.api_repairs import judge_agreement, purify_with_classic, purify_with_pad_ft
+from unpoison.api_repairs import purify_with_classic, purify_with_pad_ft
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.data.pixels import load_pixels
@@ -19,12 +20,16 @@ from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS
 from unpoison.detection.ranks import rank_normalise
 from unpoison.errors import DataError, NotEnoughDataError, ResultError
 from unpoison.evaluation.classifier import evaluate_classifier
+from unpoison.evidence import judge_agreement
 from unpoison.models.classifier import ImageClassifier, new_classifier
+from unpoison.models.clip_transformers import load_clip
+from unpoison.models.zero_shot import ZeroShot
 from unpoison.results import CLEAN, SUSPECT, Evaluation, SampleScores, Split
 from unpoison.runs import Run
 from unpoison.training import train_classifier
 
 TARGET = 4
+QUICK = PADFTConfig(epochs=2)
 
 
 def make_run() -> Run:
@@ -83,6 +88,7 @@ def test_the_backdoor_goes_and_the_body_stays(
     assert outcome.purification.accepted, outcome.purification.reason
     assert outcome.purification.changed_share < 0.01
     assert outcome.purification.warnings == ()
+    assert outcome.purification.used == {}
 
 
 def test_the_papers_rule_trusts_poison_and_says_so(
@@ -94,6 +100,89 @@ def test_the_papers_rule_trusts_poison_and_says_so(
     assert truth[in_target].mean() > 0.05
     assert "chosen by the model's own losses alone" in " ".join(outcome.purification.warnings)
     assert len(outcome.split.suspect) == 0
+    assert outcome.purification.used == {}
+
+
+def test_scores_that_name_no_suspects_are_said_to(
+    victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
+) -> None:
+    ranks = scores_of(poisoned, poisoning)
+    other = replace(ranks, method="spectral-signatures", axes={"s": ranks.suspicion}, primary="s")
+    found = purify_with_pad_ft(victim, poisoned, scores=other, config=QUICK, run=make_run()).purification
+    assert found.used == {"clip.rule": "quantile", "unlearn": "0"}
+    assert "spectral-signatures name no suspects" in " ".join(found.warnings)
+    weak = replace(ranks, details={"clip_agreement": 11.0})
+    told = purify_with_pad_ft(victim, poisoned, scores=weak, config=QUICK, run=make_run()).purification.warnings
+    assert "CLIP agrees with 11.0 percent" in " ".join(told)
+
+
+def test_what_is_of_another_order_of_classes_is_refused(
+    victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
+) -> None:
+    """As where a scan of a folder takes its classes in the order of their names, and a model in its own."""
+    ranks = scores_of(poisoned, poisoning)
+    names = poisoned.class_names[::-1]
+    given: dict[str, Any] = {"class_names": names, "labels": len(names) - 1 - poisoned.labels}
+    region = np.full(len(poisoned), CLEAN, dtype=np.int8)
+    split = Split(method="x", ids=list(poisoned.ids), region=region, **given)
+    with pytest.raises(ResultError, match="another list of classes"):
+        purify_with_classic("ft", victim, poisoned, split=split, run=make_run())
+    with pytest.raises(ResultError, match="another list of classes"):
+        purify_with_pad_ft(victim, poisoned, scores=replace(ranks, **given), run=make_run())
+    changed = np.roll(poisoned.labels, 1)
+    with pytest.raises(ResultError, match="of other labels"):
+        purify_with_classic(
+            "ft", victim, poisoned, split=replace(split, class_names=poisoned.class_names, labels=changed),
+            run=make_run(),
+        )  # fmt: skip
+    with pytest.raises(ResultError, match="of other labels"):
+        purify_with_pad_ft(victim, poisoned, scores=replace(ranks, labels=changed), run=make_run())
+
+
+def test_permuted_labels_are_not_accepted(victim: ImageClassifier, poisoned: LabelledImages) -> None:
+    permuted = poisoned.with_labels((poisoned.labels + 1) % len(poisoned.class_names))
+    region = np.full(len(poisoned), CLEAN, dtype=np.int8)
+    split = Split(
+        method="x", ids=list(permuted.ids), labels=permuted.labels, region=region, class_names=permuted.class_names
+    )
+    tuned = purify_with_classic(
+        "ft", victim, permuted, split=split, config=FTConfig(steps=20, batch_size=64), run=make_run()
+    )
+    repaired = purify_with_pad_ft(victim, permuted, scores=scores_of(permuted, None), config=QUICK, run=make_run())
+    for found in (tuned.purification, repaired.purification):
+        assert found.held_out_after is not None
+        assert found.held_out_before is not None
+        assert found.held_out_after >= found.held_out_before - found.bound  # what was held out is as wrong
+        assert not found.accepted
+        assert "hardly better than chance" in found.reason
+        assert "labels look shuffled" in " ".join(found.warnings)
+
+
+def test_a_class_without_trusted_samples_is_refused(
+    victim: ImageClassifier, poisoned: LabelledImages, poisoning: Poisoning
+) -> None:
+    ranks = scores_of(poisoned, poisoning)
+    axes = {name: np.where(poisoned.labels == 3, np.nan, values) for name, values in ranks.axes.items()}
+    with pytest.raises(NotEnoughDataError, match=poisoned.class_names[3]):
+        purify_with_pad_ft(victim, poisoned, scores=replace(ranks, axes=axes), run=make_run())
+
+
+@pytest.mark.parametrize("method", ["ft", "abl"])
+def test_odd_labels_are_suspects_where_they_are_unlearnt(
+    method: str, victim: ImageClassifier, poisoned: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def split_by(scores: SampleScores, *, odd: str) -> Split:
+        asked.append(odd)
+        raise StopIteration
+
+    monkeypatch.setattr("unpoison.api_repairs.zero_shot_logits", lambda *_, **__: ZeroShot(cosines=np.zeros((1, 1))))
+    monkeypatch.setattr("unpoison.api_repairs.score_with_cgd", lambda *_, **__: scores_of(poisoned, None))
+    monkeypatch.setattr("unpoison.api_repairs.split_by_evidence", split_by)
+    with pytest.raises(StopIteration):
+        purify_with_classic(method, victim, poisoned, clip=load_clip("tiny"), run=make_run())
+    assert asked == ["unlearn" if method == "abl" else "leave-out"]
 
 
 def test_a_clean_model_keeps_its_accuracy() -> None:

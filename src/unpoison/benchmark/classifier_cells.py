@@ -176,10 +176,8 @@ def _repair(setting: Setting, victim: ImageClassifier, method: MethodSettings) -
     scored = _scores(setting, separation)
     scores = SampleScores.load(scored.path / "scores.parquet")
     run = replace(setting.run, folder=RunFolder.open(setting.folder / "work" / cell.key, cell.inputs))
-    offered = {
-        "clip": load_any_clip(cell.model.clip), "scores": scores, "split": split_by_evidence(scores), "config": config,
-        "run": run,
-    }  # fmt: skip
+    split = split_by_evidence(scores, odd=getattr(config, "odd_labels", "leave-out"))
+    offered = {"clip": load_any_clip(cell.model.clip), "scores": scores, "split": split, "config": config, "run": run}
     watch = Stopwatch()
     outcome = call_with(resolve(entry.function), victim, setting.train, offered=offered)
     return outcome, Cost(seconds=watch.seconds, processor=watch.processor), scored

@@ -43,6 +43,14 @@ class ClassifierRepairOptions:
     manifest: Annotated[
         Path | None, Parameter(group=TEST, show_default=False, help="Poison manifest: measure attack success with it.")
     ] = None
+    train_manifest: Annotated[
+        Path | None,
+        Parameter(
+            group=TEST,
+            show_default=False,
+            help="Poison manifest of the training set: say how pure the trusted samples were. No method sees it.",
+        ),
+    ] = None
     opening: Opening = Opening()
     reading: Reading = Reading()
     running: Planned = Planned()

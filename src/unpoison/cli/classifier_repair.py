@@ -40,13 +40,15 @@ def repair(
         console.detail("importing libraries")
         from dataclasses import asdict, replace
 
+        from unpoison.attacks.parts import load_labelled
         from unpoison.catalog import DEFENSES, find, resolve
         from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder, vars_of
         from unpoison.configs import make_config, merge, read_config
         from unpoison.errors import UsageError
+        from unpoison.evaluation.classifier import purity_of
         from unpoison.models.checkpoints import hash_weights
         from unpoison.models.clip_transformers import load_clip
-        from unpoison.outputs import save_purification
+        from unpoison.outputs import model_folder, save_purification
         from unpoison.results import Purification, to_json
 
         if asked.manifest is not None and asked.test is None:
@@ -65,6 +67,7 @@ def repair(
             tested = open_source(asked.test, Reading(), class_names=classifier.class_names)
         path = run_path(options.output, f"purify-{verb}", model)
         evidence = _read_evidence(verb, given)
+        truth = None if asked.train_manifest is None else load_labelled(asked.train_manifest)
         surrogate = None if paper or evidence is not None else load_clip(asked.clip)
         if options.dry_run:
             dry = DryRun(plan=_plan(images, surrogate, classifier, settings, run_without_folder(console, options)),
@@ -77,6 +80,7 @@ def repair(
             clip=None if surrogate is None else asked.clip,
             clip_fingerprint=None if surrogate is None else surrogate.fingerprint, config=asdict(settings),
             test=asked.test, manifest=None if asked.manifest is None else str(asked.manifest),
+            train_manifest=None if asked.train_manifest is None else str(asked.train_manifest),
             given=None if given is None else str(given),
         )  # fmt: skip
         run = begin(console, options, path, inputs)
@@ -84,9 +88,12 @@ def repair(
             more = {} if evidence is None else {"scores" if verb == "pad-ft" else "split": evidence}
             outcome = resolve(entry.function)(classifier, images, config=settings, clip=surrogate, run=run, **more)
             purification: Purification = outcome.purification
+            if truth is not None:
+                purification = replace(purification, purity=purity_of(outcome.split, truth))
             if tested is not None:
                 before = evaluate(classifier, tested, asked.manifest, model, run)
-                after = evaluate(outcome.classifier, tested, asked.manifest, str(path / "model"), run)
+                name = str(path / model_folder(purification))
+                after = evaluate(outcome.classifier, tested, asked.manifest, name, run)
                 purification = replace(purification, before=before, after=after)
             save_purification(
                 purification, outcome.classifier, outcome.scores, outcome.split, outcome.samples, path,
@@ -150,6 +157,7 @@ def show_purification(out: rich.console.Console, result: Purification, path: Pat
     from unpoison.cli.console import printable
     from unpoison.cli.tables import evaluation_table
     from unpoison.outputs import model_folder
+    from unpoison.report.text import purity_sentence
 
     out.print("Accepted." if result.accepted else "Not accepted.", style="bold")
     out.print(printable(result.reason))
@@ -157,6 +165,8 @@ def show_purification(out: rich.console.Console, result: Purification, path: Pat
         f"{result.clean_count:,} samples were trusted, {result.suspect_count:,} suspected; {result.steps:,} training "
         f"steps, {100 * result.changed_share:.1f} percent of the parameters free to change."
     )
+    if result.purity:
+        out.print(printable(purity_sentence(result.purity)))
     if result.before is not None and result.after is not None:
         out.print()
         out.print(evaluation_table({"before": result.before, "after": result.after}))

@@ -146,7 +146,7 @@ class Opening:
         Parameter(
             group=OPENING,
             show_default=False,
-            help="Network of a weights file: small-resnet, preact-resnet-18, package.module:callable.",
+            help="Network of a weights file: small-resnet, preact-resnet-18, wrn-16-1, package.module:callable.",
         ),
     ] = None
     image_size: Annotated[int, Parameter(group=OPENING, help="Input of a weights file's network, in pixels.")] = 32

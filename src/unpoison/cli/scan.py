@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from unpoison.cli.options import READING, RUNNING, Planned, Reading, run_path
+from unpoison.cli.options import READING, RUNNING, Channels, Opening, Planned, Reading, run_path
 
 if TYPE_CHECKING:
     import rich.console
@@ -76,6 +76,15 @@ def dataset(
         ),
     ] = "small-resnet",
     image_size: Annotated[int, Parameter(group=METHOD, help="Pixels of its input.")] = 32,
+    mean: Annotated[
+        Channels | None,
+        Parameter(
+            negative="", group=METHOD, show_default=False, help="For --model: its normalization of images in [0, 1]."
+        ),
+    ] = None,
+    std: Annotated[
+        Channels | None, Parameter(negative="", group=METHOD, show_default=False, help="Its standard deviation.")
+    ] = None,
     assumed_rate: Annotated[
         float | None,
         Parameter(
@@ -150,7 +159,7 @@ def dataset(
             from unpoison.cli.scan_pairs import scan
 
             foreign = {
-                "--model": model, "--scorers": scorers, "--scorer-epochs": scorer_epochs,
+                "--model": model, "--mean": mean, "--std": std, "--scorers": scorers, "--scorer-epochs": scorer_epochs,
                 "--scorer-samples": scorer_samples, "--label-column": reading.label_column,
                 "--class-names": reading.class_names,
             }  # fmt: skip
@@ -164,8 +173,11 @@ def dataset(
                 "--reference and --caption-column are for image-caption pairs.", hint="Add --pairs, or leave them away."
             )
         method = method or "cgd"
+        if model is None and (mean is not None or std is not None):
+            raise UsageError("--mean and --std are of the network that --model names.", hint="Name it, or leave them.")
         if method != "cgd":
-            code = _detect(console, source, method, model, arch, image_size, assumed_rate, config, reading, options)
+            opening = Opening(arch=arch, image_size=image_size, mean=mean, std=std)
+            code = _detect(console, source, method, model, opening, assumed_rate, config, reading, options)
             return 0 if exit_zero else code
         if model is not None or assumed_rate is not None:
             raise UsageError("--model and --assumed-rate are not for cgd.", hint="Name another --method with them.")
@@ -206,20 +218,18 @@ def _detect(
     source: str,
     method: str,
     model: str | None,
-    arch: str,
-    image_size: int,
+    opening: Opening,
     assumed_rate: float | None,
     config: Path | None,
     reading: Reading,
     options: Planned,
 ) -> int:
-    """A scan with one of the detectors that need a network trained on the set."""
-    from dataclasses import asdict
+    """A scan with one of the detectors that need a network trained on the set; ``opening``: that network's."""
+    from dataclasses import asdict, replace
 
     from unpoison.api_detectors import DetectorConfig, scan_with_detector
     from unpoison.cli import FINDINGS, INCONCLUSIVE
     from unpoison.cli.classifier_repair import open_pair
-    from unpoison.cli.options import Opening
     from unpoison.cli.running import DryRun, begin, open_source, run_inputs, run_without_folder
     from unpoison.configs import make_config, merge, read_config
     from unpoison.models.checkpoints import hash_weights
@@ -230,11 +240,12 @@ def _detect(
 
     table = merge(read_config(config) if config is not None else {}, {"assumed_rate": assumed_rate})
     settings = make_config(DetectorConfig, table, where=str(config or "options"))
+    arch, image_size = opening.arch or "", opening.image_size
     if model is None:
         classifier, images = None, open_source(source, reading, limit=options.limit, seed=options.seed)
     else:
-        opening = Opening(arch=arch, image_size=image_size) if Path(model).is_file() else Opening()
-        classifier, images = open_pair(model, source, opening, reading, limit=options.limit, seed=options.seed)
+        how = opening if Path(model).is_file() else replace(opening, arch=None, image_size=Opening().image_size)
+        classifier, images = open_pair(model, source, how, reading, limit=options.limit, seed=options.seed)
     path = run_path(options.output, "scan", source)
     if options.dry_run:
         run = run_without_folder(console, options)
@@ -248,6 +259,7 @@ def _detect(
         return 0
     inputs = run_inputs(
         "scan dataset", images, reading, options, method=method, model=model, arch=arch, image_size=image_size,
+        mean=opening.mean, std=opening.std,
         model_hash=None if classifier is None else hash_weights(classifier.weights()), config=asdict(settings),
     )  # fmt: skip
     run = begin(console, options, path, inputs)

@@ -50,7 +50,7 @@ from torch import Tensor
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
 from unpoison.defenses.clipping import disbelief
-from unpoison.defenses.repair import Repair, acceptable, hold_out, label_accuracy
+from unpoison.defenses.repair import Repair, acceptable, check_batch_size, hold_out, label_accuracy
 from unpoison.detection.cgd import SeparationConfig
 from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError
@@ -141,7 +141,11 @@ def repair_with_cgd(
     *,
     run: Run,
 ) -> Repair:
-    """Steps 2 to 5 on a copy of ``classifier``. Raises NotEnoughDataError, DivergedError."""
+    """Steps 2 to 6 on a copy of ``classifier``.
+
+    Raises NotEnoughDataError, ConfigError (batches of one and BatchNorm), DivergedError.
+    """
+    check_batch_size(classifier, config.batch_size)
     repaired = classifier.copy()
     net = repaired.module.to(run.device)
     clean, held_out = hold_out(split.clean, split.labels, config.held_out, run.generator("hold-out"))

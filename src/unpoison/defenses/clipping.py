@@ -14,34 +14,40 @@ Rules
     term fades by itself once the labels are no longer believed. It needs samples that are suspect: without any, the
     quantile rule takes its place.
 Where we differ, and what the papers leave open
-    One step of the noise images to each step of Z. Every activation is clipped, not a chosen few. c changes every tenth
-    of the epochs from two fifths on, as the published schedule (20, 30, 40 of 50) does.
+    One step of the noise images to each step of Z. Every activation is clipped, not a chosen few. c changes every fifth
+    of the epochs from two fifths on (20, 30, 40 of 50), which is the published schedule of ``learned``.
+    In ``margin``, c multiplies the sum of the margins of as many noise images as there are classes, drawn anew at every
+    step, not of all of them (50 a class): 0.002 weighs a fiftieth of what it does there.
+    A model that is clipped already keeps its bounds where the new ones would be wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.detection.cgd import apply_classifier
 from unpoison.errors import ConfigError, UnsupportedModelError
-from unpoison.models.activations import activations, channel_rows
+from unpoison.models.activations import AtActivations, channel_rows
 from unpoison.models.image_classifier import evaluation_mode, images_at_once
 from unpoison.runs import Run
+from unpoison.training import restore, state_of
 from unpoison.types import Bound, Classifier, Logits
 
 ClipRule = Literal["none", "quantile", "learned", "margin", "suspects"]
 _SAMPLED = 2**16  # values of a channel behind its quantile
 _NOT_BELIEVED = 1e-6  # probability of a label
+_STAGES = 10  # of the rules that learn for long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,48 +101,71 @@ def find_bounds(
     suspect: Int[np.ndarray, " s"],
     run: Run,
 ) -> tuple[Bound, ...]:
-    """Bounds by ``config.rule`` from the clean samples ``rows``; none for the rule "none". The model stays as it is.
+    """Bounds by the rule that is used (:func:`used_rule`) from the clean samples ``rows``; for "none", those that the
+    model has. They are never wider than those. The model stays as it is.
 
     ``suspect`` samples and their ``labels`` are for the rule of this name. Raises UnsupportedModelError for a network
     that calls no activation function.
     """
-    if config.rule == "none":
-        return ()
+    rule = used_rule(config, suspect)
+    if rule == "none":
+        return tuple(classifier.bounds)
     with evaluation_mode(classifier.module.to(run.device)):
-        if config.rule == "quantile" or (config.rule == "suspects" and len(suspect) == 0):
-            return channel_quantiles(classifier, pixels, rows, config.quantile, run=run)
-        start = channel_quantiles(classifier, pixels, rows, 1.0, run=run)
-        if config.rule == "suspects":
-            return _unlearn(classifier, pixels, rows, suspect, labels, start, config, run)
-        stored = run.step(
-            f"bounds-{config.rule}", lambda: _as_step(_learn(classifier, pixels, rows, start, config, run))
-        )
-    return tuple(stored[name] for name in sorted(stored))
+        if rule == "quantile":
+            found = channel_quantiles(classifier, pixels, rows, config.quantile, run=run)
+            return no_wider(found, classifier.bounds)
+        start = no_wider(channel_quantiles(classifier, pixels, rows, 1.0, run=run), classifier.bounds)
+        if rule == "suspects":
+            found = _unlearn(classifier, pixels, rows, suspect, labels, start, config, run)
+        else:
+            found = _learn(classifier, pixels, rows, start, config, run)
+    return no_wider(found, classifier.bounds)
+
+
+def used_rule(config: ClippingConfig, suspect: Int[np.ndarray, " s"]) -> ClipRule:
+    """The rule that makes the bounds: where nothing is suspect, "quantile" takes the place of "suspects"."""
+    return "quantile" if config.rule == "suspects" and len(suspect) == 0 else config.rule
+
+
+def no_wider(bounds: Sequence[Bound], than: Sequence[Bound]) -> tuple[Bound, ...]:
+    """The smaller of both, channel by channel; ``bounds`` themselves where there are no others."""
+    if not than:
+        return tuple(bounds)
+    return tuple(torch.minimum(bound, other.to(bound)) for bound, other in zip(bounds, than, strict=True))
 
 
 @torch.no_grad()
 def channel_quantiles(
     classifier: Classifier, pixels: Pixels, rows: Int[np.ndarray, " k"], quantile: float, *, run: Run
 ) -> tuple[Bound, ...]:
-    """Each channel's quantile over samples and positions, at every site; of long streams an even sample of them."""
+    """Each channel's quantile over samples and positions, at every site.
+
+    Of long streams it is that of an even sample: the same number of positions of every image, drawn with repeats. The
+    maximum (a quantile of 1) is over all positions.
+    """
     kept: list[list[Tensor]] = []
     each = max(1, _SAMPLED // max(1, len(rows)))
     generator = run.generator("positions")
     size = images_at_once(run.device, pixels.array.shape[1])
     starts = range(0, len(rows), size)
+
+    def keep(index: int, output: Tensor) -> Tensor:
+        if index == len(kept):
+            kept.append([])
+        site, values = kept[index], channel_rows(output)
+        if quantile == 1.0:
+            site[:] = [torch.stack([values.amax(0), *site]).amax(0)] if site else [values.amax(0)]
+        else:
+            places = len(values) // len(output)
+            drawn = torch.randint(places, (len(output), min(each, places)), generator=generator)
+            chosen = (drawn + places * torch.arange(len(output))[:, None]).flatten()
+            site.append(values[chosen.to(values.device)].float().cpu())
+        return output
+
     for start in run.progress.track(starts, total=len(rows), what="activations", weight=size, unit="images"):
         images = to_images(pixels.array[rows[start : start + size]]).to(run.device)
-        found = activations(lambda images=images: classifier.logits(images))
-        kept = kept or [[] for _ in found]
-        for site, output in zip(kept, found, strict=True):
-            values = channel_rows(output)
-            if quantile == 1.0:
-                site[:] = [torch.stack([values.amax(0), *site]).amax(0)] if site else [values.amax(0)]
-            else:
-                places = len(values) // len(images)
-                drawn = torch.randint(places, (len(images), min(each, places)), generator=generator)
-                chosen = (drawn + places * torch.arange(len(images))[:, None]).flatten()
-                site.append(values[chosen.to(values.device)].float().cpu())
+        with AtActivations(keep):
+            classifier.logits(images)
     if not kept:
         raise UnsupportedModelError(
             f"{type(classifier.module).__name__} calls none of torch's activation functions: nothing can be clipped.",
@@ -161,48 +190,63 @@ def _learn(
     config: ClippingConfig,
     run: Run,
 ) -> tuple[Bound, ...]:
+    """The rules ``learned`` and ``margin``, a stage at a time: an interrupted run goes on after the last one."""
     margin = config.rule == "margin"
     epochs = config.epochs or (300 if margin else 50)
     weight = config.weight if config.weight is not None else (0.002 if margin else 0.5)
     scale = [bound.to(run.device).clamp_min(1e-6) for bound in start]
-    shares = [torch.ones_like(bound, requires_grad=True) for bound in scale]
     classes = len(classifier.class_names)
     side = classifier.image_size
     noise = torch.rand(classes * config.noise_images, 3, side, side, generator=run.generator("noise images"))
-    noise = noise.to(run.device).requires_grad_(margin)
     aims = torch.arange(classes, device=run.device).repeat_interleave(config.noise_images)
-    optimiser = torch.optim.Adam(shares, config.learning_rate)
-    climber = torch.optim.Adam([noise], config.learning_rate) if margin else None
+    learnt = nn.ParameterDict({f"site-{site:03d}": torch.ones_like(bound) for site, bound in enumerate(scale)})
+    shares = list(learnt.values())
+    groups: list[dict[str, Any]] = [{"params": shares}]
+    if margin:
+        learnt["noise"] = noise.to(run.device)
+        groups.append({"params": [learnt["noise"]], "maximize": True})  # up, where the bounds go down
+    learnt.register_buffer("weight", torch.tensor(weight, dtype=torch.float64))
+    optimiser = torch.optim.Adam(groups, config.learning_rate)
     with torch.no_grad():
         targets = [classifier.logits(part) for part in _batches(pixels, rows, config.batch_size, run)]
+
+    def one_epoch(epoch: int) -> None:
+        right, seen, weight = 0, 0, float(learnt.get_buffer("weight"))
+        for images, target in zip(_batches(pixels, rows, config.batch_size, run), targets, strict=True):
+            bounds = [share * most for share, most in zip(shares, scale, strict=True)]
+            logits = classifier.bounded(bounds).logits(images)
+            loss = (logits - target).square().sum(1).mean()
+            if margin:
+                drawn = torch.randperm(len(noise), generator=run.generator("drawn", epoch, seen))[:classes]
+                shown = learnt["noise"][drawn.to(run.device)]
+                high = margins(classifier.bounded(bounds).logits(shown), aims[drawn.to(run.device)])
+                loss = loss + weight * high.sum()
+            else:
+                loss = loss + weight * torch.stack([bound.norm() for bound in bounds]).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                for values in learnt.values():
+                    values.clamp_(0, 1)
+            right += int((logits.argmax(1) == target.argmax(1)).sum())
+            seen += len(images)
+        if epoch + 1 >= 0.4 * epochs and (epoch + 1) % max(1, epochs // 5) == 0 and epoch + 1 < epochs:
+            kept = 100 * right / seen >= config.least_accuracy
+            learnt.get_buffer("weight").fill_(weight * config.weight_factor if kept else weight / config.weight_factor)
+
+    def one_stage(first: int) -> dict[str, Tensor]:
+        for epoch in range(first, min(first + stage, epochs)):
+            one_epoch(epoch)
+        return state_of(learnt, optimiser)
+
+    stage = -(-epochs // _STAGES)
     with frozen_weights(classifier):
-        for epoch in run.progress.track(range(epochs), total=epochs, what=f"{config.rule} bounds", unit="epochs"):
-            right = seen = 0
-            for images, target in zip(_batches(pixels, rows, config.batch_size, run), targets, strict=True):
-                bounds = [share * most for share, most in zip(shares, scale, strict=True)]
-                logits = classifier.bounded(bounds).logits(images)
-                loss = (logits - target).square().sum(1).mean()
-                if climber is None:
-                    loss = loss + weight * torch.stack([bound.norm() for bound in bounds]).sum()
-                else:
-                    drawn = torch.randperm(len(noise), generator=run.generator("drawn", epoch, seen))[:classes]
-                    high = margins(classifier.bounded(bounds).logits(noise[drawn.to(noise.device)]), aims[drawn])
-                    loss = loss + weight * high.sum()
-                    climber.zero_grad()
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                if climber is not None and noise.grad is not None:
-                    noise.grad.neg_()  # up, where the bounds go down
-                    climber.step()
-                    noise.data.clamp_(0, 1)
-                for share in shares:
-                    share.data.clamp_(0, 1)
-                right += int((logits.argmax(1) == target.argmax(1)).sum())
-                seen += len(images)
-            if epoch + 1 >= 0.4 * epochs and (epoch + 1) % max(1, epochs // 5) == 0 and epoch + 1 < epochs:
-                kept = 100 * right / seen >= config.least_accuracy
-                weight = weight * config.weight_factor if kept else weight / config.weight_factor
+        for first in run.progress.track(
+            range(0, epochs, stage), total=epochs, what=f"{config.rule} bounds", weight=stage, unit="epochs"
+        ):
+            name = f"bounds-{config.rule}-{first:04d}"
+            restore(learnt, optimiser, run.step(name, partial(one_stage, first)))
     return tuple((share * most).detach().cpu() for share, most in zip(shares, scale, strict=True))
 
 
@@ -279,7 +323,3 @@ def margins(logits: Logits, classes: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
 def _batches(pixels: Pixels, rows: np.ndarray, size: int, run: Run):
     for start in range(0, len(rows), size):
         yield to_images(pixels.array[rows[start : start + size]]).to(run.device)
-
-
-def _as_step(bounds: tuple[Bound, ...]) -> dict[str, Tensor]:
-    return {f"site-{site:03d}": bound for site, bound in enumerate(bounds)}

@@ -51,7 +51,7 @@ class PADFTConfig(RateConfig):
     """PAD-FT's constants; the paper names n_c only, the rest is ours."""
 
     per_class: int = 250
-    """n_c: samples of each class in D_c."""
+    """n_c: samples of each class in D_c. At most half of a class, unless more than this default is asked for."""
     scores_share: float = 1.0
     """Weight of the given scores' rank in the choice of D_c; the rest is the paper's rule. Ours."""
     odd_labels: OddLabels = "unlearn"
@@ -82,6 +82,11 @@ class PADFTConfig(RateConfig):
                 "expected held_out in (0, 1), scores_share in [0, 1], views of at least 0.", hint="Try the defaults."
             )
 
+    @property
+    def largest_share(self) -> float:
+        """Share of a class that D_c may hold, in (0, 1]."""
+        return 0.5 if self.per_class <= type(self).per_class else 1.0
+
     @classmethod
     def as_published(cls) -> PADFTConfig:
         """The paper's rule for D_c and its order of steps; the head is tuned from where it is."""
@@ -111,6 +116,7 @@ def repair_with_pad_ft(
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     head = sum(weight.numel() for weight in clipped.head().parameters())
     bound_count = sum(bound.numel() for bound in bounds)
+    changed = head + (0 if config.clip.rule == "none" else bound_count)
     total = sum(weight.numel() for weight in clipped.module.parameters())
 
     def tuned(config: PADFTConfig) -> Repair:
@@ -125,7 +131,7 @@ def repair_with_pad_ft(
             classifier=repaired,
             history=[{"step": 0.0, "held_out_accuracy": before}, after],
             steps=steps,
-            changed_share=(head + bound_count) / (total + bound_count),
+            changed_share=changed / (total + bound_count),
         )
 
     if doubted is None:

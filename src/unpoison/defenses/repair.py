@@ -16,6 +16,7 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
 from unpoison.detection.cgd import apply_classifier
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.models.batch_norm import has_batch_norm
 from unpoison.results import Split
 from unpoison.runs import Run
 from unpoison.training import restore, state_of
@@ -202,6 +203,15 @@ class CleanData:
         }
 
 
+def check_batch_size(classifier: Classifier, batch_size: int) -> None:
+    """Raises ConfigError where a network is to be trained on batches that its BatchNorm cannot normalise."""
+    if batch_size < 2 and has_batch_norm(classifier.module):
+        raise ConfigError(
+            f"a network with BatchNorm cannot be trained on batches of {batch_size}.",
+            hint="Set batch_size to 2 or more.",
+        )
+
+
 def train_looks(
     repaired: Classifier,
     optimiser: torch.optim.Optimizer,
@@ -218,8 +228,9 @@ def train_looks(
 
     ``one_step(step, generator)`` changes the weights and gives its loss. A run that is killed and repeated ends with
     the same weights. ``before``: a look at the suspicious model, where ``repaired`` is already another one;
-    ``first_step``: steps that were taken before. Raises DivergedError.
+    ``first_step``: steps that were taken before. Raises ConfigError (batches of one and BatchNorm), DivergedError.
     """
+    check_batch_size(repaired, config.batch_size)
     net = repaired.module.to(run.device)
     history = [before or data.look(repaired, 0, run)]
     best, kept, kept_step = 0.0, {}, first_step

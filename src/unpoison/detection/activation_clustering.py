@@ -16,7 +16,7 @@ Where we differ, and what the paper leaves open
     Principal components in place of independent ones: the same subspace up to a linear map, and it always converges.
     The paper decides per cluster. Our score of a sample is graded, so that samples of all labels compare: how much
     nearer it is to the small cluster's center, in [-1, 1], times the label's silhouette, times how far the small
-    cluster is from one half.
+    cluster is from one half. The silhouette of a large label is that of at most 1,000 samples.
 """
 
 from __future__ import annotations
@@ -85,14 +85,25 @@ def activation_clustering(
             continue
         minor = int(sizes.argmin())
         share = float(sizes[minor] / len(rows))
-        apart = float(
-            silhouette_score(reduced, parts, sample_size=min(len(rows), _SILHOUETTE_SAMPLES), random_state=config.seed)
-            if sizes.min() > 1
-            else 0.0
-        )
+        drawn = silhouette_rows(parts, config.seed)
+        apart = float(silhouette_score(reduced[drawn], parts[drawn])) if sizes.min() > 1 else 0.0
         distances = means.transform(reduced)
         nearer = (distances[:, 1 - minor] - distances[:, minor]) / distances.sum(axis=1).clip(1e-12)
         scores[rows] = nearer * max(apart, 0.0) * (1 - 2 * share)
         suspicious = apart >= config.silhouette and share < config.small  # (3)
         verdicts.append(LabelClusters(label=int(label), silhouette=apart, share=share, suspicious=suspicious))
     return scores, verdicts
+
+
+def silhouette_rows(parts: Int[np.ndarray, " k"], seed: int) -> Int[np.ndarray, " m"]:
+    """The rows, at most 1,000 drawn evenly, that the silhouette of two clusters is measured on.
+
+    A draw that misses the smaller cluster is made again with half of it from each, or all that there is of the smaller.
+    """
+    order = np.random.RandomState(seed).permutation(len(parts))  # the draw of scikit-learn's sample_size
+    drawn = order[:_SILHOUETTE_SAMPLES]
+    if len(np.unique(parts[drawn])) > 1:
+        return drawn
+    minor = int(np.bincount(parts, minlength=2).argmin())
+    few = order[parts[order] == minor][: _SILHOUETTE_SAMPLES // 2]
+    return np.concatenate([few, order[parts[order] != minor][: _SILHOUETTE_SAMPLES - len(few)]])

@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unpoison.detection.ranks import rank_normalise
-from unpoison.errors import NotEnoughDataError, ResultError
+from unpoison.errors import NotEnoughDataError
+from unpoison.evidence import check_same_set
 from unpoison.results import CLEAN, MIXED, SKIPPED, SUSPECT, Region, SampleScores, SkippedRow, Split
 
 LOSS_AXIS, MARGIN_AXIS = "own_loss", "own_margin"
@@ -79,23 +80,27 @@ def label_margin(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
 
 
 def select_clean(
-    scores: SampleScores, per_class: int, *, other: SampleScores | None = None, share: float = 1.0
+    scores: SampleScores,
+    per_class: int,
+    *,
+    other: SampleScores | None = None,
+    share: float = 1.0,
+    largest_share: float = 0.5,
 ) -> Split:
     """Step 2: the ``per_class`` least suspicious samples of each class are clean, the rest is mixed.
 
     ``other``: ranks within the class by its primary axis count with weight ``share`` in [0, 1], the rule's own with the
-    rest; at 1 the rule's own order only breaks ties. A class of less than twice as many samples gives half of them.
-    Raises NotEnoughDataError without a usable sample, ResultError where ``other`` is of another set.
+    rest; at 1 the rule's own order only breaks ties. Of no class more than ``largest_share`` in (0, 1] is trusted, or
+    one sample. Raises NotEnoughDataError without a usable sample, ResultError where ``other`` is of another set, other
+    labels or another order of classes.
     """
     loss, margin = scores.axes[LOSS_AXIS], scores.axes[MARGIN_AXIS]
     order = rank_normalise(loss, scores.labels)
     usable = ~np.isnan(loss)
     if other is not None:
-        if other.ids != scores.ids:
-            raise ResultError(
-                f"the scores of {other.method} are of another set ({len(other.ids)} samples, not {len(scores.ids)}).",
-                hint="Score the training set itself.",
-            )
+        check_same_set(
+            other, ids=scores.ids, labels=scores.labels, class_names=scores.class_names, name="the training set"
+        )
         order = share * rank_normalise(other.suspicion, scores.labels) + (1 - share) * order
         usable &= ~np.isnan(other.suspicion)
     if not usable.any():
@@ -104,7 +109,7 @@ def select_clean(
     for label in np.unique(scores.labels[usable]):
         members = np.flatnonzero(usable & (scores.labels == label))
         keys = (margin[members], loss[members], order[members])
-        count = min(per_class, max(1, len(members) // 2))
+        count = min(per_class, max(1, int(largest_share * len(members))))
         region[members[np.lexsort(keys)[:count]]] = CLEAN
     region[~usable] = SKIPPED
     return Split(

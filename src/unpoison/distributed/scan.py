@@ -29,7 +29,7 @@ import numpy as np
 from accelerate import Accelerator
 from jaxtyping import Int
 
-from unpoison.api import ScanOutcome, check_classes, conclude_scan, describe_samples, split_of
+from unpoison.api import ScanOutcome, conclude_scan, describe_samples, split_of
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, check_skips
 from unpoison.defenses.cgd import CGDConfig
@@ -43,6 +43,7 @@ from unpoison.detection.cgd import (
 from unpoison.distributed.cluster import LOCAL, cluster, pool_size, reason_of
 from unpoison.distributed.parts import Judges, encode, file_of, judge, key_of, portable, stored
 from unpoison.errors import ResultError
+from unpoison.evidence import check_classes
 from unpoison.models.classifier import new_classifier
 from unpoison.models.zero_shot import CHUNK, DEFAULT_TEMPLATES, class_embeddings, cut_off
 from unpoison.results import SampleScores, SkippedRow

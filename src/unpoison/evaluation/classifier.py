@@ -15,11 +15,11 @@ from unpoison.attacks.parts import PoisoningParts
 from unpoison.attacks.poison import trigger_test_source
 from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.data.sources import LabelledImages
-from unpoison.errors import ConfigError, DataError, NotEnoughDataError
+from unpoison.errors import ConfigError, DataError, NotEnoughDataError, ResultError
 from unpoison.evaluation.intervals import rate
-from unpoison.evaluation.metrics import der, excess_asr
+from unpoison.evaluation.metrics import der, excess_asr, purity_per_class
 from unpoison.models.image_classifier import evaluation_mode, images_at_once
-from unpoison.results import Evaluation, Interval, PartRates
+from unpoison.results import CLEAN, Evaluation, Interval, PartRates, Split
 from unpoison.runs import Run
 from unpoison.types import Classifier
 
@@ -226,3 +226,19 @@ def check_attackable(usable: Bool[np.ndarray, " k"], where: str) -> None:
             need=1,
             hint="The attack success is measured on samples of other classes: give a test set that has some.",
         )
+
+
+def purity_of(split: Split, poisoning: Poisoning | PoisoningParts) -> dict[str, float | None]:
+    """Percent of each class's trusted samples that the manifest of this very set does not name; None without any.
+
+    Raises ResultError for a manifest that names no sample of the set.
+    """
+    poisoned = np.isin(split.ids, poisoning.ids)
+    if not poisoned.any():
+        raise ResultError(
+            f"the manifest names no sample of this set ({len(poisoning.ids)} ids, none of them here).",
+            hint="Give the manifest that was written with the training set.",
+        )
+    shares = purity_per_class(split.labels, split.region == CLEAN, poisoned, len(split.class_names))
+    percents = [None if share is None else 100 * share for share in shares]
+    return dict(zip(split.class_names, percents, strict=True))

@@ -87,6 +87,12 @@ def false_positive_rate(flagged: Flags, poisoned: Flags) -> float | None:
     return float(flagged[~poisoned].mean()) if not poisoned.all() else None
 
 
+def purity_per_class(labels: Predictions, trusted: Flags, poisoned: Flags, classes: int) -> list[float | None]:
+    """Share of each given label's trusted samples that is not poison; None for a label without any."""
+    of_class = [trusted & (labels == label) for label in range(classes)]
+    return [float((~poisoned[rows]).mean()) if rows.any() else None for rows in of_class]
+
+
 def _share(hits: np.ndarray, what: str) -> float:
     if len(hits) == 0:
         raise NotEnoughDataError(what, have=0, need=1, hint="Evaluate on samples of other classes too.")

@@ -2,7 +2,10 @@
 
 Calls of torch's activation functions are met while the network runs (``TorchFunctionMode``), so that ``nn.ReLU``,
 ``F.relu`` and a transformer's GELU are found alike, in the order in which they run, with nothing left in the network
-afterwards. A *site* is the place of a call in that order. What is computed by hand (x * sigmoid(1.7 x)) is not met.
+afterwards. A *site* is the place of a call in that order.
+
+Not met, and so never cut: what is computed by hand (x * sigmoid(1.7 x), x.clamp(min=0)), threshold, and the functions
+that are bounded above by themselves (tanh, sigmoid, hardsigmoid).
 """
 
 from __future__ import annotations
@@ -23,28 +26,64 @@ ACTIVATIONS: frozenset[Any] = frozenset({
     torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu6, F.gelu, F.silu, F.mish, F.elu, F.celu, F.selu,
     F.leaky_relu, F.prelu, F.rrelu, F.softplus, F.hardswish, F.hardtanh, torch.celu, torch.selu, torch.prelu,
 })  # fmt: skip
+_CONVOLUTIONS: frozenset[Any] = frozenset({
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+})  # fmt: skip
 
 
 class AtActivations(TorchFunctionMode):
-    """While active, ``change(site, output)`` takes the place of each activation's output."""
+    """While active, ``change(site, output)`` takes the place of each activation's output.
 
-    def __init__(self, change: Callable[[int, Tensor], Tensor]) -> None:
+    ``change`` sees maps as [b, c, h, w], those too that the network has as [b, h, w, c]: four axes that a linear layer
+    gave, not a convolution. Where the network works in place, the change is written there. ``sites``: how many there
+    must have been when it ends; None for any. Raises UnsupportedModelError for another number.
+    """
+
+    def __init__(self, change: Callable[[int, Tensor], Tensor], *, sites: int | None = None) -> None:
         super().__init__()
         self.change = change
+        self.sites = sites
         self.site = 0
+        self.channels_last = False
 
     def __enter__(self) -> AtActivations:
         self.site = 0
+        self.channels_last = False
         return super().__enter__()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if error is None and self.sites is not None and self.site != self.sites:
+            raise _no_fit(f"it has {self.site} sites", f"{self.sites} sites")
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        output = function(*args, **(kwargs or {}))
+        args, kwargs = list(args), dict(kwargs or {})
         if function not in ACTIVATIONS:
+            output = function(*args, **kwargs)
+            if function is F.linear and output.ndim == 4:
+                self.channels_last = True
+            elif function in _CONVOLUTIONS:
+                self.channels_last = False
             return output
+        if not args:
+            args = [kwargs.pop("input")]
+        # What is in place works on a copy first: gradients ask that nobody overwrites what the change was made from.
+        place = args[0] if _maybe_in_place(function, args, kwargs) else None
+        if place is not None:
+            args[0] = place.clone()
+        output = function(*args, **kwargs)
         site, self.site = self.site, self.site + 1
-        return self.change(site, output)
+        moved = self.channels_last and output.ndim == 4
+        changed = self.change(site, output.movedim(-1, 1) if moved else output)
+        changed = changed.movedim(1, -1) if moved else changed
+        return place.copy_(changed) if place is not None and output is args[0] else changed
+
+
+def _maybe_in_place(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may change its input; a flag by position may be another one (rrelu's training)."""
+    return function.__name__.endswith("_") or bool(kwargs.get("inplace")) or any(value is True for value in args)
 
 
 def clipped(bounds: Sequence[Bound]) -> AtActivations:
@@ -52,28 +91,45 @@ def clipped(bounds: Sequence[Bound]) -> AtActivations:
     sites or channels: then the bounds belong to another network."""
 
     def cut(site: int, output: Tensor) -> Tensor:
-        if site >= len(bounds) or bounds[site].numel() != output.shape[channel_axis(output)]:
-            found = f"site {site + 1} has {output.shape[channel_axis(output)]} channels"
-            expected = f"{len(bounds)} sites" if site >= len(bounds) else f"{bounds[site].numel()}"
-            raise UnsupportedModelError(
-                f"The activation bounds do not fit the network: {found}, expected {expected}.",
-                hint="Use the bounds with the network that they were made for.",
-            )
+        channels = output.shape[channel_axis(output)]
+        if site >= len(bounds):
+            raise _no_fit(f"site {site + 1} has {channels} channels", f"{len(bounds)} sites")
+        if bounds[site].numel() != channels:
+            raise _no_fit(f"site {site + 1} has {channels} channels", f"{bounds[site].numel()}")
         return torch.minimum(output, over_channels(bounds[site].to(output), output))
 
-    return AtActivations(cut)
+    return AtActivations(cut, sites=len(bounds))
+
+
+def _no_fit(found: str, expected: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The activation bounds do not fit the network: {found}, expected {expected}.",
+        hint="Use the bounds with the network that they were made for.",
+    )
 
 
 def activations(run: Callable[[], object]) -> list[Tensor]:
-    """The outputs at all sites while ``run`` runs the network once, in order."""
+    """The outputs at all sites while ``run`` runs the network once, in order, with maps as [b, c, h, w].
+
+    They are copies, except those that a gradient flows through. Raises UnsupportedModelError where the network changes
+    one of these in place later on: then it is no activation any more.
+    """
     found: list[Tensor] = []
+    versions: list[int | None] = []
 
     def keep(_: int, output: Tensor) -> Tensor:
-        found.append(output)
+        found.append(output if output.requires_grad else output.clone())
+        versions.append(output._version if output.requires_grad else None)
         return output
 
     with AtActivations(keep):
         run()
+    for site, (output, version) in enumerate(zip(found, versions, strict=True)):
+        if version is not None and output._version != version:
+            raise UnsupportedModelError(
+                f"the network changes the output of its activation {site + 1} in place.",
+                hint="Write y = y + x in place of y += x after the activation, or use another repair.",
+            )
     return found
 
 

@@ -14,6 +14,11 @@ def batch_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.affine]
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any layer normalises by its batch while it is trained."""
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Inside, batches are normalised as before but leave no trace in the running statistics."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unpoison.errors import UnsupportedModelError, UsageError
@@ -100,7 +101,10 @@ class ImageClassifier:
         return found[-1]
 
     def head(self) -> nn.Linear:
-        """The linear layer whose output is the logits. Raises UnsupportedModelError where there is none."""
+        """The linear layer whose output is the logits: those of its weight and bias, which are its only parameters.
+
+        Raises UnsupportedModelError where there is none.
+        """
         if self._head_name is None:
             self._head_name = self._find_head()
         head = self.module.get_submodule(self._head_name)
@@ -139,16 +143,16 @@ class ImageClassifier:
         return {self.origin.prefix + key: value for key, value in (weights | bounds).items()}
 
     def _find_head(self) -> str:
-        calls: list[tuple[str, Tensor, int]] = []
+        calls: list[tuple[str, Tensor, Tensor]] = []
 
         def keep(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                calls.append((name, output, args[0].ndim if args else 2))
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+                calls.append((name, args[0] if args else kwargs["input"], output))
 
             return hook
 
         linear = [(name, part) for name, part in self.module.named_modules() if isinstance(part, nn.Linear)]
-        handles = [part.register_forward_hook(keep(name)) for name, part in linear]
+        handles = [part.register_forward_hook(keep(name), with_kwargs=True) for name, part in linear]
         try:
             with torch.no_grad(), evaluation_mode(self.module):
                 noise = torch.rand(1, 3, self.image_size, self.image_size, generator=torch.Generator().manual_seed(0))
@@ -162,11 +166,17 @@ class ImageClassifier:
                 f"{type(self.module).__name__} applies no nn.Linear, so it has no head to read features from.",
                 hint="End the network with an nn.Linear that gives the logits.",
             )
-        name, output, width = calls[-1]
-        if width != 2 or output.shape != logits.shape or not torch.equal(output, logits):
+        name, features, output = calls[-1]
+        if features.ndim != 2 or output.shape != logits.shape or not torch.equal(output, logits):
             raise UnsupportedModelError(
                 f"{type(self.module).__name__}: the output of its last linear layer, {name!r}, is not the logits.",
                 hint="End the network with an nn.Linear on features [b, d]; leave out the softmax.",
+            )
+        if not _is_plain(self.module.get_submodule(name), features, output):
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__}: its last linear layer, {name!r}, does more than x W^T + b with a "
+                "weight and a bias of its own.",
+                hint="Fold a weight norm into the weight, or end the network with a plain nn.Linear.",
             )
         return name
 
@@ -206,6 +216,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@torch.no_grad()
+def _is_plain(head: nn.Module, features: Tensor, output: Tensor) -> bool:
+    """Whether a layer is linear in more than name: no weight norm, no cosine in its place."""
+    if not {name for name, _ in head.named_parameters()} <= {"weight", "bias"} or not isinstance(head, nn.Linear):
+        return False
+    return torch.allclose(F.linear(features, head.weight, head.bias).float(), output.float(), rtol=1e-3, atol=1e-4)
 
 
 def _draws_anew(first: nn.Module, second: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from unpoison.report.model_views import model_view, trigger_picture
 from unpoison.report.page import EvaluationView, RunView, Step, Tile, arrow, provenance
 from unpoison.report.rates import excess_of, rate_rows, retrieval_rows
 from unpoison.report.runs import ReportRun
-from unpoison.report.text import count, counted, duration, interval, percent, plain, shortened, tied
+from unpoison.report.text import count, counted, duration, interval, percent, plain, purity_sentence, shortened, tied
 from unpoison.report.views import (
     SHOWN_SKIPPED,
     Figure,
@@ -241,6 +241,8 @@ def _purification_view(run: ReportRun, anchor: str) -> RunView:
         tested.append(f"The attack {after.attack or 'of the manifest'} on {counted(after.asr.n, 'test image')}.")
     else:
         tested.append("No attack: without a trigger manifest the success of a backdoor cannot be measured.")
+    if result.purity:
+        tested.append(purity_sentence(result.purity))
     return RunView(
         anchor=anchor,
         kind="Purification",
@@ -258,7 +260,7 @@ def _purification_view(run: ReportRun, anchor: str) -> RunView:
         evaluations=_evaluation_views(run),
         tested=tested,
         not_covered=list(result.not_covered) + list(run.scan.not_covered if run.scan else ()),
-        warnings=[*(run.scan.warnings if run.scan else ()), *run.notes],
+        warnings=[*(run.scan.warnings if run.scan else ()), *result.warnings, *run.notes],
         provenance=provenance(run, result),
         summary={
             "found": result.reason,

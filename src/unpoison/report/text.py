@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
 
 from unpoison.results import Interval
 
@@ -53,6 +54,16 @@ def count(number: int) -> str:
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """``1 image``, ``10,000 images``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def purity_sentence(purity: Mapping[str, float | None]) -> str:
+    """How pure the trusted samples of each class were, by the manifest: those below 100 percent first, by name."""
+    known = {name: value for name, value in purity.items() if value is not None}
+    below = sorted((value, name) for name, value in known.items() if value < 100)
+    pure = len(known) - len(below)
+    parts = [f"{shortened(name, 40)} {percent(value)}" for value, name in below]
+    parts += [f"{'the other ' if below else ''}{counted(pure, 'class', 'classes')} {percent(100.0)}"] if pure else []
+    return f"Purity of the trusted samples, by the manifest of the training set: {', '.join(parts)}."
 
 
 def percent(value: float | None, digits: int = 1) -> str:

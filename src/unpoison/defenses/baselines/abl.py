@@ -37,6 +37,7 @@ from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import CleanData, CleanTrainingConfig, Repair, train_looks
 from unpoison.detection.cgd import apply_classifier
 from unpoison.detection.ranks import label_cross_entropy
+from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError
 from unpoison.results import Split
 from unpoison.runs import Run
@@ -54,9 +55,15 @@ class ABLConfig(CleanTrainingConfig):
     isolated: float = 0.01
     """Share of the set."""
     isolation: Literal["own", "split"] = "split"
+    odd_labels: OddLabels = "unlearn"
+    """Whether the doubtful samples of labels that are odd but not proved poisoned are suspect too, where CGD makes the
+    split, as in CGD and PAD-FT. A scan's own split always leaves them out. Ours."""
     isolation_epochs: int = 4
     training_epochs: int = 16
     training_rate: float = 0.1
+    bound: float = 10.0
+    """As wide as for fine-tuning of all weights: the held-out samples are of the suspicious model's own training set,
+    of which it has a part by heart, and the new network has not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,7 +102,13 @@ def repair_with_anp(classifier: Classifier, pixels: Pixels, split: Split, config
     found, level, looks = last_acceptable(levels, pruned, data, config.prune_fall, run=run)  # (3)
     history = [looks[0] | {"step": 0.0}]
     history += [look | {"step": float(config.steps + index)} for index, look in enumerate(looks)]
-    return Repair(classifier=found or classifier.copy(), history=history, steps=config.steps + levels.index(level))
+    prunable = sum(layer.get_parameter("weight").numel() for _, layer in neuron_layers(classifier))
+    return Repair(
+        classifier=found or classifier.copy(),
+        history=history,
+        steps=config.steps + levels.index(level),
+        changed_share=prunable / sum(weight.numel() for weight in classifier.module.parameters()),
+    )
 
 
 def learn_masks(classifier: Classifier, data: CleanData, config: ANPConfig, run: Run) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unpoison.data.pixels import Pixels
 from unpoison.defenses.repair import CleanData, CleanTrainingConfig, Repair, falling_rate, train_looks
@@ -83,7 +84,8 @@ def repair_with_i_bau(classifier: Classifier, pixels: Pixels, split: Split, conf
         images, labels = data.batch(config.batch_size, generator, run, augment=False)
         falling_rate(optimiser, step, config)
         delta = worst_perturbation(repaired, images, labels, config)  # (1)
-        loss, gradients = hypergradient(repaired, images, labels, delta, weights, config)  # (2)
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no second derivative
+            loss, gradients = hypergradient(repaired, images, labels, delta, weights, config)  # (2)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         optimiser.step()  # (3)

@@ -23,7 +23,7 @@ Where we differ, and what the paper leaves open
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,13 +50,14 @@ from unpoison.types import Classifier
 
 @dataclass(frozen=True, kw_only=True)
 class NADConfig(AllWeightsConfig):
-    """NAD's constants. ``teacher`` is step 1."""
+    """NAD's constants. ``teacher`` is step 1; its ``held_out`` is the student's: it must not train on what judges."""
 
     beta: float = 1000.0
     teacher: FTConfig = field(default_factory=lambda: FTConfig(steps=200))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "teacher", replace(self.teacher, held_out=self.held_out))
         if self.beta < 0:
             raise ConfigError(f"beta cannot be negative, got {self.beta}.", hint="Try 1000.")
 
