@@ -52,11 +52,10 @@ def test_steps_run_and_are_named_in_the_precision_of_the_grid(
 ) -> None:
     cell = grid_of(small_folder, kind, {"trigger": "badnet"}, {}).cells[0]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    state = AcceleratorState._shared_state  # accelerate holds one precision a process
+    state = AcceleratorState._shared_state  # accelerate holds one precision a process: other tests get theirs back
     before, found = dict(state), {}
     try:
         for precision in ("no", "bf16"):
-            state.clear()
             setting = cells.open_setting(replace(cell, precision=precision), tmp_path, Silent())
             assert setting.run.accelerator.mixed_precision == precision
             found[precision] = setting.inputs

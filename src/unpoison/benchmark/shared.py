@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from unpoison.benchmark.cell import VERSION, Cell, digest
@@ -50,12 +51,14 @@ class Step:
 
 def run_of(cell: Cell, folder: Path | None, progress: Progress) -> Run:
     """The run that a cell's steps get, in the grid's precision whatever the environment says. Raises ConfigError."""
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, cell.precision):
+        AcceleratorState._reset_state()  # it would hold the first precision of the process
     try:
         accelerator = Accelerator(mixed_precision=cell.precision)
     except ValueError as error:
         raise ConfigError(
             f"precision {cell.precision!r} cannot be had here: {error}.",
-            hint="fp16 is for GPUs, elsewhere take bf16; a process that has begun with one precision keeps it.",
+            hint="fp16 is for GPUs; elsewhere take bf16.",
         ) from error
     cache = None if folder is None else folder / "cache"
     return Run(accelerator=accelerator, seed=cell.names.seed, progress=progress, cache=cache)
