@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,8 @@ def test_what_only_resembles_code_is_no_finding(name: str, text: bytes, tmp_path
 def test_arrays_without_code_are_no_finding(tmp_path: Path) -> None:
     folder = honest_folder(tmp_path)
     np.save(folder / "numbers.npy", np.arange(5.0))
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (5L,), }".ljust(117) + b"\n"  # as Python 2 wrote them
+    (folder / "old.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(40))
     np.savez(folder / "several.npz", a=np.arange(5.0), b=np.array(["a", None], dtype=object))
     assert judge_files(folder).word == "accepted"
 

@@ -6,6 +6,7 @@ A loader runs a pickle whatever its file is called, so every file is read as one
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -165,7 +166,9 @@ def _skip_header(stream: Stream) -> np.dtype:
     """Read a .npy file up to where its content begins."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(stream, max_header_size=_MAX_NUMPY_HEADER)[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of headers that Python 2 wrote
+        return read(stream, max_header_size=_MAX_NUMPY_HEADER)[2]
 
 
 def _finding(name: str, kind: FindingKind, reason: str) -> FileFinding:
