@@ -7,12 +7,14 @@ from typing import Literal
 import pytest
 
 from unpoison.configs import make_config, merge, read_config
+from unpoison.defenses.pad_ft import PADFTConfig
 from unpoison.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     epochs: int = 5
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -28,6 +30,17 @@ class Outer:
 
 def test_values_over_defaults() -> None:
     assert make_config(Outer, {"inner": {"epochs": 2}, "rate": 1}) == Outer(inner=Inner(epochs=2), rate=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around:
+    inner: Inner = field(default_factory=lambda: Inner(epochs=9, batch=4))
+
+
+def test_nested_tables_stand_over_the_default_of_their_place() -> None:
+    assert make_config(Around, {"inner": {}}) == Around()
+    assert make_config(Around, {"inner": {"batch": 2}}) == Around(inner=Inner(epochs=9, batch=2))
+    assert make_config(PADFTConfig, {"clip": {}}) == PADFTConfig()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -29,13 +29,25 @@ def read_config(path: Path) -> dict[str, Any]:
 def make_config(kind: type[Config], values: Mapping[str, Any], *, where: str = "config") -> Config:
     """A config dataclass with ``values`` (nested tables for nested dataclasses) over its defaults.
 
+    A nested table stands over the default that ``kind`` gives it, not over that of the nested dataclass itself.
     Raises ConfigError for an unknown key, with the closest known one, and for a value of the wrong type or range.
     """
     _check_keys(kind, values, where)
     try:
-        return msgspec.convert(dict(values), kind)
+        return msgspec.convert(dict(values) | _nested(kind, values), kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{where}: {error}.", hint=f"Keys and types: {_signature(kind)}.") from error
+
+
+def _nested(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested tables of ``values``, each with what it leaves open."""
+    filled = {}
+    for entry in fields(kind):
+        value = values.get(entry.name)
+        default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+        if isinstance(value, Mapping) and is_dataclass(default) and not isinstance(default, type):
+            filled[entry.name] = merge(asdict(default), value)
+    return filled
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def activation_clustering(
         reduced = components.fit_transform(features[rows].astype(np.float64))  # (1)
         options: dict[str, Any] = {"n_init": 4, "random_state": config.seed}
         means = KMeans(2, **options).fit(reduced)  # (2)
-        parts = means.predict(reduced)
+        parts = np.asarray(means.predict(reduced))
         sizes = np.bincount(parts, minlength=2)
         if sizes.min() == 0:
             continue
