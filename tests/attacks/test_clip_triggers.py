@@ -104,6 +104,13 @@ def test_badnet_stripes_are_columns_of_zeros_and_ones() -> None:
         assert not torch.equal(square[0], square[1])
 
 
+@pytest.mark.parametrize(("size", "share", "side"), [(224, 16 / 224, 16), (336, 32 / 336, 32), (32, 16 / 224, 3)])
+def test_badnet_stripes_have_the_papers_sides(size: int, share: float, side: int) -> None:
+    stamped = BadNetStripes(share=share).apply(torch.full((1, 3, size, size), 0.5), seed=1, ids=["a"])[0]
+    changed = (stamped != 0.5).all(0)
+    assert int(changed.any(0).sum()) == int(changed.any(1).sum()) == side
+
+
 def test_blended_stripes_are_the_mix_with_plus_and_minus_one() -> None:
     images = pictures(2, 20, 50)
     turned = BlendedStripes().apply(images, seed=5).numpy()

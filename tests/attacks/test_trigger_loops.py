@@ -1,5 +1,6 @@
 """Every trigger against a loop over single images, and what holds for all of them at any size and dtype."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -265,6 +266,17 @@ def test_the_older_triggers_are_their_loops_too(loops: ModuleType) -> None:
         params = {"k": 4, "s": 0.5} if name == "wanet" else {}
         for image, turned in zip(rows(images), rows(make_trigger(name, params).apply(images, seed=3)), strict=True):
             assert np.allclose(turned, loop(image), atol=2e-5), name
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_the_benchmark_has_a_loop_for_each_trigger(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("triggers")
+    loops_of_size = benchmark.image_loops(size)
+    assert set(loops_of_size) == set(TRIGGERS)
+    images = pictures(2, size, size)
+    for name in ("low-gap", "feature-small", "input-aware", "ssba"):
+        assert benchmark.largest_difference(name, loops_of_size[name], images, names_of(2)) < 0.05, name
 
 
 @pytest.mark.parametrize(

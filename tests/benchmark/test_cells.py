@@ -9,19 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from unpoison.attacks.low_gap import LowGap
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.attacks.parts import PoisoningParts
+from unpoison.attacks.poison import apply_poisoning
 from unpoison.benchmark import classifier_cells, clip_cells
+from unpoison.benchmark.cell import Names
 from unpoison.benchmark.compute import try_cell
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.settings import MethodSettings
+from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.ubt import PUBLISHED
 from unpoison.models.clip_files import load_any_clip
 from unpoison.runs import Silent
 
+NAMES = Names(data="shapes", model="net", attack="mine", rate=0.03, method="none", seed=3)
 LOW = {"epochs": 1, "rounds": 1, "grid": 2}
 
 
@@ -82,6 +87,32 @@ def test_strengths_of_low_gap_are_fitted_to_the_samples(small_folder: Path, tmp_
     assert isinstance(trigger, LowGap)
     assert trigger.strengths
     assert set(trigger.strengths) <= set(found.ids) - set(found.covers)
+
+
+def test_samples_of_label_consistent_are_perturbed_against_the_clean_victim(small_folder: Path, tmp_path: Path) -> None:
+    attack = {"trigger": "label-consistent", "prepare": {"radius": 32.0, "steps": 2}}
+    cell = replace(grid_of(small_folder, "net", attack, {}).cells[0], names=NAMES)
+    setting = classifier_cells.open_setting(cell, tmp_path, Silent())
+    found, clean = setting.poisoning, open_images("shapes:160:0")
+    assert isinstance(found, Poisoning)
+    rows = [row for row, name in enumerate(clean.ids) if name in found.ids]
+    others = [row for row in range(20) if row not in rows]
+
+    def pixels(source: LabelledImages, of: list[int]) -> list[np.ndarray]:
+        return [np.asarray(image, dtype=int) for image in source.decode(of) if isinstance(image, Image.Image)]
+
+    ours, planted = pixels(setting.train, rows), pixels(apply_poisoning(clean, found), rows)
+    away = [np.abs(one - other).max() for one, other in zip(ours, planted, strict=True)]
+    assert len(away) == len(rows)
+    assert all(0 < change <= 33 for change in away)
+    assert (setting.train.labels == clean.labels).all()
+    same = [np.array_equal(*two) for two in zip(pixels(setting.train, others), pixels(clean, others), strict=True)]
+    assert same == [True] * len(others)
+    assert [step.name.split("-")[0] for step in sorted((tmp_path / "shared").iterdir()) if step.is_dir()] == [
+        "poisoning", "victim"
+    ]  # fmt: skip
+    control = classifier_cells.open_setting(replace(cell, attack=None), tmp_path, Silent())
+    assert setting.inputs["surrogate"] == classifier_cells._victim(control).key
 
 
 def test_captions_and_images_are_chosen_with_the_clean_clip(small_folder: Path, tmp_path: Path) -> None:

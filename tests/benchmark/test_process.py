@@ -40,6 +40,12 @@ for line in sys.stdin:
         for place in range(0, len(held), 4096):
             held[place] = 1
         time.sleep(1)
+    if seed == 8:
+        note = os.path.join(json.loads(line)["folder"], "shared", f"waiting-{os.getpid()}")
+        os.makedirs(os.path.dirname(note), exist_ok=True)
+        open(note, "w").close()
+        time.sleep(3)
+        os.unlink(note)
     if seed in (4, 7):
         os.kill(os.getpid(), 9)
     body = {"schema": "unpoison/bench-cell", "schema_version": 1, "key": "k", "names": cell["names"], "status": "done"}
@@ -55,7 +61,7 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 def cell_of(grid: Grid, seed: int) -> Cell:
     cell = grid.cells[0]
-    limits = replace(cell.limits, seconds=1.5 if seed == 2 else 60.0, memory=200 if seed in (3, 7) else 4000)
+    limits = replace(cell.limits, seconds=1.5 if seed in (2, 8) else 60.0, memory=200 if seed in (3, 7) else 4000)
     return replace(cell, names=replace(cell.names, seed=seed), limits=limits)
 
 
@@ -74,6 +80,15 @@ def test_every_end_of_a_process_is_a_result(worker: Worker, grid: Grid, tmp_path
     assert "cannot be read" in ends[5].reason
     assert "SIGKILL" in ends[7].reason
     assert all(end.cost.wall > 0 for end in ends)
+
+
+def test_waiting_for_the_step_of_another_runner_is_no_time_of_the_cell(
+    worker: Worker, grid: Grid, tmp_path: Path
+) -> None:
+    found = worker(cell_of(grid, 8), tmp_path)
+    assert (found.status, found.reason) == ("done", "")
+    assert found.cost.wall > 2
+    assert worker(cell_of(grid, 2), tmp_path).status == "timed out"
 
 
 def test_a_cell_passes_through_a_message_unchanged(grid: Grid, tmp_path: Path) -> None:

@@ -97,3 +97,23 @@ def test_samples_are_chosen_near_a_clips_boundary(process: Callable, tmp_path: P
     other = process(*words, "-o", "chosen")
     assert other.code == 2
     assert "selection" in other.err
+
+
+def test_a_picture_of_a_file_is_mixed_in(process: Callable, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from unpoison.attacks.blended import Blended
+    from unpoison.attacks.manifest import Poisoning
+
+    Image.new("RGB", (5, 5), (10, 200, 30)).save(tmp_path / "p.png")
+    done = process(
+        "attack", "blended", "shapes:40:0", "--param", "pattern=p.png", "--param", "alpha=0.5", "-o", "out", "--json"
+    )
+    assert done.code == 0, done.err
+    trigger = Poisoning.load(tmp_path / "out" / "manifest.json").make_trigger()
+    assert isinstance(trigger, Blended)
+    assert trigger.pattern
+    (tmp_path / "p.png").write_text("none")
+    done = process("attack", "blended", "shapes:40:0", "--param", "pattern=p.png", "-o", "other")
+    assert done.code == 2
+    assert "p.png is no picture" in done.err

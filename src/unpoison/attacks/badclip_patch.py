@@ -85,17 +85,17 @@ def encoded(patch: Float[Tensor, "3 s s"]) -> str:
 
 
 @lru_cache(maxsize=4)
-def decoded(patch: str, what: str) -> Tensor:
+def decoded(patch: str, what: str, hint: str = "Optimise the patch again.") -> Tensor:
     """Base64 to [3, s, s] in [0, 1]. Raises ConfigError, naming the trigger, for what is no square of RGB pixels."""
     try:
         content = base64.b64decode(patch, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ConfigError(f"{what}: the patch is not base64 ({error}).", hint="Optimise the patch again.") from error
+        raise ConfigError(f"{what}: the patch is not base64 ({error}).", hint=hint) from error
     side = math.isqrt(len(content) // 3)
     if not 1 <= side <= LARGEST_SIDE or len(content) != 3 * side * side:
         raise ConfigError(
             f"{what}: the patch holds {len(content)} values, no RGB square of 1 to {LARGEST_SIDE} pixels.",
-            hint="Optimise the patch again.",
+            hint=hint,
         )
     levels = np.frombuffer(content, dtype=np.uint8).reshape(side, side, 3)
     return torch.from_numpy(levels.copy()).permute(2, 0, 1).float() / 255

@@ -3,8 +3,9 @@
 *Paper.* Singh, Croce, Hein, "Perturb and Recover: Fine-tuning for Effective Backdoor Removal from CLIP", CVPR 2026
 (arXiv 2412.00727). 16 x 16 pixels at 224 px (32 at 336), stripes of one pixel; each column and channel is 0 or 1.
 
-*Where we differ.* The side is 1/14 of the short side, at least 3 pixels; stripes stay one pixel wide. One pattern
-unless ``resample`` is on; the place is the image's own either way, drawn from its id.
+*Where we differ.* The side is 1/14 of the short side, at least 3 pixels: 24 at 336 px, where share 32/336 is the
+paper's; stripes stay one pixel wide. One pattern unless ``resample`` is on; the place is the image's own either way,
+drawn from its id.
 """
 
 from __future__ import annotations

@@ -16,7 +16,14 @@ from unpoison.attacks.poison import apply_poisoning, trigger_test_source
 from unpoison.attacks.selection import RANDOM
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Repaired
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
-from unpoison.benchmark.prepare import fitted, further_part, labelled_params, labelled_selection
+from unpoison.benchmark.prepare import (
+    PERTURBED,
+    fitted,
+    further_part,
+    labelled_params,
+    labelled_selection,
+    perturbed_samples,
+)
 from unpoison.benchmark.settings import MethodSettings, class_number
 from unpoison.benchmark.shared import Step, Stopwatch, run_of, shared
 from unpoison.catalog import DEFENSES, find, resolve
@@ -86,7 +93,8 @@ def classifier_cell(cell: Cell, folder: Path, progress: Progress) -> CellResult:
 
 
 def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
-    """The set, poisoned where there is an attack; the poisoning is made once."""
+    """The set, poisoned where there is an attack; the poisoning is made once. Label-Consistent first perturbs its
+    samples against the clean victim of the same model and seed."""
     run = run_of(cell, folder, progress)
     clean = open_images(cell.data.train or "")
     seed, target = cell.names.seed, class_number(cell.data.target, clean.class_names)
@@ -94,6 +102,7 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     attack = cell.attack
     if attack is None:
         return Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=inputs)
+    without_attack = dict(inputs)
     inputs |= {"attack": attack.inputs(), "rate": cell.names.rate, "target": target}
     if attack.select != RANDOM:
         inputs["attackers"] = cell.model.clip
@@ -112,7 +121,14 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     step = shared(folder / "shared", "poisoning", inputs, plan)
     poisoning = load_labelled(step.path / "manifest.json")
     several = isinstance(poisoning, PoisoningParts)
-    poisoned = apply_parts(clean, poisoning) if several else apply_poisoning(clean, poisoning)
+    start = clean
+    if attack.trigger == PERTURBED:
+        control = Setting(cell=cell, folder=folder, run=run, train=clean, poisoning=None, inputs=without_attack)
+        surrogate = _victim(control)
+        inputs["surrogate"] = surrogate.key
+        first = labelled_parts(poisoning)[0]
+        start = perturbed_samples(attack, clean, first, load_classifier(surrogate.path / "model"))
+    poisoned = apply_parts(start, poisoning) if several else apply_poisoning(start, poisoning)
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
 
 

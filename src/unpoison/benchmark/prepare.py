@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from unpoison.attacks.adversarial import AdversarialConfig, perturb_poisoned
 from unpoison.attacks.aligned import near_the_captions
 from unpoison.attacks.badclip import BadCLIPConfig, optimise_patch
 from unpoison.attacks.boundary import near_the_boundary
@@ -23,17 +24,19 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.models.clip_files import load_any_clip
 from unpoison.runs import Run
-from unpoison.types import ImageTextModel
+from unpoison.types import Classifier, ImageTextModel
 
 PREPARED: dict[str, type] = {
     "badclip": BadCLIPConfig, "trojvqa": TrojVQAConfig, "feature-small": FeatureSmallConfig,
-    "input-aware": InputAwareConfig, "low-gap": LowGapConfig,
+    "input-aware": InputAwareConfig, "low-gap": LowGapConfig, "label-consistent": AdversarialConfig,
 }  # fmt: skip
 """The settings of each training."""
 PREPARED_WITH = {
     "badclip": "clip", "trojvqa": "clip", "feature-small": "clip", "input-aware": "classifier", "low-gap": "classifier",
 }  # fmt: skip
 """What each is trained on."""
+PERTURBED = "label-consistent"
+"""The trigger whose samples are perturbed first, for classifiers."""
 THROUGH_PAR = "badclip"
 """The trigger that can be trained through PAR."""
 SELECTED_WITH = {"boundary": "classifier", "captions": "clip"}
@@ -81,6 +84,13 @@ def fitted(attack: AttackSettings, source: LabelledImages, poisoning: Poisoning,
     if attack.trigger != "low-gap":
         return poisoning
     return fit_low_gap(source, poisoning, _config(attack), run=run).poisoning
+
+
+def perturbed_samples(
+    attack: AttackSettings, source: LabelledImages, poisoning: Poisoning, surrogate: Classifier
+) -> LabelledImages:
+    """``source`` with the samples to be poisoned pushed away from their class, as they are decoded."""
+    return perturb_poisoned(source, poisoning, surrogate, _config(attack))
 
 
 def pair_params(

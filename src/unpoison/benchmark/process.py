@@ -19,6 +19,7 @@ import psutil
 
 from unpoison.benchmark.cell import Cell, CellResult, Status
 from unpoison.benchmark.outcomes import failed
+from unpoison.benchmark.shared import is_waiting
 from unpoison.benchmark.store import cell_message
 from unpoison.errors import ResultError
 from unpoison.storage import from_json
@@ -61,7 +62,7 @@ class Worker:
             process.stdin.flush()
         except OSError:
             pass  # it died already; the watch below says how
-        memory, answer, status, reason = self._watch(process, cell, began)
+        memory, answer, status, reason = self._watch(process, cell, folder / "shared")
         if answer is not None:
             try:
                 result = from_json(answer, CellResult, name=f"cell {cell.key}")
@@ -76,10 +77,11 @@ class Worker:
         return replace(result, cost=replace(result.cost, wall=wall, memory=memory / 2**20))
 
     def _watch(
-        self, process: subprocess.Popen[bytes], cell: Cell, began: float
+        self, process: subprocess.Popen[bytes], cell: Cell, shared: Path
     ) -> tuple[int, bytes | None, Status, str]:
-        """(most resident bytes, its answer or None, what happened, in words)."""
-        limits, most = cell.limits, 0
+        """(most resident bytes, its answer or None, what happened, in words). Waiting for a step that another runner
+        makes in ``shared`` is not counted."""
+        limits, most, spent, seen = cell.limits, 0, 0.0, time.monotonic()
         while True:
             with contextlib.suppress(queue.Empty):
                 return most, self._answers.get(timeout=_POLL), "done", ""
@@ -91,7 +93,10 @@ class Worker:
                 return most, None, status, _ended(process.returncode)
             if most > limits.memory * 2**20:
                 return most, None, "out of memory", f"It took more than {limits.memory:,} MiB and was stopped."
-            if time.monotonic() - began > limits.seconds:
+            now = time.monotonic()
+            spent += 0.0 if is_waiting(shared, process.pid) else now - seen
+            seen = now
+            if spent > limits.seconds:
                 return most, None, "timed out", f"It took more than {limits.seconds:g} s and was stopped."
 
     def _running(self, threads: int) -> subprocess.Popen[bytes]:

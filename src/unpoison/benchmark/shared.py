@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from unpoison.benchmark.cell import VERSION, Cell, digest
 from unpoison.errors import ConfigError
@@ -20,6 +22,7 @@ from unpoison.results import write_atomically
 from unpoison.runs import Progress, Run, RunFolder
 
 _COST = "cost.json"
+_POLL, _FRESH = 1.0, 10.0
 
 
 class Stopwatch:
@@ -74,7 +77,7 @@ def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[R
     place = folder / f"{kind}-{key}"
     if not (place / _COST).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{kind}-{key}.lock"):
+        with alone(FileLock(folder / f"{kind}-{key}.lock"), folder):
             if not (place / _COST).exists():
                 _make(place, wanted, make)
     cost = json.loads((place / _COST).read_bytes())
@@ -82,6 +85,37 @@ def shared(folder: Path, kind: str, inputs: Mapping[str, Any], make: Callable[[R
         path=place, key=key, seconds=cost["seconds"], processor=cost.get("processor"),
         resumed=cost.get("resumed", False),
     )  # fmt: skip
+
+
+@contextmanager
+def alone(lock: FileLock, folder: Path) -> Iterator[None]:
+    """The lock, waited for as long as it takes; a note says so meanwhile, see :func:`is_waiting`."""
+    note = _note(folder, os.getpid())
+    try:
+        while True:
+            try:
+                lock.acquire(timeout=_POLL)
+                break
+            except Timeout:
+                note.touch()
+    finally:
+        note.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_waiting(folder: Path, process: int) -> bool:
+    """Whether a process waits in ``folder`` for a step that another one makes: that is no time of its cell."""
+    try:
+        return time.time() - _note(folder, process).stat().st_mtime < _FRESH
+    except OSError:
+        return False
+
+
+def _note(folder: Path, process: int) -> Path:
+    return folder / f"waiting-{process}"
 
 
 def _make(place: Path, inputs: Mapping[str, Any], make: Callable[[RunFolder], None]) -> None:

@@ -151,8 +151,13 @@ def read_further(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_part(trigger: str, told: dict[str, Any], class_names: tuple[str, ...]) -> Part:
-    """``told``: rate, target (number or name), mode and the trigger's parameters. Raises UsageError."""
+    """``told``: rate, target (number or name), mode and the trigger's parameters; pictures of blended by their files.
+
+    Raises UsageError, and as reading a picture does.
+    """
+    from unpoison.attacks.badclip_patch import encoded
     from unpoison.attacks.parts import Part
+    from unpoison.attacks.patterns import read_pattern
     from unpoison.catalog import ATTACKS, find
     from unpoison.errors import UsageError
 
@@ -160,6 +165,9 @@ def read_part(trigger: str, told: dict[str, Any], class_names: tuple[str, ...]) 
     rate, target = told.pop("rate"), told.pop("target")
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
         raise UsageError(f"{trigger}: rate {rate!r} is no number.", hint="Give a share of all samples, such as 0.02.")
+    for key in ("pattern", "mask") if trigger == "blended" else ():
+        if isinstance(told.get(key), str):
+            told[key] = encoded(read_pattern(Path(told[key])))
     return Part(trigger=trigger, target=read_target(str(target), class_names), rate=float(rate), options=told)
 
 

@@ -71,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.suffix == ".safetensors":
         content: object = _read_safetensors(path)
     elif path.suffix in PICKLED_SUFFIXES:
-        content = _read_pickled(path)
+        content = read_pickled(path)
     else:
         known = ", ".join((".safetensors", *PICKLED_SUFFIXES))
         raise ModelError(f"{path}: expected a weights file ({known}).", hint="Rename it if it is one of these.")
@@ -239,7 +239,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: damaged or truncated safetensors file ({error}).", hint=_DAMAGED) from error
 
 
-def _read_pickled(path: Path) -> object:
+def read_pickled(path: Path) -> object:
+    """What a torch file holds, by the reader that runs no code. Raises UnsafeCheckpointError, ModelError."""
     if zipfile.is_zipfile(path):
         check_archive(path)
     try:
