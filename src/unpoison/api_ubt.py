@@ -79,12 +79,12 @@ def purify_with_ubt(
             f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
         )
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
-    exposure = _unpack(run.step("exposure", lambda: _pack(_expose(known, config, run))))
+    exposure = _unpack(run.step("exposed", lambda: _pack(_expose(known, config, run))))
     models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
     suspicious = ranked_outcome(
         known,
         {"exposure": exposure.scores, "probe": exposure.probe},
-        exposure.above if exposure.exposed else np.zeros(len(pairs), dtype=bool),
+        exposure.above,
         method="exposure" if config.expose == "concept" else "gain",
         reason=_reason(exposure, config),
         warnings=(),
@@ -161,30 +161,34 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
         scores = known.spread(similarity_gain(known.clip, pairs, pixels, rows, -low, run=run))
         ranked = np.argsort(-scores[rows], kind="stable")
         count = min(max(config.exposure.fewest, round(config.exposure.share * len(rows))), len(rows) // 4)
+        above = np.zeros(len(pairs), dtype=bool)
+        above[rows[ranked[:count]]] = True
         return Exposure(
-            scores=scores, seeds=rows[ranked[:count]], first=rows[ranked[:count]], probe=scores, confirmation=0.5,
-            rate=count / len(rows), exposed=True,
+            scores=scores, seeds=rows[ranked[:count]], first=rows[ranked[:count]], probe=scores, above=above,
+            confirmation=0.5, exposed=True,
         )  # fmt: skip
     found = expose_pairs(low, suspect, captions, config.exposure)
+    above = np.zeros(len(pairs), dtype=bool)
+    above[rows] = found.above
     return replace(
         found, scores=known.spread(found.scores), probe=known.spread(found.probe), seeds=rows[found.seeds],
-        first=rows[found.first],
+        first=rows[found.first], above=above,
     )  # fmt: skip
 
 
 def _pack(exposure: Exposure) -> dict[str, Tensor]:
-    numbers = torch.tensor([exposure.confirmation, exposure.rate, float(exposure.exposed)], dtype=torch.float64)
-    arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first")}
+    numbers = torch.tensor([exposure.confirmation, float(exposure.exposed)], dtype=torch.float64)
+    arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first", "above")}
     return {"numbers": numbers} | {
         name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
     }
 
 
 def _unpack(state: dict[str, Tensor]) -> Exposure:
-    confirmation, rate, exposed = state["numbers"].tolist()
+    confirmation, exposed = state["numbers"].tolist()
     return Exposure(
         scores=state["scores"].numpy(), probe=state["probe"].numpy(), seeds=state["seeds"].numpy(),
-        first=state["first"].numpy(), confirmation=confirmation, rate=rate, exposed=bool(exposed),
+        first=state["first"].numpy(), above=state["above"].numpy(), confirmation=confirmation, exposed=bool(exposed),
     )  # fmt: skip
 
 

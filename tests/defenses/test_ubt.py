@@ -54,7 +54,7 @@ def exposure() -> Exposure:
     scores[7] = np.nan
     rows = np.array([row for row in range(40) if row != 7])
     return Exposure(
-        scores=scores, seeds=rows, first=rows[:8], probe=scores, confirmation=0.9, rate=0.1, exposed=True
+        scores=scores, seeds=rows, first=rows[:8], probe=scores, above=scores > 0.9, confirmation=0.9, exposed=True
     )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ Steps
     6. Confirmation: steps 1 to 5 on one half of the pairs; how suspicious at first are those of the other half that
        the probe points at? Mean rank, both ways round; 0.5 by chance. Seeds are suspicious because they were chosen
        so, unseen pairs only if suspicion and the place in the embeddings have a cause in common.
-    7. Rate: the share of all pairs for which the probe's answer lies beyond the point that is equally many standard
-       deviations from the seeds and from the unsuspicious half.
+    7. Count: a mixture of Gaussians over the probe's answers, the highest of which is the poison; a pair is counted
+       where its answer is more likely from that one than from all others. The clean ones start as one Gaussian; while
+       what is counted is at first less suspicious (mean rank) than step 6 asks for, they get one more, up to four.
 Where we differ, and what the paper leaves open
     The paper overfits a copy of the model on the least similar pairs and ranks by the gain in similarity
     (:mod:`unpoison.detection.similarity_gain`).
@@ -28,6 +29,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,11 @@ from unpoison.detection.neighbours import unit_rows
 from unpoison.detection.ranks import rank_normalise
 from unpoison.detection.reference_similarity import DensityConfig, Scores, density_of_least_similar
 from unpoison.errors import ConfigError, NoSeparationError
+
+_MOST_CLEAN = 4
+"""Gaussians of step 7 for the clean pairs, at most: with a fifth one the poison itself was split in trials."""
+_LEAST_SPREAD = 1e-3
+"""Smallest variance of one, in that of all answers: no Gaussian closes in on a few equal ones."""
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -60,7 +67,7 @@ class ExposureConfig:
     seed: int = 0
     """Of the halves of step 6."""
     confirmation: float = 0.7
-    """Mean rank of step 6 from which on the pairs count as exposed."""
+    """Mean rank of step 6 from which on the pairs count as exposed; those that step 7 counts should reach it too."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
@@ -77,26 +84,22 @@ class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
     ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
-    ``probe``: the last one's raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: the mean rank
-    ``confirmation`` reached the bound, else it is not known whether the scores rank anything but chance.
+    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` reached the bound, else it is not
+    known whether there is anything to count; ``above``: the pairs that step 7 counts, what to look at, none then.
     """
 
     scores: Scores
     seeds: Int[np.ndarray, " s"]
     first: Int[np.ndarray, " f"]
     probe: Scores
+    above: Bool[np.ndarray, " n"]
     confirmation: float
-    rate: float
     exposed: bool
 
     @property
-    def above(self) -> Bool[np.ndarray, " n"]:
-        """The pairs that ``rate`` counts, chosen by score: what to look at."""
-        usable = np.flatnonzero(~np.isnan(self.scores))
-        chosen = usable[np.argsort(-self.scores[usable], kind="stable")[: round(self.rate * len(usable))]]
-        flagged = np.zeros(len(self.scores), dtype=bool)
-        flagged[chosen] = True
-        return flagged
+    def rate(self) -> float:
+        """The share of the usable pairs that are ``above``, in [0, 1]."""
+        return float(self.above.sum() / max(1, (~np.isnan(self.scores)).sum()))
 
 
 def expose_pairs(
@@ -124,15 +127,18 @@ def expose_pairs(
     order = np.random.default_rng(config.seed).permutation(len(kept))
     halves = [np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])]
     confirmation = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]  # (6)
-    threshold = between(found.answers[found.seeds], found.answers[found.calm])
+    counted = count_poison(found.answers, seen.low, found.seeds, found.calm, config.confirmation)  # (7)
+    exposed = float(np.mean(confirmation)) >= config.confirmation
+    above = np.zeros(len(suspicion), dtype=bool)
+    above[kept] = counted & exposed
     return Exposure(
         scores=_spread(found.scores, kept, len(suspicion)),
         seeds=kept[found.seeds],
         first=kept[found.first],
         probe=_spread(found.answers, kept, len(suspicion)),
+        above=above,
         confirmation=float(np.mean(confirmation)),
-        rate=float((found.answers > threshold).mean()),  # (7)
-        exposed=float(np.mean(confirmation)) >= config.confirmation,
+        exposed=exposed,
     )
 
 
@@ -205,6 +211,54 @@ def fit_probe(
     targets = np.repeat([1, 0], [len(seeds), len(others)])
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
     return model.fit(images[np.concatenate([seeds, others])], targets)
+
+
+def count_poison(
+    answers: Float[np.ndarray, " k"],
+    suspicion: Float[np.ndarray, " k"],
+    seeds: Int[np.ndarray, " s"],
+    calm: Int[np.ndarray, " c"],
+    suspicious: float,
+) -> Bool[np.ndarray, " k"]:
+    """Step 7: which are poison. Clean answers are skewed where images are of several kinds, hence several Gaussians.
+
+    Where no number of them gives pairs of the mean rank ``suspicious``, the one whose pairs are most suspicious.
+    """
+    ranks = rank_normalise(suspicion)
+    high = answers > between(answers[seeds], answers[calm])
+    if high.all() or not high.any():
+        return high
+    best, reached = high, -np.inf
+    for count in range(1, _MOST_CLEAN + 1):
+        counted = answers > _crossing(answers, high, count)
+        mean = float(ranks[counted].mean()) if counted.any() else 0.0
+        if mean >= suspicious:
+            return counted
+        if mean > reached:
+            best, reached = counted, mean
+    return best
+
+
+def _crossing(answers: Float[np.ndarray, " k"], high: Bool[np.ndarray, " k"], count: int) -> float:
+    """The last answer below the poison's mean that is as likely from one of the ``count`` Gaussians of clean pairs."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    rest = answers[~high]
+    means = [*np.quantile(rest, (np.arange(count) + 0.5) / count), answers[high].mean()]
+    least = _LEAST_SPREAD * answers.var() + np.finfo(float).tiny
+    spreads = [*[max(rest.var() / count**2, least)] * count, max(answers[high].var(), least)]
+    shares = [*[(~high).mean() / count] * count, high.mean()]
+    mixture = GaussianMixture(
+        count + 1, weights_init=shares, means_init=np.array(means)[:, None], reg_covar=least, tol=1e-6, max_iter=1000,
+        precisions_init=1 / np.array(spreads)[:, None, None],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=ConvergenceWarning)  # what was counted is looked at anyhow
+        mixture.fit(answers[:, None])
+    below = answers < mixture.means_[-1, 0]
+    clean = mixture.predict_proba(answers[:, None])[:, -1] <= 0.5
+    return float(answers[below & clean].max(initial=-np.inf))
 
 
 def between(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " o"]) -> float:
