@@ -59,10 +59,7 @@ def test_poison_is_counted_whatever_the_answers_look_like(rate: float, skewed: b
     random = np.random.default_rng(1)
     truth = np.arange(8000) < rate * 8000
     clean = np.where(random.random(8000) < 0.6, random.normal(-16, 2, 8000), random.normal(-9, 3, 8000))
-    if skewed:  # images of several kinds, poison with a long tail towards them
-        poison = 5 - random.gamma(2.0, 1.3, 8000)
-    else:
-        poison = random.normal(3, 0.8, 8000)
+    poison = 5 - random.gamma(2.0, 1.3, 8000) if skewed else random.normal(3, 0.8, 8000)
     answers = np.where(truth, poison, clean)
     suspicion = np.where(truth, 0.8 + 0.2 * random.random(8000), random.random(8000))
     suspicion[~truth] *= 0.98

@@ -27,7 +27,6 @@ JUDGED_IN_ALL = 4096
 """...and about this many together."""
 _AT_ONCE, _PIXELS_AT_ONCE = 256, 256 * 64 * 64
 _HELD_OUT = 0.25
-_SCALES = (1.0, 100.0)
 _SPREAD = 1e-3
 
 
@@ -107,12 +106,6 @@ def choose_shots(source: LabelledImages, shots: int, image_size: int, *, run: Ru
         )
 
     return ChosenShots(learnt=part(learnt), judging=part(judging), fewest=min(counts), skipped=pixels.skipped)
-
-
-def usable_scale(clip: ImageTextModel) -> float:
-    """The factor on cosines, held between 1 and 100: it decides no answer, and beyond them nothing can be learnt."""
-    scale = clip.logit_scale
-    return min(max(scale, _SCALES[0]), _SCALES[1]) if np.isfinite(scale) else _SCALES[1]
 
 
 @torch.no_grad()

@@ -59,6 +59,7 @@ from unpoison.defenses.par import relation_loss, squared_distance
 from unpoison.defenses.telling import common_words, encode_images, encode_texts, telling_patches, telling_words
 from unpoison.detection.exposure import Exposure, ExposureConfig
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
 from unpoison.types import Embeddings, Images, ImageTextModel
@@ -183,7 +184,7 @@ def repair_with_ubt(
     data = open_training(clip, pairs.select(keep), config, run=run)
     old = Suspect(clip=suspect, data=data, run=run, plain=False)
     table = data.image_table(suspect, run)
-    mine = process_slice(data.batch_size, run)
+    mine, scale = process_slice(data.batch_size, run), usable_scale(clip)
     with torch.no_grad():
         targets = suspect.encode_texts(unlearning.texts)
     with trainable(clip, run) as trained:
@@ -207,7 +208,7 @@ def repair_with_ubt(
             def loss(images: Tensor) -> Tensor:
                 images = gather_with_gradient(images, run.accelerator)
                 given = old.images() if table is None else table[torch.from_numpy(batch.rows).to(run.device)]
-                value, figures = keep_loss(images, old.texts(), given, clip.logit_scale, config)  # (5)
+                value, figures = keep_loss(images, old.texts(), given, scale, config)  # (5)
                 terms.update(figures)
                 return value
 
@@ -226,7 +227,7 @@ def repair_with_ubt(
             with run.accelerator.autocast():
                 embedded = trained.encode_images(unlearning.images[drawn])
             unlearn = unlearn_loss(  # (4)
-                embedded, targets[drawn], old.texts(), clip.logit_scale, unlearning.level, config
+                embedded, targets[drawn], old.texts(), scale, unlearning.level, config
             )
             run.accelerator.backward(config.unlearn_weight * unlearn)
             average_gradients(weights, run.accelerator)

@@ -32,6 +32,7 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.detection.ranks import rank_normalise
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, scaled_rate
 from unpoison.types import ImageTextModel
@@ -87,7 +88,7 @@ def similarity_gain(
     before = _cosines(clip, pixels, rows, texts, np.arange(len(rows)), run)
     parameters = sum(value.numel() for value in clip.module.parameters())
     rate = scaled_rate(config.learning_rate, parameters)
-    size = min(config.batch_size, len(weak))
+    size, scale = min(config.batch_size, len(weak)), usable_scale(clip)
     with trainable(clip, run) as copy:  # (3)
         weights = [*copy.tower("image"), *copy.tower("text")]
         choose_weights(copy, weights)
@@ -101,7 +102,7 @@ def similarity_gain(
             images = to_images(pixels.array[rows[chosen]]).to(run.device)
             with run.accelerator.autocast():
                 embedded = copy.encode_images(images), copy.encode_texts([texts[row] for row in chosen])
-            loss = info_nce(embedded[0].float(), embedded[1].float(), clip.logit_scale)
+            loss = info_nce(embedded[0].float(), embedded[1].float(), scale)
             if not torch.isfinite(loss):
                 raise DivergedError("overfitting", step=step, loss=float(loss.detach()))
             optimiser.zero_grad()
