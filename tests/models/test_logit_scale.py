@@ -117,8 +117,15 @@ def test_ubt_unlearns_as_with_the_nearest(
     scores = np.linspace(1, 0, 200)
     first = np.arange(20)
     exposure = Exposure(
-        scores=scores, seeds=first, first=first, probe=scores, above=scores > 0.9, confirmation=0.9, exposed=True
-    )
+        scores=scores,
+        seeds=first,
+        first=first,
+        probe=scores,
+        above=scores > 0.9,
+        rates=(0.05, 0.2),
+        confirmation=0.9,
+        exposed=True,
+    )  # fmt: skip
     config = UBTConfig(batch_size=16, steps=2, check_every=2, learning_rate=1e-4, unlearn_share=0.1)
     clips = scaled(logarithm), scaled(math.log(nearest))
     odd, usual = (repair_with_ubt(clip, pairs, exposure, config, run=new_run()) for clip in clips)

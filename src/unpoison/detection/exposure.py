@@ -62,8 +62,9 @@ class ExposureConfig:
     same_concept: float = 0.8
     """Cosine of captions from which on they share a concept."""
     strength: float = 1.0
-    """Inverse regularisation of the probe."""
+    """Inverse regularisation of the probe: scikit-learn's default, not tuned."""
     rounds: int = 3
+    """Of step 5; not tuned."""
     seed: int = 0
     """Of the halves of step 6."""
     confirmation: float = 0.7
@@ -85,7 +86,9 @@ class Exposure:
 
     ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
     ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` reached the bound, else it is not
-    known whether there is anything to count; ``above``: the pairs that step 7 counts, what to look at, none then.
+    known whether there is anything to count; ``above``: the pairs that step 7 counts, what to look at, none then;
+    ``rates``: their share where only those are counted that are poison at odds of 19 to 1, and where all are that are
+    not clean at such odds.
     """
 
     scores: Scores
@@ -93,6 +96,7 @@ class Exposure:
     first: Int[np.ndarray, " f"]
     probe: Scores
     above: Bool[np.ndarray, " n"]
+    rates: tuple[float, float]
     confirmation: float
     exposed: bool
 
@@ -127,7 +131,7 @@ def expose_pairs(
     order = np.random.default_rng(config.seed).permutation(len(kept))
     halves = [np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])]
     confirmation = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]  # (6)
-    counted = count_poison(found.answers, seen.low, found.seeds, found.calm, config.confirmation)  # (7)
+    counted, least, most = count_poison(found.answers, seen.low, found.seeds, found.calm, config.confirmation)  # (7)
     exposed = float(np.mean(confirmation)) >= config.confirmation
     above = np.zeros(len(suspicion), dtype=bool)
     above[kept] = counted & exposed
@@ -137,9 +141,31 @@ def expose_pairs(
         first=kept[found.first],
         probe=_spread(found.answers, kept, len(suspicion)),
         above=above,
+        rates=(least, most) if exposed else (0.0, 0.0),
         confirmation=float(np.mean(confirmation)),
         exposed=exposed,
     )
+
+
+def expose_by_gain(
+    gain: Scores, captions: Float[np.ndarray, "n e"], config: ExposureConfig, *, fewest: int
+) -> Exposure:
+    """The paper's first two stages: the highest share by gain, and of these the largest groups that say the same.
+
+    ``gain``: :func:`unpoison.detection.similarity_gain.similarity_gain`. ``above`` are the highest, ``first`` and
+    ``seeds`` the groups, at least ``fewest`` pairs. Whether any of them is poison is taken for granted.
+    """
+    texts, _ = unit_rows(captions)
+    count = min(max(config.fewest, round(config.share * len(gain))), len(gain) // 4)
+    highest = np.argsort(-gain, kind="stable")[:count]
+    chosen = covering_concepts(texts, highest, config.same_concept, fewest)
+    above = np.zeros(len(gain), dtype=bool)
+    above[highest] = True
+    rate = count / len(gain)
+    return Exposure(
+        scores=gain, seeds=chosen, first=chosen, probe=gain, above=above, rates=(rate, rate), confirmation=0.5,
+        exposed=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -201,6 +227,20 @@ def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"]
     return rows[alike[alike.sum(axis=1).argmax()]]
 
 
+def covering_concepts(
+    texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"], same: float, fewest: int
+) -> Int[np.ndarray, " _"]:
+    """Of ``rows``, in their order, those of the largest groups of one concept that hold half of them, and ``fewest``.
+
+    The paper's second stage: poisons of one target say the same. Groups are taken off one by one, the largest first.
+    """
+    left, taken = rows, rows[:0]
+    while len(left) and (2 * len(taken) < len(rows) or len(taken) < fewest):
+        group = largest_concept(texts, left, same)
+        taken, left = np.concatenate([taken, group]), left[~np.isin(left, group)]
+    return rows[np.isin(rows, taken)]
+
+
 def fit_probe(
     images: Float[np.ndarray, "n d"], seeds: Int[np.ndarray, " s"], others: Int[np.ndarray, " o"], strength: float
 ) -> LogisticRegression:
@@ -219,28 +259,34 @@ def count_poison(
     seeds: Int[np.ndarray, " s"],
     calm: Int[np.ndarray, " c"],
     suspicious: float,
-) -> Bool[np.ndarray, " k"]:
-    """Step 7: which are poison. Clean answers are skewed where images are of several kinds, hence several Gaussians.
+) -> tuple[Bool[np.ndarray, " k"], float, float]:
+    """Step 7: which are poison, and the least and the largest share of it. Clean answers are skewed where images are of
+    several kinds, hence several Gaussians.
 
     Where no number of them gives pairs of the mean rank ``suspicious``, the one whose pairs are most suspicious.
     """
     ranks = rank_normalise(suspicion)
     high = answers > between(answers[seeds], answers[calm])
+    best, reached = (high, float(high.mean()), float(high.mean())), -np.inf
     if high.all() or not high.any():
-        return high
-    best, reached = high, -np.inf
+        return best
     for count in range(1, _MOST_CLEAN + 1):
-        counted = answers > _crossing(answers, high, count)
-        mean = float(ranks[counted].mean()) if counted.any() else 0.0
-        if mean >= suspicious:
-            return counted
+        least, even, most = (answers > point for point in _crossings(answers, high, count, (0.95, 0.5, 0.05)))
+        mean = float(ranks[even].mean()) if even.any() else 0.0
         if mean > reached:
-            best, reached = counted, mean
+            best, reached = (even, float(least.mean()), float(most.mean())), mean
+        if mean >= suspicious:
+            break
     return best
 
 
-def _crossing(answers: Float[np.ndarray, " k"], high: Bool[np.ndarray, " k"], count: int) -> float:
-    """The last answer below the poison's mean that is as likely from one of the ``count`` Gaussians of clean pairs."""
+def _crossings(
+    answers: Float[np.ndarray, " k"], high: Bool[np.ndarray, " k"], count: int, odds: tuple[float, ...]
+) -> list[float]:
+    """For each of ``odds`` the last answer below the poison's mean that is poison with no more than this probability.
+
+    Clean pairs are ``count`` Gaussians, poison one more.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
@@ -256,9 +302,9 @@ def _crossing(answers: Float[np.ndarray, " k"], high: Bool[np.ndarray, " k"], co
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=ConvergenceWarning)  # what was counted is looked at anyhow
         mixture.fit(answers[:, None])
-    below = answers < mixture.means_[-1, 0]
-    clean = mixture.predict_proba(answers[:, None])[:, -1] <= 0.5
-    return float(answers[below & clean].max(initial=-np.inf))
+    below = answers < np.asarray(mixture.means_)[-1, 0]
+    poison = mixture.predict_proba(answers[:, None])[:, -1]
+    return [float(answers[below & (poison <= most)].max(initial=-np.inf)) for most in odds]
 
 
 def between(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " o"]) -> float:

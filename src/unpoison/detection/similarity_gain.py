@@ -5,9 +5,10 @@ Paper
 Idea
     A pair that does not match is hard to learn, unless a shortcut is there already: a trigger's.
 Needs
-    The suspicious CLIP and its training pairs; a reference CLIP says better which pairs match least.
+    The suspicious CLIP and its training pairs; a first suspicion of each, best its similarity under a reference CLIP.
 Steps
-    1. s0: cosine of image and caption under the reference, or under the suspect where there is none.
+    1. s0: cosine of image and caption under the reference. UBT without one gives minus DAO's score in its place: the
+       suspect's own cosine is what the poison has raised.
     2. D_w: the lowest tenth of s0.
     3. Overfit a copy on D_w: InfoNCE, AdamW, ten times the fine-tuning rate, batches of 128, 3 epochs, images as they
        are; stop when the mean cosine on D_w gains less than 0.5 percent in an epoch.
@@ -74,9 +75,9 @@ def similarity_gain(
     *,
     run: Run,
 ) -> Float[np.ndarray, " k"]:
-    """Ranks in (0, 1] of the gain for ``rows`` of ``pairs``; ``cosines`` are their s0. The model stays as it is.
+    """Ranks in (0, 1] of the gain for ``rows`` of ``pairs``; ``cosines`` are their s0, higher is less suspicious.
 
-    Raises NotEnoughDataError for fewer than 16 pairs in D_w, DivergedError.
+    The model stays as it is. Raises NotEnoughDataError for fewer than 16 pairs in D_w, DivergedError.
     """
     config = config or OverfitConfig()
     texts = [captions[0] for captions in pairs.captions(rows)]
