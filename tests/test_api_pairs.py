@@ -19,6 +19,7 @@ from torch import Tensor
 from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, describe_pairs, scan_pairs
 from unpoison.catalog import DETECTORS, find
 from unpoison.data.pairs import ImageTextPairs, open_pairs
+from unpoison.detection.exposure import ExposureConfig
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.detection.reference_similarity import DensityConfig
 from unpoison.embedded_pairs import caption_cosines
@@ -108,11 +109,13 @@ def test_a_scan_ranks_planted_pairs(
     # Against the neighbours' own distances, 50 clean shapes at a time are uneven: odd ones rank beside the poison.
     least = 0.65 if method in ("dao", "slof") else 0.9
     assert roc_auc_score(truth, scores.suspicion) > least
-    assert (scan.method, scan.samples, scan.captioned, scan.ranks_only) == (method, 200, True, True)
-    assert scan.inconclusive
-    assert not scan.estimate.poisoned
-    assert scan.flagged == (split.region == SUSPECT).sum() == round(1.5 * 0.04 * 200)
-    assert scores.suspicion[split.suspect].min() >= np.delete(scores.suspicion, split.suspect).max()
+    assert (scan.method, scan.samples, scan.captioned) == (method, 200, True)
+    assert scan.ranks_only == scan.inconclusive == (not scan.estimate.poisoned)
+    assert scan.flagged == (split.region == SUSPECT).sum()
+    if method != "exposure":
+        assert scan.inconclusive
+        assert scan.flagged == round(1.5 * 0.04 * 200)
+        assert scores.suspicion[split.suspect].min() >= np.delete(scores.suspicion, split.suspect).max()
     assert set(scan.inputs) - {"pairs_content"} == {
         *(["suspect"] if PAIR_DETECTORS[method].suspect else []),
         *(["reference"] if PAIR_DETECTORS[method].reference else []),
@@ -127,6 +130,56 @@ def test_a_scan_ranks_planted_pairs(
     assert shown == {pairs.ids[row]: pairs.captions([row])[0][0] for row in split.suspect.tolist()}
     again = scan_pairs(pairs, clip=suspect, reference=clip, method=method, config=QUICK, run=run())
     assert np.array_equal(again.scores.suspicion, scores.suspicion)
+
+
+@pytest.mark.parametrize(("confirmation", "poisoned"), [(0.0, True), (1.0, False)])
+def test_exposure_says_what_it_found(confirmation: float, poisoned: bool, clip: Any, suspect: Any) -> None:
+    pairs = open_pairs("shapes:300:3")
+    chosen = pairs.ids[5:300:10]
+    planted = pairs.with_overlay(Colored(set(chosen)), dict.fromkeys(chosen, "a photo of a horse"))
+    config = replace(QUICK, exposure=ExposureConfig(confirmation=confirmation))
+    outcome = scan_pairs(planted, clip=suspect, reference=clip, method="exposure", config=config, run=run())
+    estimate = outcome.scan.estimate
+    assert estimate.poisoned == poisoned
+    assert outcome.scan.inconclusive == (not poisoned)
+    assert outcome.scan.flagged == round(estimate.rate * 300)
+    if poisoned:
+        assert estimate.rate_low <= estimate.rate <= estimate.rate_high
+        assert estimate.rate == pytest.approx(0.1, abs=0.02)
+        assert {outcome.scores.ids[row] for row in outcome.split.suspect} >= set(chosen)
+        assert "A group of pairs stands out" in estimate.reason
+    else:
+        assert outcome.scan.flagged == 0
+
+
+class Collapsed(TransformersCLIP):
+    """It gives every image the same embedding, all but rounding, or none at all."""
+
+    length = 1.0
+
+    @property
+    def fingerprint(self) -> str:
+        return f"collapsed {self.length}"
+
+    def encode_images(self, images: Images) -> Embeddings:
+        embedded = super().encode_images(images)
+        same = torch.nn.functional.normalize(torch.ones_like(embedded), dim=1) + 1e-7 * embedded
+        return self.length * same
+
+
+@pytest.mark.parametrize("length", [1.0, 0.0])
+@pytest.mark.parametrize("method", PAIR_DETECTORS)
+def test_embeddings_that_are_all_equal_separate_nothing(method: str, length: float, clip: Any) -> None:
+    broken = load_clip("tiny")
+    broken.__class__ = Collapsed
+    broken.length = length  # pyright: ignore[reportAttributeAccessIssue]
+    pairs = open_pairs("shapes:200:3")
+    if PAIR_DETECTORS[method].suspect:
+        with pytest.raises(NoSeparationError, match="suspect gives all 200 images the same"):
+            scan_pairs(pairs, clip=broken, reference=clip, method=method, config=QUICK, run=run())
+    if PAIR_DETECTORS[method].reference:
+        with pytest.raises(NoSeparationError, match="reference gives all 200 images the same"):
+            scan_pairs(pairs, clip=clip, reference=broken, method=method, config=QUICK, run=run())
 
 
 def test_the_suspect_as_its_own_reference_is_warned_of(clip: Any, planted: tuple[ImageTextPairs, np.ndarray]) -> None:

@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from unpoison import api_ubt
-from unpoison.api_ubt import purify_with_ubt
+from unpoison.api_ubt import purify_with_abl_clip, purify_with_ubt
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.clip_results import ClipPurification
 from unpoison.data.pairs import open_pairs
 from unpoison.defenses.ubt import UBTConfig
 from unpoison.detection.exposure import ExposureConfig
+from unpoison.detection.neighbours import NeighboursConfig
+from unpoison.detection.similarity_gain import OverfitConfig
 from unpoison.errors import ModelError, NoSeparationError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import load_clip
@@ -75,6 +77,12 @@ def test_a_repair_is_on_record(reference: bool, clip: Any, pairs: Any, tmp_path:
     assert ("reference" in result.inputs) == reference
     listed = outcome.suspicious
     assert listed.scan.flagged == round(exposure.rate / 100 * len(pairs))
+    estimate = listed.scan.estimate
+    assert estimate.poisoned
+    assert not listed.scan.inconclusive
+    assert estimate.rate_low <= estimate.rate <= estimate.rate_high
+    assert estimate.rate == pytest.approx(exposure.rate / 100)
+    assert any("is its own neighbours" in warning for warning in result.warnings) != reference
     assert np.isfinite(listed.scores.suspicion).all()
     assert listed.samples
     result.save(tmp_path / "purification.json")
@@ -93,6 +101,7 @@ def test_a_model_stays_as_it_is_where_nothing_stands_out(clip: Any, pairs: Any) 
     assert result.exposure is not None
     assert result.exposure.unlearnt == 0
     assert outcome.suspicious.scan.flagged == 0
+    assert outcome.suspicious.scan.inconclusive
     assert np.isfinite(outcome.suspicious.scores.suspicion).all()
 
 
@@ -124,10 +133,55 @@ def test_exposing_is_not_repeated(clip: Any, pairs: Any, tmp_path: Path, monkeyp
 def test_the_gain_ranks_as_published(clip: Any, pairs: Any) -> None:
     config = UBTConfig.as_published(**QUICK)
     outcome = purify_with_ubt(clip, pairs, reference=load_clip("tiny"), config=config, run=new_run())
-    assert outcome.suspicious.scan.method == "gain"
-    assert outcome.purification.exposure is not None
-    assert outcome.purification.exposure.unlearnt == 12
-    assert "overfitted copy" in outcome.suspicious.scan.estimate.reason
+    listed, exposure = outcome.suspicious, outcome.purification.exposure
+    assert listed.scan.method == "gain"
+    assert listed.scan.inconclusive
+    assert listed.scan.flagged == 30
+    assert exposure is not None
+    assert 16 <= exposure.unlearnt + exposure.judges <= 24
+    assert exposure.seeds >= exposure.unlearnt + exposure.judges
+    assert "overfitted copy" in listed.scan.estimate.reason
+
+
+def test_overfitting_and_neighbours_can_be_set(clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(api_ubt, "similarity_gain", lambda *args, **_: seen.append(args[5]) or np.linspace(0, 1, 300))
+    config = UBTConfig.as_published(**QUICK, overfit=OverfitConfig(epochs=1), neighbours=NeighboursConfig(k=5))
+    result = purify_with_ubt(clip, pairs, config=config, run=new_run()).purification
+    assert seen == [OverfitConfig(epochs=1)]
+    assert any("poison of more than 1.7 percent is its own neighbours" in warning for warning in result.warnings)
+    wide = UBTConfig(**QUICK, neighbours=NeighboursConfig(k=300))
+    with pytest.raises(NotEnoughDataError, match="need at least 301"):
+        purify_with_ubt(clip, pairs, config=wide, run=new_run())
+
+
+def test_a_set_too_small_to_unlearn_from_still_gives_the_list(clip: Any, pairs: Any) -> None:
+    config = replace(UBTConfig(**QUICK, exposure=ANY), unlearn_share=0.01)
+    outcome = purify_with_ubt(clip, pairs, reference=load_clip("tiny"), config=config, run=new_run())
+    result = outcome.purification
+    assert (result.accepted, result.left_alone, result.steps) == (False, True, 0)
+    assert "Only 3 pairs may be unlearnt, 16 are needed" in result.reason
+    assert state(outcome.clip) == state(clip)
+    assert outcome.suspicious.scan.estimate.poisoned
+    assert outcome.suspicious.scan.flagged > 0
+
+
+def test_a_set_too_small_to_rank_is_refused_before_anything_is_embedded(
+    clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_ubt, "see_pairs", None)
+    for config in (UBTConfig(**QUICK), UBTConfig.as_published(**QUICK)):
+        with pytest.raises(NotEnoughDataError, match=f"have 100, need at least {config.fewest_pairs}"):
+            purify_with_ubt(clip, pairs.select(range(100)), config=config, run=new_run())
+
+
+def test_a_logit_scale_that_cannot_be_used_is_named(clip: Any, pairs: Any) -> None:
+    odd = clip.copy()
+    odd.module.get_parameter("logit_scale").data.fill_(1000.0)
+    config = UBTConfig(**QUICK, exposure=ANY)
+    result = purify_with_ubt(odd, pairs, reference=load_clip("tiny"), config=config, run=new_run()).purification
+    assert result.steps == 2
+    assert any("logit scale is inf; 100 was used" in warning for warning in result.warnings)
 
 
 def test_a_model_in_half_precision_comes_back_in_it(clip: Any, pairs: Any) -> None:
@@ -154,7 +208,11 @@ def test_weights_that_are_no_numbers_are_refused(clip: Any, pairs: Any) -> None:
 
 def test_pairs_that_are_all_alike_are_refused(clip: Any, pairs: Any) -> None:
     same = replace(pairs, replaced=dict.fromkeys(pairs.ids, ("a thing",)))
-    with pytest.raises(NoSeparationError):
-        purify_with_ubt(clip, same, reference=load_clip("tiny"), config=UBTConfig(**QUICK), run=new_run())
+    for config in (UBTConfig(**QUICK), UBTConfig.as_published(**QUICK)):
+        for reference in (load_clip("tiny"), None):
+            with pytest.raises(NoSeparationError, match="have the same caption"):
+                purify_with_ubt(clip, same, reference=reference, config=config, run=new_run())
+    with pytest.raises(NoSeparationError, match="have the same caption"):
+        purify_with_abl_clip(clip, same, run=new_run())
     with pytest.raises(NotEnoughDataError):
         purify_with_ubt(clip, open_pairs("shapes:10:3"), config=UBTConfig(**QUICK), run=new_run())

@@ -20,7 +20,7 @@ from unpoison.api_detectors import highest
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.detection import neighbours
-from unpoison.detection.exposure import ExposureConfig, expose_pairs
+from unpoison.detection.exposure import Exposure, ExposureConfig, expose_pairs
 from unpoison.detection.neighbours import NeighboursConfig, score_neighbourhoods
 from unpoison.detection.ranks import mean_of_ranks
 from unpoison.detection.reference_similarity import DensityConfig, density_of_least_similar, low_similarity
@@ -45,13 +45,29 @@ from unpoison.types import ImageTextModel
 
 PAIR_LIMITS = (
     "Poison that left no trace in the embeddings of this CLIP, above all where it was not trained on these pairs.",
-    "Whether the set is poisoned at all: these detectors rank pairs of any set, clean ones too.",
+    "Whether the set is poisoned at all: pairs of any set can be ranked, of clean ones too.",
     "Odd but harmless pairs (drawings, logos, rare languages) lie apart as well and rank high.",
     "The weights of any model: this looked at data only.",
+)
+POISONED_LIMITS = (
+    PAIR_LIMITS[0],
+    "A second backdoor with another target: one group of pairs stands out.",
+    "How much poison there is where it is rare: of about 1 percent several times as much may be counted.",
+    *PAIR_LIMITS[2:],
 )
 _CAPTION_CHARACTERS = 500
 
 Axes = dict[str, Float[np.ndarray, " k"]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Ranked:
+    """Scores of the usable pairs, the first of ``axes`` ranks; which are ``flagged`` and what follows, where a detector
+    says so itself."""
+
+    axes: Axes
+    flagged: Bool[np.ndarray, " k"] | None = None
+    estimate: PoisonEstimate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +88,9 @@ class PairDetectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PairDetector:
-    """``score`` gives one or more axes, the first of which ranks; the flags say which models have to be asked."""
+    """What ranks the pairs, and which models have to be asked for that."""
 
-    score: Callable[[Embedded, PairDetectorConfig, Run], Axes]
+    score: Callable[[Embedded, PairDetectorConfig, Run], Ranked]
     suspect: bool = True
     reference: bool = False
     captions: bool = False
@@ -83,42 +99,45 @@ class PairDetector:
     """It takes poison for rarer than k in a batch."""
 
 
-def _neighbourhoods(*names: str) -> Callable[[Embedded, PairDetectorConfig, Run], Axes]:
-    def score(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+def _neighbourhoods(*names: str) -> Callable[[Embedded, PairDetectorConfig, Run], Ranked]:
+    def score(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
         formulas = {name.replace("-", "_"): neighbours.FORMULAS[name] for name in names}
         seed = run.seed_of("neighbours")
-        return score_neighbourhoods(
-            _asked(known.suspect), formulas, config.neighbours, seed=seed, progress=run.progress
-        )
+        suspect = _asked(known.suspect)
+        return Ranked(axes=score_neighbourhoods(suspect, formulas, config.neighbours, seed=seed, progress=run.progress))
 
     return score
 
 
-def _similarity(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
-    return {"low_similarity": low_similarity(_asked(known.cosines))}
+def _similarity(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
+    return Ranked(axes={"low_similarity": low_similarity(_asked(known.cosines))})
 
 
-def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
-    similarity = _similarity(known, config, run)
-    dense = density_of_least_similar(similarity["low_similarity"], _asked(known.suspect), config.density)
-    return {"density": dense} | similarity
+def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
+    low = low_similarity(_asked(known.cosines))
+    dense = density_of_least_similar(low, _asked(known.suspect), config.density)
+    return Ranked(axes={"density": dense, "low_similarity": low})
 
 
-def _exposure(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
-    similarity = _similarity(known, config, run)
-    found = expose_pairs(similarity["low_similarity"], _asked(known.suspect), _asked(known.captions), config.exposure)
-    return {"exposure": found.scores} | similarity
+def _exposure(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
+    low = low_similarity(_asked(known.cosines))
+    found = expose_pairs(low, _asked(known.suspect), _asked(known.captions), config.exposure)
+    return Ranked(
+        axes={"exposure": found.scores, "probe": found.probe, "low_similarity": low},
+        flagged=found.above,
+        estimate=estimate_poison(found, config.exposure),
+    )
 
 
-def _gain(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
+def _gain(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
     pixels = load_pixels(known.pairs, known.clip.image_size, cache=run.cache, progress=run.progress)
     gain = similarity_gain(known.clip, known.pairs, pixels, known.rows, _asked(known.cosines), config.overfit, run=run)
-    return {"similarity_gain": gain} | _similarity(known, config, run)
+    return Ranked(axes={"similarity_gain": gain} | _similarity(known, config, run).axes)
 
 
-def _mean(known: Embedded, config: PairDetectorConfig, run: Run) -> Axes:
-    axes = _neighbourhoods("dao")(known, config, run) | _density(known, config, run)
-    return {"mean_of_ranks": mean_of_ranks(axes.values())} | axes
+def _mean(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
+    axes = _neighbourhoods("dao")(known, config, run).axes | _density(known, config, run).axes
+    return Ranked(axes={"mean_of_ranks": mean_of_ranks(axes.values())} | axes)
 
 
 PAIR_DETECTORS: dict[str, PairDetector] = {
@@ -145,8 +164,8 @@ def scan_pairs(
     """Rank image-caption pairs by suspicion with one of PAIR_DETECTORS.
 
     ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for the detectors whose
-    entry asks for one. None of the detectors decides whether a set is poisoned: the scan is inconclusive. Scores, split
-    and samples have no labels (-1) and no class names.
+    entry asks for one. Only ``exposure`` can say that a set is poisoned, and none that it is clean: all other scans are
+    inconclusive. Scores, split and samples have no labels (-1) and no class names.
     Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
     UnknownMethodError, UsageError (a reference is missing), ModelError.
     """
@@ -170,20 +189,21 @@ def scan_pairs(
         captions=detector.captions,
         run=run,
     )
-    axes = detector.score(known, config, run)
+    found = detector.score(known, config, run)
+    axes = found.axes
     primary = next(iter(axes))
     _check_separation(axes[primary], method)
     asked = {"suspect": clip} if detector.suspect else {}
     if detector.reference and reference is not None:
         asked["reference"] = reference
     flagged = np.zeros(len(pairs), dtype=bool)
-    flagged[known.rows] = highest(axes[primary], config.assumed_rate)
+    flagged[known.rows] = highest(axes[primary], config.assumed_rate) if found.flagged is None else found.flagged
     return ranked_outcome(
         known,
         {name: known.spread(values) for name, values in axes.items()},
         flagged,
         method=method,
-        reason=_ranked(config),
+        estimate=found.estimate or nothing_decided(_ranked(config)),
         warnings=_crowded(config, len(known.rows)) if detector.batches else (),
         config=asdict(config),
         models=asked,
@@ -198,21 +218,18 @@ def ranked_outcome(
     flagged: Bool[np.ndarray, " n"],
     *,
     method: str,
-    reason: str,
+    estimate: PoisonEstimate,
     warnings: tuple[str, ...],
     config: dict[str, Any],
     models: Mapping[str, ImageTextModel],
     seconds: float,
     run: Run,
 ) -> ScanOutcome:
-    """Scores of all pairs, NaN for unusable ones, as a scan; the first of ``axes`` ranks. It decides nothing."""
+    """Scores of all pairs, NaN for unusable ones, as a scan; the first of ``axes`` ranks."""
     pairs = known.pairs
     region: Region = np.full(len(pairs), SKIPPED, dtype=np.int8)
     region[known.rows] = np.where(flagged[known.rows], SUSPECT, CLEAN)
     labels = np.full(len(pairs), -1, dtype=np.int64)
-    estimate = PoisonEstimate(
-        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), evidence={}, reason=reason
-    )
     scores = SampleScores(
         method=method, ids=list(pairs.ids), labels=labels, class_names=(), axes=axes, primary=next(iter(axes)),
         skipped=known.skipped,
@@ -229,10 +246,10 @@ def ranked_outcome(
         flagged=len(split.suspect),
         flagged_per_class={},
         skipped=known.skipped,
-        ranks_only=True,
+        ranks_only=not estimate.poisoned,
         captioned=True,
         warnings=known.warnings + warnings,
-        not_covered=PAIR_LIMITS,
+        not_covered=POISONED_LIMITS if estimate.poisoned else PAIR_LIMITS,
         seconds=seconds,
         seed=run.seed,
         config=config,
@@ -240,6 +257,35 @@ def ranked_outcome(
         clip=models["suspect"].fingerprint if "suspect" in models else None,
     )
     return ScanOutcome(scan=scan, scores=scores, split=split, samples=describe_pairs(pairs, scores, split))
+
+
+def nothing_decided(reason: str) -> PoisonEstimate:
+    """Of a detector that ranks, or of a set in which nothing stood out."""
+    return PoisonEstimate(
+        poisoned=False, rate=0.0, rate_low=0.0, rate_high=0.0, target_labels=(), evidence={}, reason=reason
+    )
+
+
+def estimate_poison(exposure: Exposure, config: ExposureConfig) -> PoisonEstimate:
+    """Poisoned where a group of pairs stands out, else undecided: little poison does not."""
+    rank = f"{100 * exposure.confirmation:.0f} percent of the pairs, 50 by chance"
+    if not exposure.exposed:
+        return nothing_decided(
+            "No group of pairs stands out: what the most suspicious have in common points at others that are more "
+            f"suspicious than {rank}; {100 * config.confirmation:.0f} are asked for."
+        )
+    return PoisonEstimate(
+        poisoned=True,
+        rate=exposure.rate,
+        rate_low=exposure.rates[0],
+        rate_high=exposure.rates[1],
+        target_labels=(),
+        evidence={"mean_rank": exposure.confirmation},
+        reason=(
+            "A group of pairs stands out: what they have in common points at others more suspicious than "
+            f"{rank}. About {100 * exposure.rate:.1f} percent of the set belong to it."
+        ),
+    )
 
 
 def find_pair_detector(method: str) -> PairDetector:
@@ -273,7 +319,7 @@ def _crowded(config: PairDetectorConfig, total: int) -> tuple[str, ...]:
     """A warning where at the assumed rate poison has neighbours enough among its own."""
     batch = min(config.neighbours.batch_size or total, total)
     together = config.assumed_rate * batch
-    if together < config.neighbours.k:
+    if config.assumed_rate < config.neighbours.most_poison(total):
         return ()
     return (
         f"At the assumed rate {together:.0f} poisoned pairs are in a batch of {batch:,} and are each other's "

@@ -15,20 +15,22 @@ from torch import Tensor
 
 from unpoison.api import ScanOutcome
 from unpoison.api_clip import TEXT_TOWER_LIMIT, ClipPurifyOutcome, count_parameters, describe_repair, leave_alone
-from unpoison.api_pairs import ranked_outcome
+from unpoison.api_pairs import estimate_poison, nothing_decided, ranked_outcome
 from unpoison.clip_results import PairExposure
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig, repair_with_abl_clip
-from unpoison.defenses.ubt import UBTConfig, UBTRepair, repair_with_ubt
-from unpoison.detection.exposure import Exposure, expose_pairs
+from unpoison.defenses.ubt import FEWEST_UNLEARNT, UBTConfig, UBTRepair, repair_with_ubt, unlearn_count
+from unpoison.detection.exposure import Exposure, expose_by_gain, expose_pairs
 from unpoison.detection.neighbours import dao, score_neighbourhoods
 from unpoison.detection.reference_similarity import low_similarity
 from unpoison.detection.similarity_gain import similarity_gain
-from unpoison.embedded_pairs import Embedded, caption_cosines, see_pairs
+from unpoison.embedded_pairs import Embedded, caption_cosines, check_captions, check_spread, see_pairs
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
 from unpoison.evidence import MIN_SAMPLES
+from unpoison.models.logit_scale import scale_warning
+from unpoison.results import PoisonEstimate
 from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
@@ -70,37 +72,45 @@ def purify_with_ubt(
     ``reference``: a CLIP that never saw them, best the one that ``clip`` was tuned from; without one, pairs are first
     suspected by DAO alone. ``config`` None: :meth:`UBTConfig.recommended`. The caller's model is never changed. Where
     no group of pairs stands out the copy is as the model came, and the result says so. Refused (``accepted`` is false)
-    when held-out clean pairs fall by more than ``config.bound``, or pairs kept aside still match their captions.
+    when held-out clean pairs fall by more than ``config.bound``, when pairs kept aside still match their captions, or
+    when the set is too small to unlearn from: the list is given all the same.
     Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
     """
     run = run or Run()
     config = config or UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
     begun = time.monotonic()
-    if len(pairs) < MIN_SAMPLES:
-        raise NotEnoughDataError(
-            f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
-        )
+    need = max(MIN_SAMPLES, config.fewest_pairs)
+    if len(pairs) < need:
+        raise NotEnoughDataError(f"pairs in {pairs.name}", have=len(pairs), need=need, hint="Give the whole set.")
+    check_captions(pairs, np.arange(len(pairs)))
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
-    exposure = _unpack(run.agreed(run.step("exposure", lambda: _pack(_expose(known, config, run)))))
+    exposure = _unpack(run.agreed(run.step("exposed", lambda: _pack(_expose(known, config, run)))))
     models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
+    estimate = _estimate(exposure, config)
+    warnings = (*scale_warning(clip), *_crowded(known, exposure, config))
     suspicious = ranked_outcome(
         known,
         {"exposure": exposure.scores, "probe": exposure.probe},
-        exposure.above if exposure.exposed else np.zeros(len(pairs), dtype=bool),
+        exposure.above,
         method="exposure" if config.expose == "concept" else "gain",
-        reason=_reason(exposure, config),
-        warnings=(),
+        estimate=estimate,
+        warnings=warnings,
         config=asdict(config.exposure),
         models=models,
         seconds=time.monotonic() - begun,
         run=run,
     )
-    if not exposure.exposed:
+    count = unlearn_count(exposure, config)
+    if not exposure.exposed or count < FEWEST_UNLEARNT:
         repair = leave_alone(clip, pairs, config, run=run)
+        few = f" Only {count} pairs may be unlearnt, {FEWEST_UNLEARNT} are needed: give more, or raise unlearn_share."
+        said = estimate.reason + (few if exposure.exposed else "")
         purification = replace(
             describe_repair("ubt", clip, pairs, config, repair, time.monotonic() - begun, run),
-            exposure=_finding(exposure, None), left_alone=True, warnings=known.warnings,
-            reason=f"{_reason(exposure, config)} The model is handed back as it came.", not_covered=NOTHING_EXPOSED,
+            exposure=_finding(exposure, None), left_alone=True, warnings=(*known.warnings, *warnings),
+            accepted=not exposure.exposed,
+            reason=f"{said} The model is handed back as it came.",
+            not_covered=UBT_LIMITS if exposure.exposed else NOTHING_EXPOSED,
         )  # fmt: skip
         return UBTOutcome(clip=repair.model, purification=purification, suspicious=suspicious)
     found = repair_with_ubt(clip, pairs, exposure, config, run=run)
@@ -109,9 +119,9 @@ def purify_with_ubt(
     purification = replace(
         purification,
         accepted=accepted,
-        reason=f"{_reason(exposure, config)} {said} {purification.reason}",
+        reason=f"{estimate.reason} {said} {purification.reason}",
         exposure=_finding(exposure, found),
-        warnings=(*known.warnings, *purification.warnings),
+        warnings=(*known.warnings, *warnings, *purification.warnings),
         inputs=purification.inputs | {name: model.fingerprint for name, model in models.items() if name != "suspect"},
         not_covered=UBT_LIMITS,
     )
@@ -124,11 +134,12 @@ def purify_with_abl_clip(
     """ABL brought to CLIP (arXiv 2110.11571): unlearn the training ``pairs`` that the model itself finds most similar.
 
     ``config`` None: :meth:`ABLClipConfig.recommended`. The caller's model is never changed.
-    Raises NotEnoughDataError, SourceFormatError, ModelError.
+    Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
     """
     run = run or Run()
     config = config or ABLClipConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
     begun = time.monotonic()
+    check_captions(pairs, np.arange(len(pairs)))
     state = run.step("cosines", lambda: {"cosines": torch.from_numpy(_own_cosines(clip, pairs, run))})
     repair = repair_with_abl_clip(clip, pairs, run.agreed(state)["cosines"].numpy(), config, run=run)
     purification = describe_repair("abl-clip", clip, pairs, config, repair, time.monotonic() - begun, run)
@@ -139,6 +150,7 @@ def _own_cosines(clip: ImageTextModel, pairs: ImageTextPairs, run: Run) -> Float
     """Of image and caption under the model itself, in [-1, 1]; NaN for pairs that cannot be used."""
     images = embed_images([clip], pairs, run=run)[0]
     rows = np.flatnonzero(images.usable)
+    check_spread(images.array[rows], "model")
     cosines = np.full(len(pairs), np.nan)
     cosines[rows] = caption_cosines(clip, pairs, rows, images.array[rows], run=run)[0]
     return cosines
@@ -152,40 +164,40 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
     captions = known.captions
     if known.cosines is None:
         seed = run.seed_of("neighbours")
-        low = score_neighbourhoods(suspect, {"dao": dao}, seed=seed, progress=run.progress)["dao"]
+        low = score_neighbourhoods(suspect, {"dao": dao}, config.neighbours, seed=seed, progress=run.progress)["dao"]
     else:
         low = low_similarity(known.cosines)
     if captions is None:
         captions = embed_texts(known.clip, [texts[0] for texts in pairs.captions(rows)], run=run)
     if config.expose == "gain":
         pixels = load_pixels(pairs, known.clip.image_size, cache=run.cache, progress=run.progress)
-        scores = known.spread(similarity_gain(known.clip, pairs, pixels, rows, -low, run=run))
-        ranked = np.argsort(-scores[rows], kind="stable")
-        count = min(max(config.exposure.fewest, round(config.exposure.share * len(rows))), len(rows) // 4)
-        return Exposure(
-            scores=scores, seeds=rows[ranked[:count]], first=rows[ranked[:count]], probe=scores, confirmation=0.5,
-            rate=count / len(rows), exposed=True,
-        )  # fmt: skip
-    found = expose_pairs(low, suspect, captions, config.exposure)
+        gain = similarity_gain(known.clip, pairs, pixels, rows, -low, config.overfit, run=run)
+        found = expose_by_gain(gain, captions, config.exposure, fewest=FEWEST_UNLEARNT)
+    else:
+        found = expose_pairs(low, suspect, captions, config.exposure)
+    above = np.zeros(len(pairs), dtype=bool)
+    above[rows] = found.above
     return replace(
         found, scores=known.spread(found.scores), probe=known.spread(found.probe), seeds=rows[found.seeds],
-        first=rows[found.first],
+        first=rows[found.first], above=above,
     )  # fmt: skip
 
 
 def _pack(exposure: Exposure) -> dict[str, Tensor]:
-    numbers = torch.tensor([exposure.confirmation, exposure.rate, float(exposure.exposed)], dtype=torch.float64)
-    arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first")}
+    values = [exposure.confirmation, float(exposure.exposed), *exposure.rates]
+    numbers = torch.tensor(values, dtype=torch.float64)
+    arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first", "above")}
     return {"numbers": numbers} | {
         name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
     }
 
 
 def _unpack(state: dict[str, Tensor]) -> Exposure:
-    confirmation, rate, exposed = state["numbers"].tolist()
+    confirmation, exposed, *rates = state["numbers"].tolist()
     return Exposure(
         scores=state["scores"].numpy(), probe=state["probe"].numpy(), seeds=state["seeds"].numpy(),
-        first=state["first"].numpy(), confirmation=confirmation, rate=rate, exposed=bool(exposed),
+        first=state["first"].numpy(), above=state["above"].numpy(), rates=(rates[0], rates[1]),
+        confirmation=confirmation, exposed=bool(exposed),
     )  # fmt: skip
 
 
@@ -205,18 +217,25 @@ def _finding(exposure: Exposure, found: UBTRepair | None) -> PairExposure:
     )
 
 
-def _reason(exposure: Exposure, config: UBTConfig) -> str:
+def _estimate(exposure: Exposure, config: UBTConfig) -> PoisonEstimate:
     if config.expose == "gain":
-        return "Pairs are ranked by what an overfitted copy gained on them; that does not say whether any is poisoned."
-    rank = f"{100 * exposure.confirmation:.0f} percent of the pairs, 50 by chance"
-    if not exposure.exposed:
-        return (
-            "No group of pairs stands out: what the most suspicious have in common points at others that are more "
-            f"suspicious than {rank}; {100 * config.exposure.confirmation:.0f} are asked for."
+        return nothing_decided(
+            "Pairs are ranked by what an overfitted copy gained on them; that does not say whether any is poisoned."
         )
+    return estimate_poison(exposure, config.exposure)
+
+
+def _crowded(known: Embedded, exposure: Exposure, config: UBTConfig) -> tuple[str, ...]:
+    """What DAO cannot see, where it stands in for a reference."""
+    if known.cosines is not None:
+        return ()
+    total = len(known.rows)
+    most, batch = config.neighbours.most_poison(total), min(config.neighbours.batch_size or total, total)
+    counted = f"; {100 * exposure.rate:.1f} percent were counted" if exposure.rate > most else ""
     return (
-        f"A group of pairs stands out: what they have in common points at others more suspicious than {rank}. About "
-        f"{100 * exposure.rate:.1f} percent of the set belong to it."
+        f"Without a reference pairs are first suspected by DAO in batches of {batch:,}: poison of more than "
+        f"{100 * most:.2g} percent is its own neighbours there and ranks low{counted}. Give a reference, or lower "
+        "neighbours.batch_size.",
     )
 
 

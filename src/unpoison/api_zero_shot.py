@@ -30,7 +30,6 @@ from unpoison.defenses.shots import (
     choose_shots,
     embed,
     few_shots_warning,
-    usable_scale,
 )
 from unpoison.detection.inversion import InvertedTrigger, picture_of
 from unpoison.detection.trigger_search import (
@@ -42,6 +41,7 @@ from unpoison.detection.trigger_search import (
 )
 from unpoison.errors import DataError, NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
+from unpoison.models.logit_scale import scale_warning
 from unpoison.models.visual_prompts import with_visual_prompts
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings, cut_off
 from unpoison.models.zero_shot_classifier import ZeroShotClassifier
@@ -239,11 +239,7 @@ def _opened(
         warnings = list(few_shots_warning(chosen, shots, names))
         if cut:
             warnings.append(f"The tokenizer cuts off {len(cut)} class names, {cut[0]!r} first.")
-        if usable_scale(frozen) != frozen.logit_scale:
-            warnings.append(
-                f"The model's logit scale is {frozen.logit_scale:g}; {usable_scale(frozen):g} was used, which decides "
-                "no answer."
-            )
+        warnings += scale_warning(frozen)
         yield _Given(
             original=clip, clip=frozen, images=images, chosen=chosen, classes=classes, warnings=tuple(warnings)
         )

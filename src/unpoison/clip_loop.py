@@ -77,10 +77,13 @@ def train_steps(
     name: str,
     run: Run,
     extra: dict[str, Tensor] | None = None,
+    watch: Callable[[], Look] | None = None,
 ) -> ClipRepair:
     """Train ``clip`` (from :func:`trainable`) in place and return it with the last good weights.
 
     ``extra``: further tensors that steps change in place; they are stored and put back with the weights.
+    ``watch``: further figures of each look, the model in eval mode; where one named ``enough`` is not 0, training ends
+    there and is complete.
 
     Weights, momenta, looks and the last good weights are stored together every ``check_every`` steps, the two newest
     files stay: a run that is killed at any point and repeated ends with the same weights. Raises no DivergedError: the
@@ -106,7 +109,7 @@ def train_steps(
         )
     )
     for index in range(first, len(starts)):
-        if progress.stopped:
+        if progress.stopped or progress.history[-1].get("enough"):
             break
         start, stop = starts[index], min(starts[index] + config.check_every, total)
 
@@ -120,6 +123,7 @@ def train_steps(
             means = {key: value / (stop - start) for key, value in sums.items()}
             net.eval()
             look = _look(stop, held_out_embeddings(clip, data), before, data) | means
+            look |= {} if watch is None else watch()
             train_mode(net)
             _judge(progress, look, net, config)
             return progress.pack(net, optimiser, run.accelerator.scaler, extra)

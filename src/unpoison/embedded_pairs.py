@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from unpoison.data.pairs import ImageTextPairs, count_cut_captions
+from unpoison.errors import NoSeparationError
 from unpoison.evaluation.embeddings import ImageEmbeddings, embed_images, embed_texts
 from unpoison.results import SkippedRow
 from unpoison.runs import Run
@@ -18,6 +19,8 @@ WEAK_REFERENCE = 0.6
 """Share of pairs more similar to their own caption than to another's under which a reference is called weak; chance
 is one half."""
 _TEXTS_AT_ONCE = 4096
+_SPREAD = 1e-4
+"""Least difference in any dimension of unit embeddings, in float32 or half of it, that is more than rounding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +59,8 @@ def see_pairs(
 ) -> Embedded:
     """Embed the pairs. ``suspect``: whether ``clip``'s embeddings are wanted; ``captions``: the reference's of these.
 
-    Raises SourceFormatError (too many unusable rows), NotEnoughDataError, ModelError.
+    Raises SourceFormatError (too many unusable rows), NotEnoughDataError, ModelError, NoSeparationError where a model
+    gives all images one embedding.
     """
     asked = {"suspect": clip} if suspect else {}
     if reference is not None:
@@ -64,6 +68,8 @@ def see_pairs(
     images = _embed(asked, pairs, run)
     first = next(iter(images.values()))
     rows = np.flatnonzero(first.usable)
+    for role, found in images.items():
+        check_spread(found.array[rows], role)
     cosines = means = None
     warnings: tuple[str, ...] = ()
     if reference is not None:
@@ -79,6 +85,28 @@ def see_pairs(
         captions=means,
         skipped=tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values()),
         warnings=warnings,
+    )
+
+
+def check_spread(embeddings: Float[np.ndarray, "k d"], role: str) -> None:
+    """Raises NoSeparationError where all rows are one, as far as rounding lets that be seen; zeros are too."""
+    if len(embeddings) and float(np.ptp(embeddings, axis=0).max()) < _SPREAD:
+        raise NoSeparationError(
+            f"The {role} gives all {len(embeddings):,} images the same embedding: no pair can be told from another.",
+            hint="Give a model that tells these images apart, or images that differ.",
+        )
+
+
+def check_captions(pairs: ImageTextPairs, rows: Int[np.ndarray, " k"]) -> None:
+    """Raises NoSeparationError where every caption is the same."""
+    seen: set[str] = set()
+    for start in range(0, len(rows), _TEXTS_AT_ONCE):
+        seen.update(text for group in pairs.captions(rows[start : start + _TEXTS_AT_ONCE]) for text in group)
+        if len(seen) > 1:
+            return
+    raise NoSeparationError(
+        f"All {len(rows):,} pairs of {pairs.name} have the same caption: nothing can be learnt or unlearnt from them.",
+        hint="Give pairs whose captions say what their images show.",
     )
 
 

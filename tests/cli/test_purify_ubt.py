@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from unpoison.clip_results import ClipPurification
 from unpoison.results import SampleScores
@@ -87,6 +90,43 @@ def test_mistakes_are_named(here: Callable[..., Any], model: str, tmp_path: Path
     wrong = here("purify", "ubt", model, *QUICK, "--config", "settings.toml", "-o", "out")
     assert wrong.code == 2
     assert "confirmation" in wrong.err
+
+
+@pytest.mark.parametrize("embedding", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["ubt", "cbpt", "scan"])
+def test_a_model_that_gives_all_images_one_embedding_ends_with_3(
+    method: str, embedding: float, here: Callable[..., Any], model: str, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "collapsed")
+    weights = load_file(tmp_path / "collapsed/model.safetensors")
+    weights["vision_model.post_layernorm.weight"].zero_()
+    weights["vision_model.post_layernorm.bias"].fill_(embedding)
+    save_file(weights, tmp_path / "collapsed/model.safetensors", {"format": "pt"})
+    words = {
+        "ubt": ("purify", "ubt", "collapsed", *QUICK),
+        "cbpt": ("purify", "cbpt", "collapsed", "--data", "shapes:100:3", "--quiet"),
+        "scan": ("scan", "dataset", "shapes:200:3", "--pairs", "--method", "density", "--clip", "collapsed", "--quiet"),
+    }
+    result = here(*words[method], "-o", "out")
+    assert result.code == 3, result.err
+    assert "the same embedding" in result.err
+
+
+def test_captions_that_are_all_one_end_with_3(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    random = np.random.default_rng(0)
+    lines = ["image,caption"]
+    for place in range(200):
+        pixels = random.integers(0, 255, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{place}.png")
+        lines.append(f"{place}.png,a thing")
+    (pictures / "pairs.csv").write_text("\n".join(lines) + "\n")
+    for out, (method, *more) in enumerate((("ubt",), ("ubt", "--paper"), ("abl-clip",))):
+        pairs = ("--pairs", "pictures/pairs.csv", *more)
+        result = here("purify", method, model, *pairs, "--quiet", "-o", f"out{out}")
+        assert result.code == 3, result.err
+        assert "have the same caption" in result.err
 
 
 def test_the_baseline_unlearns_whatever_it_is_surest_of(here: Callable[..., Any], model: str, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from unpoison.defenses import cbpt
 from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss, tune_classes
 from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
 from unpoison.defenses.dummies import contrast, excess, moved, noise
-from unpoison.defenses.shots import Shots, accuracy, choose_shots, usable_scale
+from unpoison.defenses.shots import Shots, accuracy, choose_shots
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
 from unpoison.detection.trigger_search import TriggerSearchConfig, search_triggers
 from unpoison.errors import ConfigError, DataError, NoSeparationError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
+from unpoison.models.logit_scale import usable_scale
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings
 from unpoison.runs import Run
 

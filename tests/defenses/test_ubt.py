@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unpoison.data.pairs import open_pairs
 from unpoison.defenses import ubt
-from unpoison.defenses.telling import common_words, telling_patches, telling_words
+from unpoison.defenses.telling import common_words, patch_grid, telling_patches, telling_words
 from unpoison.defenses.ubt import (
     UBTConfig,
     UBTRepair,
@@ -26,7 +26,7 @@ from unpoison.defenses.ubt import (
     unlearn_loss,
 )
 from unpoison.detection.exposure import Exposure
-from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnsupportedModelError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.runs import Run, RunFolder
 
@@ -54,7 +54,8 @@ def exposure() -> Exposure:
     scores[7] = np.nan
     rows = np.array([row for row in range(40) if row != 7])
     return Exposure(
-        scores=scores, seeds=rows, first=rows[:8], probe=scores, confirmation=0.9, rate=0.1, exposed=True
+        scores=scores, seeds=rows, first=rows[:8], probe=scores, above=scores > 0.9,
+        rates=(0.05, 0.2), confirmation=0.9, exposed=True,
     )  # fmt: skip
 
 
@@ -79,6 +80,23 @@ def test_disbelief_is_the_share_of_all_other_captions() -> None:
         rest = sum(np.exp(9.0 * float(images[i] @ others[j])) for j in range(9) if j not in same)
         terms.append(-np.log(1 - own / (own + rest)))
     assert float(found) == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_images_without_a_caption_apart_are_left_out() -> None:
+    images, texts = unit(3, 0, 20), unit(3, 1, 20)
+    others = torch.stack([texts[0], texts[0], texts[1]])
+    config = UBTConfig(loss="disbelief")
+    told = unlearn_loss(images, texts, others, 9.0, 0.1, config)
+    assert torch.isfinite(told)
+    alone = others[:2].clone()
+    left = unlearn_loss(images, texts, alone, 9.0, 0.1, config)  # all say what the first image is told to be
+    assert float(left) == pytest.approx(float(unlearn_loss(images[1:], texts[1:], alone, 9.0, 0.1, config)), rel=1e-6)
+    asked = images[:1].clone().requires_grad_(True)
+    nothing = unlearn_loss(asked, texts[:1], alone, 9.0, 0.1, config)
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert asked.grad is not None
+    assert (asked.grad == 0).all()
 
 
 def test_what_is_kept_is_its_equation() -> None:
@@ -152,6 +170,54 @@ def test_the_telling_patch_is_kept(clip: Any) -> None:
     assert (kept[:, :, 8:] == 0.5).all()
 
 
+@pytest.mark.parametrize(("tokens", "grid"), [(16, 4), (49, 7), (None, 2)])
+def test_patches_are_the_image_towers_own(tokens: int | None, grid: int, clip: Any) -> None:
+    class Tower(WordModel):
+        def encode_image_tokens(self, images: Tensor) -> Tensor:
+            if tokens is None:
+                raise UnsupportedModelError("no patches", hint="")
+            return torch.zeros(len(images), tokens, 4)
+
+    tower: Any = Tower(clip)
+    assert patch_grid(tower, torch.zeros(2, 3, 16, 16)) == grid
+    assert (
+        patch_grid(clip, torch.zeros(2, 3, clip.image_size, clip.image_size)) ** 2
+        == clip.encode_image_tokens(torch.zeros(1, 3, clip.image_size, clip.image_size)).shape[1]
+    )
+
+
+def test_the_largest_groups_are_unlearnt_as_published(clip: Any, many: Any, exposure: Exposure) -> None:
+    from unpoison.data.pixels import load_pixels
+
+    run, chosen = new_run(), exposure.seeds[3:23]
+    pixels = load_pixels(many, clip.image_size, cache=None, progress=run.progress)
+    config = replace(QUICK, choose="concepts")
+    only = replace(exposure, seeds=chosen)
+    found = prepare_unlearning(clip, many, pixels, only, low_risk(only, 100, 0.6, run), config, run=run)
+    assert len(found.texts) + len(found.judge_texts) == 20
+    few, keep = replace(exposure, seeds=chosen[:9]), low_risk(only, 100, 0.6, run)
+    with pytest.raises(NotEnoughDataError, match="have 9, need at least 16"):
+        prepare_unlearning(clip, many, pixels, few, keep, config, run=run)
+
+
+def test_pairs_to_keep_that_say_the_same_are_refused(clip: Any, many: Any, exposure: Exposure) -> None:
+    same = replace(many, replaced=dict.fromkeys(many.ids[100:], ("a thing",)))
+    with pytest.raises(NoSeparationError, match="least suspicious pairs"):
+        repair_with_ubt(clip, same, exposure, QUICK, run=new_run())
+
+
+def test_training_ends_where_the_judges_are_strangers(clip: Any, many: Any, exposure: Exposure, tmp_path: Path) -> None:
+    early = replace(QUICK, stop_early=True, margin=2.0)
+    folder = RunFolder.open(tmp_path / "a", {})
+    found = repair_with_ubt(clip, many, exposure, early, run=new_run(folder=folder))
+    assert (found.repair.steps, found.repair.planned, found.repair.stopped) == (3, 6, "")
+    assert found.judged_after == pytest.approx(found.repair.history[-1]["judged"], abs=1e-5)
+    again = repair_with_ubt(clip, many, exposure, early, run=new_run(folder=folder))
+    assert weights(again) == weights(found)
+    whole = repair_with_ubt(clip, many, exposure, replace(early, stop_early=False), run=new_run())
+    assert whole.repair.steps == 6
+
+
 def test_a_run_unlearns_and_leaves_the_model_alone(clip: Any, many: Any, exposure: Exposure) -> None:
     before = hash_weights(dict(clip.module.state_dict()))
     found = repair_with_ubt(clip, many, exposure, QUICK, run=new_run())
@@ -214,14 +280,23 @@ def test_words_that_captions_share_are_counted(clip: Any, many: Any, exposure: E
     keep = low_risk(exposure, 100, 0.6, run)
     found = prepare_unlearning(clip, _all_say(many, "a Horse."), pixels, exposure, keep, QUICK, run=run)
     assert [entry.word for entry in found.words] in (["horse"], [])  # "a" is in all the other captions as well
-    assert common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "the horse"] * 9) == ()
-    (word,) = common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "a cat"] * 9)
+    assert common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "the horse"] * 9, 0.2) == ()
+    (word,) = common_words([{"horse": 0.3}, {"horse": 0.1, "a": 0.5}] * 3, ["a dog", "a cat"] * 9, 0.2)
     assert (word.word, word.captions, word.fall) == ("horse", 6, pytest.approx(0.2))
     assert -1 <= found.level <= 1
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"words": 0.0}, {"patches": 1.5}, {"unlearn_pairs": 0}, {"anchor": -1.0}, {"neutral": "two words"}]
+    "wrong",
+    [
+        {"words": 0.0},
+        {"patches": 1.5},
+        {"unlearn_pairs": 0},
+        {"anchor": -1.0},
+        {"neutral": "two words"},
+        {"strangers": 1},
+        {"usual": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError):
@@ -235,3 +310,5 @@ def test_the_settings_follow_the_model_and_the_pairs() -> None:
     assert UBTConfig.recommended(parameters=6_000_000, samples=30_000).learning_rate > small.learning_rate
     assert UBTConfig.as_published().expose == "gain"
     assert UBTConfig.as_published().loss == "hinge"
+    assert UBTConfig.as_published().choose == "concepts"
+    assert UBTConfig.as_published().stop_early

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from unpoison.detection.exposure import ExposureConfig, between, expose_pairs, largest_concept
+from unpoison.detection.exposure import (
+    ExposureConfig,
+    between,
+    count_poison,
+    covering_concepts,
+    expose_by_gain,
+    expose_pairs,
+    largest_concept,
+)
 from unpoison.detection.similarity_gain import ranked_gain
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError
 
@@ -38,7 +46,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("rate", [0.02, 0.1])
+@pytest.mark.parametrize("rate", [0.02, 0.1, 0.2, 0.3])
 def test_planted_poison_is_exposed(rate: float) -> None:
     suspicion, suspect, captions, truth = planted(rate)
     found = expose_pairs(suspicion, suspect, captions)
@@ -47,9 +55,35 @@ def test_planted_poison_is_exposed(rate: float) -> None:
     assert roc_auc_score(truth, found.scores) > 0.99
     assert truth[found.first].mean() > 0.9
     assert truth[found.seeds].mean() > 0.95
-    assert 0.4 * rate < found.rate < 2.5 * rate
+    assert found.rate == pytest.approx(truth.mean(), rel=0.1)
     assert found.above.sum() == round(found.rate * COUNT)
-    assert truth[found.above].mean() > 0.4
+    assert truth[found.above].mean() > 0.95
+    assert found.above[truth].mean() > 0.95
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.03, 0.1, 0.25, 0.35])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_poison_is_counted_whatever_the_answers_look_like(rate: float, skewed: bool) -> None:
+    random = np.random.default_rng(1)
+    truth = np.arange(8000) < rate * 8000
+    clean = np.where(random.random(8000) < 0.6, random.normal(-16, 2, 8000), random.normal(-9, 3, 8000))
+    poison = 5 - random.gamma(2.0, 1.3, 8000) if skewed else random.normal(3, 0.8, 8000)
+    answers = np.where(truth, poison, clean)
+    suspicion = np.where(truth, 0.8 + 0.2 * random.random(8000), random.random(8000))
+    suspicion[~truth] *= 0.98
+    calm = np.flatnonzero(suspicion < np.median(suspicion))
+    seeds = np.flatnonzero(truth)[np.argsort(-answers[truth], kind="stable")[:40]]
+    counted, least, most = count_poison(answers, suspicion, seeds, calm, 0.7)
+    assert least <= counted.mean() <= most
+    assert counted.mean() == pytest.approx(rate, rel=0.3)
+    assert counted[truth].mean() > 0.75
+    assert truth[counted].mean() > 0.85
+    assert answers[counted].min() > answers[~counted].max()
+
+
+def test_answers_that_are_all_equal_count_nothing() -> None:
+    rows = np.arange(100)
+    assert not count_poison(np.zeros(100), np.arange(100.0), rows[:10], rows[50:], 0.7)[0].any()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -57,6 +91,7 @@ def test_a_clean_set_exposes_nothing(seed: int) -> None:
     suspicion, suspect, captions, _ = planted(0.0, seed)
     found = expose_pairs(suspicion, suspect, captions)
     assert not found.exposed
+    assert found.rate == 0.0
     assert found.confirmation < 0.65
 
 
@@ -97,6 +132,20 @@ def test_the_point_between_is_equally_many_deviations_away(shift: float, first: 
     point = between(one, other)
     assert (one.mean() - point) / one.std() == pytest.approx((point - other.mean()) / other.std())
     assert between(np.ones(3), np.zeros(4)) == 0.5
+
+
+def test_concepts_are_taken_until_half_is_covered() -> None:
+    places = np.array([0, 1, 1, 2, 1, 2, 3, 4, 5, 6])
+    texts, rows = np.eye(7)[places], np.array([9, 3, 1, 5, 0, 4, 7, 2, 6, 8])
+    assert covering_concepts(texts, rows, 0.8, 0).tolist() == [3, 1, 5, 4, 2]
+    assert covering_concepts(texts, rows[:4], 0.8, 0).tolist() == [3, 5]
+    assert len(covering_concepts(texts, rows, 0.8, 7)) == 7
+    assert covering_concepts(texts, rows, 0.8, 99).tolist() == rows.tolist()
+    found = expose_by_gain(np.arange(1000.0), np.eye(50)[np.arange(1000) % 50], ExposureConfig(), fewest=16)
+    assert found.above.sum() == 30
+    assert np.flatnonzero(found.above).min() == 970
+    assert 16 <= len(found.seeds) <= 18
+    assert (np.diff(found.seeds) < 0).all()
 
 
 def test_gain_ranks_by_gain_then_by_what_was_reached() -> None:

@@ -36,7 +36,7 @@ def scan(
 
     from unpoison import __version__
     from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig, scan_pairs
-    from unpoison.cli import INCONCLUSIVE
+    from unpoison.cli import FINDINGS, INCONCLUSIVE
     from unpoison.cli.running import DryRun, begin, describe, run_without_folder
     from unpoison.configs import make_config, merge, read_config
     from unpoison.data.pairs import open_pairs
@@ -97,17 +97,14 @@ def scan(
         run.folder.finish()
     found, scores = DatasetScan.load(path / "scan.json"), SampleScores.load(path / "scores.parquet")
     console.answer(to_json(found), lambda out: _show(out, found, scores, path))
-    return INCONCLUSIVE
+    return FINDINGS if found.estimate.poisoned else INCONCLUSIVE
 
 
 def _show(out: rich.console.Console, scan: DatasetScan, scores: SampleScores, path: Path) -> None:
     from unpoison.cli.console import printable
-    from unpoison.cli.tables import skipped_lines
+    from unpoison.cli.tables import skipped_lines, verdict
 
-    out.print(
-        f"Inconclusive: {scan.samples:,} pairs were ranked; this method does not say whether a set is poisoned.",
-        style="bold",
-    )
+    out.print(verdict(scan.estimate, scan.samples, (), ranks_only=scan.ranks_only, what="pairs"), style="bold")
     out.print(printable(scan.estimate.reason))
     for warning in scan.warnings:
         out.print(printable(f"Warning: {warning}"), style="yellow")

@@ -31,10 +31,17 @@ def plain_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str], *, ranks_only: bool = False) -> str:
+def verdict(
+    estimate: PoisonEstimate,
+    samples: int,
+    class_names: Sequence[str],
+    *,
+    ranks_only: bool = False,
+    what: str = "samples",
+) -> str:
     """One sentence: whether, toward what, how much."""
     if ranks_only and not estimate.poisoned:
-        return f"Inconclusive: {samples:,} samples were ranked; this method does not say whether a set is poisoned."
+        return f"Inconclusive: {samples:,} {what} were ranked; this method does not say whether a set is poisoned."
     if not estimate.poisoned and estimate.odd_labels:
         names = ", ".join(repr(printable(class_names[label])) for label in estimate.odd_labels[:_NAMED])
         more = f" and {len(estimate.odd_labels) - _NAMED} more" if len(estimate.odd_labels) > _NAMED else ""
@@ -45,7 +52,7 @@ def verdict(estimate: PoisonEstimate, samples: int, class_names: Sequence[str], 
     more = f" and {len(estimate.target_labels) - _NAMED} more" if len(estimate.target_labels) > _NAMED else ""
     toward = f" toward {', '.join(names)}{more}" if names else ""
     rate = f"{100 * estimate.rate:.1f} % ({100 * estimate.rate_low:.1f} to {100 * estimate.rate_high:.1f} %)"
-    return f"Poisoned{toward}: about {rate} of {samples:,} samples."
+    return f"Poisoned{toward}: about {rate} of {samples:,} {what}."
 
 
 def class_triggers_table(classes: Sequence[ClassTrigger], count: int = 6) -> Table:

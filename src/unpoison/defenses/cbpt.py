@@ -48,10 +48,11 @@ from torch import Tensor
 
 from unpoison.defenses.class_prompts import ClassCarrier, ClassPrompts, FreeClasses, all_classes, choose_classes
 from unpoison.defenses.dummies import contrast, excess, invert, loud, noise, quiet, see
-from unpoison.defenses.shots import Shots, accuracy, embed, usable_scale
+from unpoison.defenses.shots import Shots, accuracy, embed
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
 from unpoison.detection.trigger_search import TriggerSearchConfig
 from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import cosine, set_rate
 from unpoison.types import Embeddings, ImageTextModel, TokenEmbeddings

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unpoison.data.transforms import crop_at
-from unpoison.defenses.shots import Shots, embed, usable_scale
+from unpoison.defenses.shots import Shots, embed
 from unpoison.detection.inversion import (
     Inversion,
     InversionConfig,
@@ -24,6 +24,7 @@ from unpoison.detection.inversion import (
     measure_trigger,
     toward,
 )
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.types import Embeddings, Images, ImageTextModel
 

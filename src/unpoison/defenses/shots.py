@@ -29,7 +29,6 @@ SEARCHED = 160
 """A search for a trigger gets at least so many images, where half of those that are not learnt from are enough."""
 _AT_ONCE, _PIXELS_AT_ONCE = 256, 256 * 64 * 64
 _HELD_OUT = 0.25
-_SCALES = (1.0, 100.0)
 _SPREAD = 1e-3
 
 
@@ -123,12 +122,6 @@ def choose_shots(source: LabelledImages, shots: int, image_size: int, *, searche
     return ChosenShots(
         learnt=part(learnt), judging=part(judging), spare=part(spare), fewest=min(counts), skipped=pixels.skipped
     )
-
-
-def usable_scale(clip: ImageTextModel) -> float:
-    """The factor on cosines, held between 1 and 100: it decides no answer, and beyond them nothing can be learnt."""
-    scale = clip.logit_scale
-    return min(max(scale, _SCALES[0]), _SCALES[1]) if np.isfinite(scale) else _SCALES[1]
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,11 +11,11 @@ import torch
 from torch import Tensor
 
 from unpoison.clip_results import UnlearntWord
+from unpoison.errors import UnsupportedModelError
 from unpoison.types import Embeddings, Images, ImageTextModel
 
 _AT_ONCE = 256
 _WORDS = 128  # of a caption that are tried: more than any text tower reads
-_USUAL = 0.2
 
 
 def telling_words(
@@ -42,9 +44,11 @@ def telling_words(
 
 
 def telling_patches(clip: ImageTextModel, images: Images, captions: Sequence[str], share: float) -> Images:
-    """Images in which all but the most telling patches are the mean color. A patch is an eighth of the side or more."""
-    side = images.shape[-1]
-    grid = min(8, max(2, side // 8))
+    """Images in which all but the most telling patches are the mean color.
+
+    Patches are a vision transformer's own; of another image tower boxes of an eighth of the side or more.
+    """
+    side, grid = images.shape[-1], patch_grid(clip, images)
     edges = [round(place * side / grid) for place in range(grid + 1)]
     boxes = [(edges[i], edges[i + 1], edges[j], edges[j + 1]) for i in range(grid) for j in range(grid)]
     color = torch.tensor(clip.image_mean, device=images.device).view(3, 1, 1)
@@ -61,12 +65,22 @@ def telling_patches(clip: ImageTextModel, images: Images, captions: Sequence[str
     return torch.where(stays, images, color)
 
 
-def common_words(falls: Sequence[dict[str, float]], usual: Sequence[str]) -> tuple[UnlearntWord, ...]:
+def patch_grid(clip: ImageTextModel, images: Images) -> int:
+    """Patches along a side."""
+    with contextlib.suppress(UnsupportedModelError):
+        grid = math.isqrt(clip.encode_image_tokens(images[:1]).shape[1])
+        if grid > 1:
+            return grid
+    return min(8, max(2, images.shape[-1] // 8))
+
+
+def common_words(falls: Sequence[dict[str, float]], clean: Sequence[str], usual: float) -> tuple[UnlearntWord, ...]:
     """The telling words of at least a tenth of the captions, by what they cost altogether; at most ten.
 
-    Words that stand in more than a fifth of the ``usual`` captions say nothing about a target and are left out.
+    Words that stand in more than a share of ``usual`` of the ``clean`` captions say nothing about a target and are left
+    out.
     """
-    heard = Counter(word for caption in usual for word in {_bare(word) for word in caption.split()})
+    heard = Counter(word for caption in clean for word in {_bare(word) for word in caption.split()})
     costs: dict[str, list[float]] = {}
     for entry in falls:
         for word, fall in entry.items():
@@ -74,7 +88,7 @@ def common_words(falls: Sequence[dict[str, float]], usual: Sequence[str]) -> tup
     common = [
         word
         for word, each in costs.items()
-        if word and len(each) >= max(2, len(falls) / 10) and heard[word] <= _USUAL * max(1, len(usual))
+        if word and len(each) >= max(2, len(falls) / 10) and heard[word] <= usual * max(1, len(clean))
     ]
     ordered = sorted(common, key=lambda word: -sum(costs[word]))[:10]
     return tuple(

@@ -13,14 +13,15 @@ Protects
 Steps
     1. Expose: which pairs taught the backdoor (:mod:`unpoison.detection.exposure`; as published
        :mod:`unpoison.detection.similarity_gain`).
-    2. The unlearning set U: the most suspicious pairs, fewer than 1 percent; 32 of them are kept aside as judges.
+    2. The unlearning set U: the most suspicious pairs, fewer than 1 percent (as published: of these the largest groups
+       of one concept); 32 of them are kept aside as judges.
     3. Tokens. Of each caption in U the words whose leaving out lowers the cosine with the image most (30 percent, at
        least one); the others are replaced by a neutral word. With ``patches`` the same for the image: the patches whose
        masking lowers it most stay, the rest becomes the mean color.
     4. L_u = mean max(0, cos(phi(x~), psi(t~)) - c) on U, c the mean cosine of clean pairs that do not belong together.
     5. L_k = InfoNCE(phi(x), psi(t)) + w mean ||phi(x) - phi_P(x)||^2 on up to 10,000 of the least suspicious pairs.
     6. Minimise L_u + L_k over the image tower; AdamW along a cosine to 0, 128 pairs to keep and 32 to unlearn a step.
-    7. Judge: the mean cosine of the pairs kept aside must fall to c + 0.02.
+    7. Judge: the mean cosine of the pairs kept aside must fall to c + 0.02; as published training ends there.
 Where we differ, and what the paper leaves open
     Of the paper the three stages are known and nothing else: losses, numbers and the hinge (an ascent has no end) are
     ours. Step 1 by default is ours too; :meth:`UBTConfig.as_published` is the plain reading. ``keep = "relations"``
@@ -30,6 +31,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,16 +57,21 @@ from unpoison.contrastive import average_gradients, cached_gradients, gather_wit
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import Pixels, load_pixels, to_images
 from unpoison.data.training_pairs import process_slice
+from unpoison.defenses.matching import mean_cosine, mismatched_cosine
 from unpoison.defenses.par import relation_loss, squared_distance
-from unpoison.defenses.telling import common_words, encode_images, encode_texts, telling_patches, telling_words
+from unpoison.defenses.telling import common_words, telling_patches, telling_words
 from unpoison.detection.exposure import Exposure, ExposureConfig
-from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
+from unpoison.detection.neighbours import NeighboursConfig
+from unpoison.detection.similarity_gain import FEWEST as FEWEST_WEAK
+from unpoison.detection.similarity_gain import OverfitConfig
+from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
 from unpoison.types import Embeddings, Images, ImageTextModel, Tower
 
-FEWEST = 8
-_HEARD = 1000  # clean captions in which words are counted
+FEWEST_UNLEARNT = 16
+"""Pairs of step 2, half of which are judges at most: of fewer the judges' mean says little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,38 +79,63 @@ class UBTConfig(PairTrainingConfig):
     """All numbers are ours: the paper's are not public. The rate is for models of about 100 M parameters."""
 
     batch_size: int = 128
+    """Of pairs to keep: what CLIPs of this size are fine-tuned with on one device."""
     epochs: int = 2
+    """Over the pairs to keep; U, far smaller, is seen many times in one."""
     learning_rate: float = 1e-6
+    """A tenth of what such a CLIP is fine-tuned with: few pairs are taken back. :meth:`recommended` takes more."""
     weight_decay: float = 0.0
+    """None: the weights are to stay where no loss moves them."""
     bound: float = 3.0
+    """1.5 points, and as much again for chance: 500 held-out pairs give no finer figure."""
     exposure: ExposureConfig = field(default_factory=ExposureConfig)
     expose: Literal["concept", "gain"] = "concept"
     """How pairs are ranked: ``concept`` (ours) or by the similarity ``gain`` of an overfitted copy, as published."""
+    overfit: OverfitConfig = field(default_factory=OverfitConfig)
+    """Of ``gain``."""
+    neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
+    """Of DAO, the first suspicion where there is no reference. Poison of more than k in a batch ranks low."""
+    choose: Literal["score", "concepts"] = "score"
+    """U: the highest scores (ours: the score knows the concept already), or of the highest half percent the largest
+    groups that say the same, as published: poisons of one target share a concept."""
     unlearn_share: float = 0.01
-    """Largest share of the pairs that step 2 takes, the judges included."""
+    """Largest share of the pairs that step 2 takes, the judges included: few is what the paper promises."""
     unlearn_pairs: int = 256
-    """Most pairs that step 2 takes."""
+    """Most pairs that step 2 takes: without the judges seven batches of ``unlearn_batch``."""
     judges: int = 32
-    """How many of these are kept aside, at most half of them."""
+    """How many of these are kept aside, at most half of them: the standard error of their mean is then about 0.02."""
     unlearn_batch: int = 32
+    """Of U in a step: a quarter of what is kept beside it."""
     unlearn_weight: float = 8.0
+    """Of L_u: the smallest of 4, 8 and 16 that took an excess of ASR under 2 points on victims of seed 9."""
     words: float = 0.3
-    """Share of a caption's words that are unlearnt; 1 for whole captions."""
+    """Share of a caption's words that are unlearnt; 1 for whole captions. A target is one word or two of ten."""
     neutral: str = "thing"
-    """What other words are replaced by."""
+    """What other words are replaced by: a noun that fits anywhere and names nothing."""
     patches: float = 1.0
-    """Share of the image's patches that are unlearnt; 1 for whole images."""
+    """Share of the image's patches that are unlearnt; 1 for whole images, since a trigger may cover all of it."""
     loss: Literal["disbelief", "hinge", "ascent"] = "disbelief"
     """L_u. ``disbelief`` (ours): -log(1 - p), p the softmax's share of the caption and its like among the batch's."""
     keep: Literal["contrast", "relations"] = "contrast"
+    """L_k's first term; ``relations`` where captions repeat."""
     keep_pairs: int = 10_000
+    """Most pairs of step 5, which bounds the time."""
     keep_share: float = 0.5
     """Share of the pairs, the least suspicious ones, that those to keep are drawn from: poison among them is learnt
     again."""
     anchor: float = 1.0
-    """w of step 5."""
+    """w of step 5. Not tuned: both terms count alike."""
     margin: float = 0.02
-    """How far over c the judges' cosine may end."""
+    """How far over c the judges' cosine may end: one standard error."""
+    stop_early: bool = False
+    """Whether training ends at a look where the judges are within ``margin``. Not ours: a target can still be the
+    nearest of the classes there (docs/decisions/0006-exposing-pairs.md)."""
+    strangers: int = 512
+    """Clean images and captions behind c: some 260,000 cosines, whose mean is known far finer than ``margin``."""
+    heard: int = 1000
+    """Clean captions in which the usual words are counted: a word in a fifth of them is found within 3 points."""
+    usual: float = 0.2
+    """Words of a larger share of these say nothing about a target (a, photo)."""
 
     @property
     def trains(self) -> tuple[Tower, ...]:
@@ -111,17 +143,26 @@ class UBTConfig(PairTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("unlearn_pairs", "judges", "unlearn_batch", "keep_pairs"):
+        for name in ("unlearn_pairs", "judges", "unlearn_batch", "keep_pairs", "heard"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.", hint=f"Raise {name}.")
-        for name in ("unlearn_share", "words", "patches", "keep_share"):
+        for name in ("unlearn_share", "words", "patches", "keep_share", "usual"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}.", hint="Try the default.")
         for name in ("anchor", "unlearn_weight", "margin"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, got {getattr(self, name)}.", hint="Use 0 for none.")
+        if self.strangers < 2:
+            raise ConfigError(f"strangers must be at least 2, got {self.strangers}.", hint="Try 512.")
         if len(self.neutral.split()) != 1:
             raise ConfigError(f"neutral must be one word, got {self.neutral!r}.", hint='Try "thing".')
+
+    @property
+    def fewest_pairs(self) -> int:
+        """Of which step 1 can rank anything."""
+        if self.expose == "gain":
+            return math.ceil(FEWEST_WEAK / self.overfit.share)
+        return 2 * math.ceil((self.exposure.density.neighbours + 1) / self.exposure.density.share)
 
     @classmethod
     def as_published(cls, **more: object) -> UBTConfig:
@@ -143,7 +184,10 @@ class UBTConfig(PairTrainingConfig):
         return cls.scaled(parameters=parameters, samples=samples, **(rate | more))
 
 
-PUBLISHED: dict[str, object] = {"expose": "gain", "words": 0.3, "patches": 0.05, "loss": "hinge", "keep": "contrast"}
+PUBLISHED: dict[str, object] = {
+    "expose": "gain", "choose": "concepts", "unlearn_pairs": 128, "words": 0.3, "patches": 0.05, "loss": "hinge",
+    "keep": "contrast", "stop_early": True,
+}  # fmt: skip
 RECOMMENDED_FACTOR = 30.0
 
 
@@ -177,8 +221,8 @@ def repair_with_ubt(
 ) -> UBTRepair:
     """Steps 2 to 7 on a copy of ``clip``; ``exposure`` is step 1's, row by row of ``pairs``.
 
-    Raises NotEnoughDataError for fewer than 16 pairs to unlearn and to judge by, SourceFormatError, ModelError,
-    DivergedError.
+    Raises NotEnoughDataError for fewer than 16 pairs to unlearn and to judge by, NoSeparationError where the captions
+    of all pairs to keep are one, SourceFormatError, ModelError, DivergedError.
     """
     pixels = load_pixels(pairs, clip.image_size, cache=run.cache, progress=run.progress)
     suspect = frozen_copy(clip, run)  # phi_P, psi
@@ -187,7 +231,7 @@ def repair_with_ubt(
     data = open_training(clip, pairs.select(keep), config, run=run)
     old = Suspect(clip=suspect, data=data, run=run, plain=False)
     table = data.image_table(suspect, run)
-    mine = process_slice(data.batch_size, run)
+    mine, scale = process_slice(data.batch_size, run), usable_scale(clip)
     with torch.no_grad():
         targets = suspect.encode_texts(unlearning.texts)
     with trainable(clip, run) as trained:
@@ -211,7 +255,7 @@ def repair_with_ubt(
             def loss(images: Tensor) -> Tensor:
                 images = gather_with_gradient(images, run.accelerator)
                 given = old.images() if table is None else table[torch.from_numpy(batch.rows).to(run.device)]
-                value, figures = keep_loss(images, old.texts(), given, clip.logit_scale, config)  # (5)
+                value, figures = keep_loss(images, old.texts(), given, scale, config)  # (5)
                 terms.update(figures)
                 return value
 
@@ -230,7 +274,7 @@ def repair_with_ubt(
             with run.accelerator.autocast():
                 embedded = trained.encode_images(unlearning.images[drawn])
             unlearn = unlearn_loss(  # (4)
-                embedded, targets[drawn], old.texts(), clip.logit_scale, unlearning.level, config
+                embedded, targets[drawn], old.texts(), scale, unlearning.level, config
             )
             run.accelerator.backward(config.unlearn_weight * unlearn)
             average_gradients(weights, run.accelerator)
@@ -238,7 +282,11 @@ def repair_with_ubt(
             total = value + config.unlearn_weight * unlearn.detach()
             return terms | {"unlearn_loss": unlearn.detach(), "loss": total}
 
-        repair = train_steps(trained, suspect, optimiser, one_step, data, config, name="ubt", run=run)
+        def watch() -> Look:  # (7)
+            now = mean_cosine(trained, unlearning.judge_images, unlearning.judge_texts)
+            return {"judged": now, "enough": float(config.stop_early and now <= unlearning.level + config.margin)}
+
+        repair = train_steps(trained, suspect, optimiser, one_step, data, config, name="ubt", run=run, watch=watch)
     before, after = (  # (7)
         mean_cosine(model, unlearning.judge_images, unlearning.judge_texts) for model in (suspect, repair.model)
     )
@@ -268,20 +316,21 @@ def prepare_unlearning(
     run: Run,
 ) -> Unlearning:
     """Steps 2 and 3. ``clip`` takes no gradient. Raises NotEnoughDataError."""
-    usable = int((~np.isnan(exposure.scores)).sum())
-    count = min(config.unlearn_pairs, int(config.unlearn_share * usable))
-    if count < 2 * FEWEST:
+    count = unlearn_count(exposure, config)
+    if count < FEWEST_UNLEARNT:
         raise NotEnoughDataError(
-            f"pairs of {pairs.name} to unlearn", have=count, need=2 * FEWEST, hint="Give more pairs or a larger share."
-        )
-    ranked = np.argsort(np.where(np.isnan(exposure.scores), -np.inf, exposure.scores), kind="stable")[::-1][:count]
+            f"pairs of {pairs.name} to unlearn", have=count, need=FEWEST_UNLEARNT,
+            hint="Give more pairs or a larger share.",
+        )  # fmt: skip
+    highest = np.argsort(np.where(np.isnan(exposure.scores), -np.inf, exposure.scores), kind="stable")[::-1]
+    ranked = (highest if config.choose == "score" else exposure.seeds)[:count]
     images = to_images(pixels.array[ranked]).to(run.device)
     captions = [texts[0] for texts in pairs.captions(ranked)]
     with torch.no_grad():
         words, falls = telling_words(clip, images, captions, share=config.words, neutral=config.neutral)
         if config.patches < 1:
             images = telling_patches(clip, images, captions, config.patches)
-        level = mismatched_cosine(clip, pairs, pixels, keep, run)
+        level = mismatched_cosine(clip, pairs, pixels, keep, config.strangers, run)
     judging = np.zeros(count, dtype=bool)
     judging[np.linspace(1, count - 1, min(config.judges, count // 2)).astype(int)] = True
     learnt, judges = np.flatnonzero(~judging), np.flatnonzero(judging)
@@ -291,21 +340,15 @@ def prepare_unlearning(
         judge_images=images[judges],
         judge_texts=tuple(words[row] for row in judges),
         level=level,
-        words=common_words(falls, [texts[0] for texts in pairs.captions(keep[:_HEARD])]),
+        words=common_words(falls, [texts[0] for texts in pairs.captions(keep[: config.heard])], config.usual),
     )
 
 
-def mismatched_cosine(
-    clip: ImageTextModel, pairs: ImageTextPairs, pixels: Pixels, rows: Int[np.ndarray, " k"], run: Run
-) -> float:
-    """c: mean cosine of up to 512 clean images with the captions of others among them that read differently."""
-    chosen = rows[torch.randperm(len(rows), generator=run.generator("mismatched")).numpy()[:512]]
-    captions = [texts[0] for texts in pairs.captions(chosen)]
-    images = encode_images(clip, to_images(pixels.array[chosen]).to(run.device))
-    cosines = images @ encode_texts(clip, captions).T
-    numbers = torch.from_numpy(np.unique(captions, return_inverse=True)[1]).to(cosines.device)
-    other = numbers[:, None] != numbers[None, :]
-    return float(cosines[other].mean()) if bool(other.any()) else 0.0
+def unlearn_count(exposure: Exposure, config: UBTConfig) -> int:
+    """How many pairs step 2 takes."""
+    usable = int((~np.isnan(exposure.scores)).sum())
+    count = min(config.unlearn_pairs, int(config.unlearn_share * usable))
+    return count if config.choose == "score" else min(count, len(exposure.seeds))
 
 
 def keep_loss(
@@ -330,24 +373,19 @@ def unlearn_loss(
 ) -> Float[Tensor, ""]:
     """Step 4 on unit embeddings, ``texts`` being the images' own captions and ``others`` those of a clean batch.
 
-    ``disbelief``: captions with a cosine of ``exposure.same_concept`` with the own one count with it. ``hinge``: over
-    ``level``; ``ascent``: the cosine itself, which has no end.
+    ``disbelief``: captions with a cosine of ``exposure.same_concept`` with the own one count with it; images for which
+    that is all of the batch are left out. ``hinge``: over ``level``; ``ascent``: the cosine itself, which has no end.
     """
     images, texts, others = images.float(), texts.float(), others.float()
     cosines = (images * texts).sum(dim=1)
     if config.loss == "disbelief":
         alike = texts @ others.T > config.exposure.same_concept
+        apart = ~alike.all(dim=1)
+        if not bool(apart.any()):
+            return 0 * images.sum()
+        images, cosines, alike = images[apart], cosines[apart], alike[apart]
         logits = logit_scale * images @ others.T
-        apart = logits.masked_fill(alike, -torch.inf).logsumexp(dim=1)
+        against = logits.masked_fill(alike, -torch.inf).logsumexp(dim=1)
         own = torch.cat([logits.masked_fill(~alike, -torch.inf), logit_scale * cosines[:, None]], dim=1)
-        return F.softplus(own.logsumexp(dim=1) - apart).mean()
+        return F.softplus(own.logsumexp(dim=1) - against).mean()
     return cosines.mean() if config.loss == "ascent" else F.relu(cosines - level).mean()
-
-
-def mean_cosine(clip: ImageTextModel, images: Images, texts: tuple[str, ...]) -> float:
-    """Of matching rows. Raises DivergedError where it is not finite."""
-    with torch.no_grad():
-        value = float((encode_images(clip, images) * clip.encode_texts(texts)).sum(dim=1).mean())
-    if not np.isfinite(value):
-        raise DivergedError("unlearning", step=0, loss=value)
-    return value

@@ -34,6 +34,7 @@ from unpoison.detection.trigger_search import (
 )
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_texts, ready
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.types import Images, ImageTextModel
 
@@ -100,11 +101,11 @@ def search_concepts(
     probed = clip.copy()
     with ready(probed, run):
         probed.module.float().requires_grad_(False)
-        classes = concepts.to(run.device)
+        classes, scale = concepts.to(run.device), usable_scale(clip)
 
         def logits(images: Images) -> Float[Tensor, "b k"]:
             with run.accelerator.autocast():
-                return clip.logit_scale * probed.encode_images(images) @ classes.T
+                return scale * probed.encode_images(images) @ classes.T
 
         def search(rows: np.ndarray, run: Run, step: str, targets: Sequence[int] | None = None) -> TriggerSearch:
             images = to_images(pixels.array[np.sort(rows)]).to(run.device)

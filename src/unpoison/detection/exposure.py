@@ -19,8 +19,9 @@ Steps
     6. Confirmation: steps 1 to 5 on one half of the pairs; how suspicious at first are those of the other half that
        the probe points at? Mean rank, both ways round; 0.5 by chance. Seeds are suspicious because they were chosen
        so, unseen pairs only if suspicion and the place in the embeddings have a cause in common.
-    7. Rate: the share of all pairs for which the probe's answer lies beyond the point that is equally many standard
-       deviations from the seeds and from the unsuspicious half.
+    7. Count: a mixture of Gaussians over the probe's answers, the highest of which is the poison; a pair is counted
+       where its answer is more likely from that one than from all others. The clean ones start as one Gaussian; while
+       what is counted is at first less suspicious (mean rank) than step 6 asks for, they get one more, up to four.
 Where we differ, and what the paper leaves open
     The paper overfits a copy of the model on the least similar pairs and ranks by the gain in similarity
     (:mod:`unpoison.detection.similarity_gain`).
@@ -28,6 +29,7 @@ Where we differ, and what the paper leaves open
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,11 @@ from unpoison.detection.neighbours import unit_rows
 from unpoison.detection.ranks import rank_normalise
 from unpoison.detection.reference_similarity import DensityConfig, Scores, density_of_least_similar
 from unpoison.errors import ConfigError, NoSeparationError
+
+_MOST_CLEAN = 4
+"""Gaussians of step 7 for the clean pairs, at most: with a fifth one the poison itself was split in trials."""
+_LEAST_SPREAD = 1e-3
+"""Smallest variance of one, in that of all answers: no Gaussian closes in on a few equal ones."""
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -55,12 +62,13 @@ class ExposureConfig:
     same_concept: float = 0.8
     """Cosine of captions from which on they share a concept."""
     strength: float = 1.0
-    """Inverse regularisation of the probe."""
+    """Inverse regularisation of the probe: scikit-learn's default, not tuned."""
     rounds: int = 3
+    """Of step 5; not tuned."""
     seed: int = 0
     """Of the halves of step 6."""
     confirmation: float = 0.7
-    """Mean rank of step 6 from which on the pairs count as exposed."""
+    """Mean rank of step 6 from which on the pairs count as exposed; those that step 7 counts should reach it too."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
@@ -77,26 +85,25 @@ class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
     ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
-    ``probe``: the last one's raw answer. ``rate`` in [0, 1] is a rough count of the exposed; ``exposed``: the mean rank
-    ``confirmation`` reached the bound, else it is not known whether the scores rank anything but chance.
+    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` reached the bound, else it is not
+    known whether there is anything to count; ``above``: the pairs that step 7 counts, what to look at, none then;
+    ``rates``: their share where only those are counted that are poison at odds of 19 to 1, and where all are that are
+    not clean at such odds.
     """
 
     scores: Scores
     seeds: Int[np.ndarray, " s"]
     first: Int[np.ndarray, " f"]
     probe: Scores
+    above: Bool[np.ndarray, " n"]
+    rates: tuple[float, float]
     confirmation: float
-    rate: float
     exposed: bool
 
     @property
-    def above(self) -> Bool[np.ndarray, " n"]:
-        """The pairs that ``rate`` counts, chosen by score: what to look at."""
-        usable = np.flatnonzero(~np.isnan(self.scores))
-        chosen = usable[np.argsort(-self.scores[usable], kind="stable")[: round(self.rate * len(usable))]]
-        flagged = np.zeros(len(self.scores), dtype=bool)
-        flagged[chosen] = True
-        return flagged
+    def rate(self) -> float:
+        """The share of the usable pairs that are ``above``, in [0, 1]."""
+        return float(self.above.sum() / max(1, (~np.isnan(self.scores)).sum()))
 
 
 def expose_pairs(
@@ -124,16 +131,41 @@ def expose_pairs(
     order = np.random.default_rng(config.seed).permutation(len(kept))
     halves = [np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])]
     confirmation = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]  # (6)
-    threshold = between(found.answers[found.seeds], found.answers[found.calm])
+    counted, least, most = count_poison(found.answers, seen.low, found.seeds, found.calm, config.confirmation)  # (7)
+    exposed = float(np.mean(confirmation)) >= config.confirmation
+    above = np.zeros(len(suspicion), dtype=bool)
+    above[kept] = counted & exposed
     return Exposure(
         scores=_spread(found.scores, kept, len(suspicion)),
         seeds=kept[found.seeds],
         first=kept[found.first],
         probe=_spread(found.answers, kept, len(suspicion)),
+        above=above,
+        rates=(least, most) if exposed else (0.0, 0.0),
         confirmation=float(np.mean(confirmation)),
-        rate=float((found.answers > threshold).mean()),  # (7)
-        exposed=float(np.mean(confirmation)) >= config.confirmation,
+        exposed=exposed,
     )
+
+
+def expose_by_gain(
+    gain: Scores, captions: Float[np.ndarray, "n e"], config: ExposureConfig, *, fewest: int
+) -> Exposure:
+    """The paper's first two stages: the highest share by gain, and of these the largest groups that say the same.
+
+    ``gain``: :func:`unpoison.detection.similarity_gain.similarity_gain`. ``above`` are the highest, ``first`` and
+    ``seeds`` the groups, at least ``fewest`` pairs. Whether any of them is poison is taken for granted.
+    """
+    texts, _ = unit_rows(captions)
+    count = min(max(config.fewest, round(config.share * len(gain))), len(gain) // 4)
+    highest = np.argsort(-gain, kind="stable")[:count]
+    chosen = covering_concepts(texts, highest, config.same_concept, fewest)
+    above = np.zeros(len(gain), dtype=bool)
+    above[highest] = True
+    rate = count / len(gain)
+    return Exposure(
+        scores=gain, seeds=chosen, first=chosen, probe=gain, above=above, rates=(rate, rate), confirmation=0.5,
+        exposed=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,6 +227,20 @@ def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"]
     return rows[alike[alike.sum(axis=1).argmax()]]
 
 
+def covering_concepts(
+    texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"], same: float, fewest: int
+) -> Int[np.ndarray, " _"]:
+    """Of ``rows``, in their order, those of the largest groups of one concept that hold half of them, and ``fewest``.
+
+    The paper's second stage: poisons of one target say the same. Groups are taken off one by one, the largest first.
+    """
+    left, taken = rows, rows[:0]
+    while len(left) and (2 * len(taken) < len(rows) or len(taken) < fewest):
+        group = largest_concept(texts, left, same)
+        taken, left = np.concatenate([taken, group]), left[~np.isin(left, group)]
+    return rows[np.isin(rows, taken)]
+
+
 def fit_probe(
     images: Float[np.ndarray, "n d"], seeds: Int[np.ndarray, " s"], others: Int[np.ndarray, " o"], strength: float
 ) -> LogisticRegression:
@@ -205,6 +251,60 @@ def fit_probe(
     targets = np.repeat([1, 0], [len(seeds), len(others)])
     model = LogisticRegression(C=strength, class_weight="balanced", max_iter=1000)
     return model.fit(images[np.concatenate([seeds, others])], targets)
+
+
+def count_poison(
+    answers: Float[np.ndarray, " k"],
+    suspicion: Float[np.ndarray, " k"],
+    seeds: Int[np.ndarray, " s"],
+    calm: Int[np.ndarray, " c"],
+    suspicious: float,
+) -> tuple[Bool[np.ndarray, " k"], float, float]:
+    """Step 7: which are poison, and the least and the largest share of it. Clean answers are skewed where images are of
+    several kinds, hence several Gaussians.
+
+    Where no number of them gives pairs of the mean rank ``suspicious``, the one whose pairs are most suspicious.
+    """
+    ranks = rank_normalise(suspicion)
+    high = answers > between(answers[seeds], answers[calm])
+    best, reached = (high, float(high.mean()), float(high.mean())), -np.inf
+    if high.all() or not high.any():
+        return best
+    for count in range(1, _MOST_CLEAN + 1):
+        least, even, most = (answers > point for point in _crossings(answers, high, count, (0.95, 0.5, 0.05)))
+        mean = float(ranks[even].mean()) if even.any() else 0.0
+        if mean > reached:
+            best, reached = (even, float(least.mean()), float(most.mean())), mean
+        if mean >= suspicious:
+            break
+    return best
+
+
+def _crossings(
+    answers: Float[np.ndarray, " k"], high: Bool[np.ndarray, " k"], count: int, odds: tuple[float, ...]
+) -> list[float]:
+    """For each of ``odds`` the last answer below the poison's mean that is poison with no more than this probability.
+
+    Clean pairs are ``count`` Gaussians, poison one more.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    rest = answers[~high]
+    means = [*np.quantile(rest, (np.arange(count) + 0.5) / count), answers[high].mean()]
+    least = _LEAST_SPREAD * answers.var() + np.finfo(float).tiny
+    spreads = [*[max(rest.var() / count**2, least)] * count, max(answers[high].var(), least)]
+    shares = [*[(~high).mean() / count] * count, high.mean()]
+    mixture = GaussianMixture(
+        count + 1, weights_init=shares, means_init=np.array(means)[:, None], reg_covar=least, tol=1e-6, max_iter=1000,
+        precisions_init=1 / np.array(spreads)[:, None, None],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=ConvergenceWarning)  # what was counted is looked at anyhow
+        mixture.fit(answers[:, None])
+    below = answers < np.asarray(mixture.means_)[-1, 0]
+    poison = mixture.predict_proba(answers[:, None])[:, -1]
+    return [float(answers[below & (poison <= most)].max(initial=-np.inf)) for most in odds]
 
 
 def between(first: Float[np.ndarray, " s"], second: Float[np.ndarray, " o"]) -> float:

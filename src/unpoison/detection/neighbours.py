@@ -71,6 +71,10 @@ class NeighboursConfig:
                 hint="Raise batch_size or lower k.",
             )
 
+    def most_poison(self, total: int) -> float:
+        """The share of poison from which on, in a batch of ``total`` rows, it is its own k neighbours and ranks low."""
+        return self.k / min(self.batch_size or total, total)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Neighbourhood:

@@ -5,9 +5,10 @@ Paper
 Idea
     A pair that does not match is hard to learn, unless a shortcut is there already: a trigger's.
 Needs
-    The suspicious CLIP and its training pairs; a reference CLIP says better which pairs match least.
+    The suspicious CLIP and its training pairs; a first suspicion of each, best its similarity under a reference CLIP.
 Steps
-    1. s0: cosine of image and caption under the reference, or under the suspect where there is none.
+    1. s0: cosine of image and caption under the reference. UBT without one gives minus DAO's score in its place: the
+       suspect's own cosine is what the poison has raised.
     2. D_w: the lowest tenth of s0.
     3. Overfit a copy on D_w: InfoNCE, AdamW, ten times the fine-tuning rate, batches of 128, 3 epochs, images as they
        are; stop when the mean cosine on D_w gains less than 0.5 percent in an epoch.
@@ -32,6 +33,7 @@ from unpoison.data.pixels import Pixels, to_images
 from unpoison.detection.ranks import rank_normalise
 from unpoison.errors import ConfigError, DivergedError, NotEnoughDataError
 from unpoison.evaluation.embeddings import ready
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, scaled_rate
 from unpoison.types import ImageTextModel
@@ -73,9 +75,9 @@ def similarity_gain(
     *,
     run: Run,
 ) -> Float[np.ndarray, " k"]:
-    """Ranks in (0, 1] of the gain for ``rows`` of ``pairs``; ``cosines`` are their s0. The model stays as it is.
+    """Ranks in (0, 1] of the gain for ``rows`` of ``pairs``; ``cosines`` are their s0, higher is less suspicious.
 
-    Raises NotEnoughDataError for fewer than 16 pairs in D_w, DivergedError.
+    The model stays as it is. Raises NotEnoughDataError for fewer than 16 pairs in D_w, DivergedError.
     """
     config = config or OverfitConfig()
     texts = [captions[0] for captions in pairs.captions(rows)]
@@ -87,7 +89,7 @@ def similarity_gain(
     before = _cosines(clip, pixels, rows, texts, np.arange(len(rows)), run)
     parameters = sum(value.numel() for value in clip.module.parameters())
     rate = scaled_rate(config.learning_rate, parameters)
-    size = min(config.batch_size, len(weak))
+    size, scale = min(config.batch_size, len(weak)), usable_scale(clip)
     with trainable(clip, run) as copy:  # (3)
         weights = [*copy.tower("image"), *copy.tower("text")]
         choose_weights(copy, weights)
@@ -101,7 +103,7 @@ def similarity_gain(
             images = to_images(pixels.array[rows[chosen]]).to(run.device)
             with run.accelerator.autocast():
                 embedded = copy.encode_images(images), copy.encode_texts([texts[row] for row in chosen])
-            loss = info_nce(embedded[0].float(), embedded[1].float(), clip.logit_scale)
+            loss = info_nce(embedded[0].float(), embedded[1].float(), scale)
             if not torch.isfinite(loss):
                 raise DivergedError("overfitting", step=step, loss=float(loss.detach()))
             optimiser.zero_grad()

@@ -16,6 +16,7 @@ from unpoison.models.classifier import DESCRIPTION, load_classifier
 from unpoison.models.clip_files import load_any_clip
 from unpoison.models.folders import find_model_folder, read_json
 from unpoison.models.image_classifier import ImageClassifier
+from unpoison.models.logit_scale import usable_scale
 from unpoison.models.networks import ARCHITECTURES
 from unpoison.models.open_clip_config import CONFIG_NAME
 from unpoison.models.zero_shot import TEMPLATES, class_embeddings
@@ -66,7 +67,7 @@ class AnyModel:
             return self.model.logits(images)
         if self.classes is None:
             raise UsageError("this CLIP has no class names.", hint="Give --classes, or labelled --data.")
-        return self.model.logit_scale * self.encode(images) @ self.classes.T
+        return usable_scale(self.model) * self.encode(images) @ self.classes.T
 
     def encode(self, images: Images) -> Embeddings:
         """A CLIP's unit embeddings [b, d]; gradients flow. Raises UsageError for a classifier."""

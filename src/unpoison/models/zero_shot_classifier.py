@@ -22,6 +22,7 @@ from unpoison.data.sources import LabelledImages
 from unpoison.errors import DataError, ModelError
 from unpoison.models.checkpoints import check_finite, check_safetensors
 from unpoison.models.image_classifier import evaluation_mode
+from unpoison.models.logit_scale import usable_scale
 from unpoison.models.visual_prompts import NAME, with_visual_prompts
 from unpoison.storage import write_atomically
 from unpoison.types import ImageTextModel, Logits
@@ -47,21 +48,24 @@ class ZeroShotClassifier:
     prompts: Float[Tensor, "c m w"] | None = None
     visual_prompts: Float[Tensor, "l n w"] | None = None
 
-    @torch.inference_mode()
     def logits(self, images: Sequence[object]) -> Logits:
-        """Of PIL images of any size: the CLIP's logit scale times the products, [b, c] on the CPU."""
+        """Of PIL images of any size: products times the logit scale, held to [1, 100]; [b, c] on the CPU."""
+        return usable_scale(self.clip) * self._products(images)
+
+    def predict(self, images: Sequence[object]) -> list[str]:
+        """The class name of each PIL image."""
+        return [self.class_names[row] for row in self._products(images).argmax(dim=1).tolist()]
+
+    @torch.inference_mode()
+    def _products(self, images: Sequence[object]) -> Float[Tensor, "b c"]:
         parts = [torch.zeros(0, len(self.class_names))]
         device = next(self.clip.module.parameters()).device
         with evaluation_mode(self.clip.module):
             for start in range(0, len(images), _AT_ONCE):
                 batch = self.clip.preprocess(images[start : start + _AT_ONCE]).to(device)
                 products = self.clip.encode_images(batch) @ self.classes.to(device).T
-                parts.append((self.clip.logit_scale * products).float().cpu())
+                parts.append(products.float().cpu())
         return torch.cat(parts)
-
-    def predict(self, images: Sequence[object]) -> list[str]:
-        """The class name of each PIL image."""
-        return [self.class_names[row] for row in self.logits(images).argmax(dim=1).tolist()]
 
     def classes_of(self, images: LabelledImages | None) -> Float[np.ndarray, "c d"] | None:
         """The class embeddings in the order of the images' class names. Raises DataError for other names."""

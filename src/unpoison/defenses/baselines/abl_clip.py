@@ -45,6 +45,7 @@ from unpoison.data.pixels import load_pixels, to_images
 from unpoison.data.training_pairs import process_slice
 from unpoison.defenses.baselines.fine_tuning import MAX_LOG_SCALE, FineTuningConfig
 from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.schedules import decay_groups, set_rate, warm_up_cosine
 from unpoison.types import Embeddings, ImageTextModel
@@ -113,7 +114,7 @@ def repair_with_abl_clip(
 
             def loss(images: Tensor, texts: Tensor) -> Tensor:
                 first, second = (gather_with_gradient(part, run.accelerator) for part in (images, texts))
-                return info_nce(first, second, clip.logit_scale if scale is None else scale.exp())
+                return info_nce(first, second, usable_scale(clip) if scale is None else scale.exp())
 
             rate = warm_up_cosine(  # (3)
                 step, total=data.steps, peak=config.learning_rate, warm_up_steps=config.warm_up_steps

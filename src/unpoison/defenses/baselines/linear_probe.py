@@ -23,8 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unpoison.defenses.shots import Shots, embed, usable_scale
+from unpoison.defenses.shots import Shots, embed
 from unpoison.errors import ConfigError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.types import Embeddings, ImageTextModel
 
 

@@ -31,8 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unpoison.data.transforms import random_crop, random_flip
-from unpoison.defenses.shots import Shots, usable_scale
+from unpoison.defenses.shots import Shots
 from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.logit_scale import usable_scale
 from unpoison.models.visual_prompts import class_tokens, width_of, with_visual_prompts
 from unpoison.runs import Run
 from unpoison.schedules import cosine, set_rate
