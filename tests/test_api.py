@@ -13,11 +13,12 @@ import pytest
 from accelerate import Accelerator
 
 import unpoison
-from unpoison.api import MIN_SAMPLES, ScanOutcome, describe_samples, purify_with_cgd, scan_dataset
+from unpoison.api import ScanOutcome, describe_samples, purify_with_cgd, scan_dataset
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.detection.cgd import CLIP_AXIS, EARLY_AXIS, JOINT_AXIS, SeparationConfig
 from unpoison.errors import DataError, NotEnoughDataError
+from unpoison.evidence import MIN_SAMPLES
 from unpoison.models.classifier import new_classifier
 from unpoison.models.clip_transformers import load_clip
 from unpoison.results import CLEAN, SKIPPED, SUSPECT, DatasetScan, SampleScores, Split, clip_too_weak
