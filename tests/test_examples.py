@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from unpoison import load_classifier, new_classifier, open_images, save_classifier
+from unpoison.data.pixels import load_pixels
 from unpoison.results import DatasetScan, Purification
+from unpoison.runs import Run, Silent
+from unpoison.training import train_classifier
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SOURCE = "shapes:60"
@@ -33,8 +36,11 @@ def test_scan_folder(run, tmp_path: Path) -> None:
 
 
 def test_repair_classifier(run, tmp_path: Path) -> None:
-    names = open_images(SOURCE).class_names
-    save_classifier(new_classifier("small-resnet", names), tmp_path / "victim")
+    source, names = open_images(SOURCE), open_images(SOURCE).class_names
+    pixels = load_pixels(source, 32, cache=None, progress=Silent())
+    fresh = new_classifier("small-resnet", names)
+    victim = train_classifier(fresh, pixels, source.labels, run=Run(), epochs=8, batch_size=16, augment=False)
+    save_classifier(victim, tmp_path / "victim")
     run("repair_classifier.py", str(tmp_path / "victim"), SOURCE, str(tmp_path / "repaired"))
     assert Purification.load(tmp_path / "repaired" / "purification.json").accepted
     assert load_classifier(tmp_path / "repaired").class_names == names

@@ -302,7 +302,7 @@ def test_methods(process: Here) -> None:
 
 def test_demo(here: Here, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(
-        "train = 400\ntest = 200\nepochs = 1\n[cgd]\nsteps = 4\ncheck_every = 4\nbatch_size = 32\nbound = 100.0\n"
+        "train = 400\ntest = 200\nepochs = 12\n[cgd]\nsteps = 4\ncheck_every = 4\nbatch_size = 32\nbound = 100.0\n"
         "[cgd.separation]\nscorers = 1\nscorer_epochs = 1\n"
     )
     result = here("demo", "--config", "small.toml", "-o", "d", "--json")
