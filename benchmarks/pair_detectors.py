@@ -1,102 +1,148 @@
-"""AUROC and recall of the detectors of poisoned pairs on backdoored CLIPs and the pairs that they were trained on.
+"""Detectors of poisoned pairs on the grid's backdoored CLIPs and the pairs that they were trained on.
 
-    python recipes/clip_victims.py make --attack badnet-rand blended-text wanet badclip --seed 0    # first: the victims
-    python benchmarks/pair_detectors.py [--victims runs/clip-victims/*-0-*] [--rows 6000]
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu                           # first: the victims
+    python benchmarks/pair_detectors.py run [--attack badclip ...] [--seed 0 ...] [--method dao exposure ...]
+    python benchmarks/pair_detectors.py table
 
-A sample of the pairs with their poison as each victim saw it, once at the victim's own rate (10 to 25 percent: so small
-a training takes as much) and once thinned to 1 percent, with other clean pairs in its place. The suspect is the victim,
-the reference the clean CLIP that it was fine-tuned from, which saw the same images unpoisoned. Nothing is tuned here.
+All pairs with their poison as each victim saw it (10 to 25 percent: so small a training takes as much), and a sample of
+them in which it is thinned to 1 percent. The suspect is the victim, the reference the clean CLIP that it was fine-tuned
+from, which saw the same images unpoisoned. Nothing is tuned here. Of each detector: AUROC, TPR at 5 % FPR, recall where
+as many are flagged as there is poison (precision is the same then), and recall and precision of what it flags by
+itself where it does (exposure, which is UBT's first step). One JSON a victim; what is there is not computed again. One
+thread.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
+import torch
+from grid_victims import ATTACKS, FOLDER, find_setting, open_grid, poisoned_ids, victim_of
+from par import Printed
 
 from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
-from unpoison.attacks.pairs import apply_pair_poisoning
+from unpoison.benchmark.clip_cells import Setting
 from unpoison.detection.neighbours import NeighboursConfig
-from unpoison.embedded_pairs import Embedded, caption_cosines
-from unpoison.evaluation.embeddings import embed_images
-from unpoison.evaluation.metrics import auroc, recall, tpr_at_fpr
+from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.evaluation.metrics import auroc, precision, recall, tpr_at_fpr
 from unpoison.models.clip_files import load_any_clip
+from unpoison.results import write_atomically
 from unpoison.runs import Run
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks/results/pair_detectors.json"
-THIN = 0.01
-BATCHES = {"": NeighboursConfig(), "batches of 500, ": NeighboursConfig(batch_size=500)}
+RESULTS = ROOT / "benchmarks/results/pair_detectors"
+THIN, THIN_ROWS = 0.01, 6_000
+SMALL = NeighboursConfig(batch_size=500)
+METHODS: dict[str, tuple[str, PairDetectorConfig]] = {
+    **{name: (name, PairDetectorConfig()) for name in PAIR_DETECTORS},
+    **{f"{name}, batches of 500": (name, PairDetectorConfig(neighbours=SMALL))
+       for name, detector in PAIR_DETECTORS.items() if detector.batches},
+}  # fmt: skip
+SHARES = {"own": "at the victim's own rate", "thin": "thinned to 1 percent"}
+FIGURES = ("auroc", "recall_at_rate", "recall", "precision")
+
+
+def scored(method: str, known: Embedded, truth: np.ndarray, run: Run) -> dict[str, float | None]:
+    name, config = METHODS[method]
+    found = PAIR_DETECTORS[name].score(known, config, run)
+    scores = next(iter(found.axes.values()))
+    first = np.zeros(len(truth), dtype=bool)
+    first[np.argsort(-scores, kind="stable")[: int(truth.sum())]] = True
+    figures: dict[str, float | None] = {
+        "auroc": auroc(scores, truth), "tpr_at_5_fpr": tpr_at_fpr(scores, truth),
+        "recall_at_rate": recall(first, truth),
+    }  # fmt: skip
+    if found.flagged is None:
+        return figures
+    flagged = {"flagged": float(found.flagged.mean()), "recall": recall(found.flagged, truth)}
+    return figures | flagged | ({"precision": precision(found.flagged, truth)} if found.flagged.any() else {})
+
+
+def thinned(truth: np.ndarray) -> np.ndarray:
+    """Rows of a sample of which 1 percent is poison."""
+    random = np.random.default_rng(0)
+    poisoned, clean = (random.permutation(np.flatnonzero(part)) for part in (truth, ~truth))
+    few = round(THIN * THIN_ROWS)
+    return np.sort(np.concatenate([poisoned[:few], clean[: THIN_ROWS - few]]))
+
+
+def part_of(known: Embedded, rows: np.ndarray) -> Embedded:
+    def some(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else values[rows]
+
+    return Embedded(
+        pairs=known.pairs, rows=known.rows[rows], clip=known.clip, suspect=some(known.suspect),
+        cosines=some(known.cosines), captions=some(known.captions),
+    )  # fmt: skip
+
+
+def compute(setting: Setting, wanted: list[str], file: Path, work: Path) -> None:
+    """Add to ``file`` what it lacks."""
+    result: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    missing = [(share, method) for share in SHARES for method in wanted if method not in result.get(share, {})]
+    if not missing:
+        return
+    run = Run(seed=setting.cell.names.seed, progress=Printed(), cache=work / "cache")
+    clip, reference = load_any_clip(victim_of(setting)), load_any_clip(setting.cell.model.clip)
+    known = see_pairs(setting.pairs, clip=clip, reference=reference, captions=True, run=run)
+    truth = np.isin(setting.pairs.ids, poisoned_ids(setting))[known.rows]
+    result |= {"pairs": len(truth), "poison_rate": 100 * float(truth.mean()), "victim": clip.fingerprint}
+    thin = thinned(truth)
+    for share, method in missing:
+        here = (known, truth) if share == "own" else (part_of(known, thin), truth[thin])
+        result.setdefault(share, {})[method] = scored(method, *here, run)
+        write_atomically(file, json.dumps(result, indent=1).encode() + b"\n")
+        print(f"  {share} {method}: AUROC {result[share][method]['auroc']:.3f}", flush=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    args.results.mkdir(parents=True, exist_ok=True)
+    grid = open_grid()
+    for seed in args.seed:
+        for attack in args.attack:
+            print(f"{attack} {seed}", flush=True)
+            setting = find_setting(grid, args.victims, attack, seed, Printed())
+            if setting is None:
+                print(f"  no accepted victim under {args.victims}", flush=True)
+            else:
+                compute(setting, args.method, args.results / f"{attack}-{seed}.json", args.work)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Means over seeds as Markdown, how many in brackets."""
+    found = {file.stem: json.loads(file.read_bytes()) for file in sorted(args.results.glob("*.json"))}
+    attacks = [name for name in args.attack if any(key.rpartition("-")[0] == name for key in found)]
+    for share, said in SHARES.items():
+        for figure in FIGURES:
+            print(f"\n{figure}, {said}\n\n| | " + " | ".join(attacks) + " |\n|" + "---|" * (1 + len(attacks)))
+            for method in args.method:
+                shown = []
+                for attack in attacks:
+                    values = [
+                        result.get(share, {}).get(method, {}).get(figure)
+                        for key, result in found.items()
+                        if key.rpartition("-")[0] == attack
+                    ]
+                    known = [value for value in values if value is not None]
+                    shown.append(f"{np.mean(known):.3f} ({len(known)})" if known else "")
+                if any(shown):
+                    print(f"| {method} | " + " | ".join(shown) + " |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--victims", type=Path, nargs="+", required=True)
-    parser.add_argument("--rows", type=int, default=6_000)
-    parser.add_argument("--cache", type=Path)
+    parser.add_argument("verb", choices=["run", "table"])
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS[:-1], default=list(ATTACKS[:-1]))
+    parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--victims", type=Path, default=FOLDER, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-pair-detectors")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
-    data, reference = open_data(args.shared), load_any_clip("tiny")
-    run = Run(cache=args.cache)
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    for folder in args.victims:
-        victim = read_victim(folder)
-        if victim.poisoning is None or not victim.accepted:
-            print(f"{folder.name} is no accepted victim and is left out")
-            continue
-        truth = np.isin(data.train.ids, victim.poisoning.ids)
-        random = np.random.default_rng(0)
-        poisoned, clean = (random.permutation(np.flatnonzero(part)) for part in (truth, ~truth))
-        rate = float(truth.mean())
-        wide, few = round(rate * args.rows), round(THIN * args.rows)
-        chosen = np.sort(np.concatenate([poisoned[:wide], clean[: args.rows - few]]))
-        pairs = apply_pair_poisoning(data.train, victim.poisoning).select(chosen)
-        clip = load_any_clip(victim.model)
-        suspect, known = embed_images([clip, reference], pairs, run=run)
-        rows = np.flatnonzero(suspect.usable)
-        cosines, _, captions = caption_cosines(reference, pairs, rows, known.array[rows], means=True, run=run)
-        cells: dict = {"rate": 100 * rate, "asr": victim.evaluation.asr and victim.evaluation.asr.value}
-        order = {int(row): place for place, row in enumerate(chosen[rows])}
-        for name, kept in (
-            ("own rate", [*poisoned[:wide], *clean[: args.rows - wide]]),
-            ("1 percent", [*poisoned[:few], *clean[: args.rows - few]]),
-        ):
-            part = np.sort([order[int(row)] for row in kept if int(row) in order])
-            some = Embedded(
-                pairs=pairs,
-                rows=rows[part],
-                clip=clip,
-                suspect=suspect.array[rows[part]],
-                cosines=cosines[part],
-                captions=None if captions is None else captions[part],
-            )
-            cells[name] = scored(some, truth[chosen[rows[part]]], run)
-            print(folder.name, name, {key: round(entry["auroc"], 3) for key, entry in cells[name].items()}, flush=True)
-        result[folder.name] = {"rows": args.rows} | cells
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def scored(known: Embedded, truth: np.ndarray, run: Run) -> dict:
-    """Of each detector: AUROC, TPR at 5 % FPR, and recall where as many are flagged as there is poison."""
-    found = {}
-    for method, detector in PAIR_DETECTORS.items():
-        for prefix, near in BATCHES.items():
-            if prefix and not detector.batches:
-                continue
-            axes = detector.score(known, PairDetectorConfig(neighbours=near), run)
-            scores = next(iter(axes.values()))
-            first = np.zeros(len(truth), dtype=bool)
-            first[np.argsort(-scores, kind="stable")[: int(truth.sum())]] = True
-            found[prefix + method] = {
-                "auroc": auroc(scores, truth),
-                "tpr_at_5_fpr": tpr_at_fpr(scores, truth),
-                "recall_at_rate": recall(first, truth),
-            }
-    return found
+    {"run": run, "table": table}[args.verb](args)
 
 
 if __name__ == "__main__":

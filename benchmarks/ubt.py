@@ -1,21 +1,25 @@
 """UBT on backdoored CLIPs and the pairs that they were trained on: who is suspected, and what unlearning leaves.
 
-    python recipes/clip_victims.py make --seed 0 1 2        # first: the victims, under runs/clip-victims
+    unpoison bench run grids/cpu.toml -o runs/bench-cpu      # first: the victims
     python benchmarks/ubt.py run [--attack wanet ...] [--seed 0 ...] [--variant ours ...]
-    python benchmarks/ubt.py run --set tune --seed 9 --variant ours hinge ...
+    python recipes/clip_victims.py make --seed 9            # those of --set tune, under runs/clip-victims
+    python benchmarks/ubt.py run --set tune --seed 9 --attack badnet-rand ... --variant ours hinge ...
     python benchmarks/ubt.py table [--set tune]
 
-Pairs: all that the victim was trained on, poison included. Reference: the clean CLIP that it was fine-tuned from.
-Measured like benchmarks/par.py, on the same images and captions; ``--set tune`` on others, for victims of a seed that
-no table has. Detectors of pairs beside it get the same embeddings.
+Pairs: all that the victim was trained on, poison included. Reference: the clean CLIP that it was fine-tuned from, which
+saw the same pairs without the poison. Measured on the grid's test data; ``--set tune`` on others, for victims of a seed
+that no table has. Seconds are the method's alone, its embeddings included: each cell has a cache of its own.
+Detectors of pairs beside it: benchmarks/pair_detectors.py.
 One JSON a cell; a cell that is done is not computed again. One thread a process.
 """
 
 import argparse
 import json
+import shutil
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +28,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
+from grid_victims import ATTACKS as GRID_ATTACKS
+from grid_victims import FOLDER, find_setting, open_grid, poisoned_ids, victim_of
 from par import SETS, Printed, figures, find_victim
 
 from unpoison.api import ScanOutcome
 from unpoison.api_clip import count_parameters
-from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
 from unpoison.api_ubt import UBTOutcome, purify_with_abl_clip, purify_with_ubt
 from unpoison.attacks.pairs import apply_pair_poisoning
-from unpoison.data.pairs import open_pairs
-from unpoison.data.sources import open_images
+from unpoison.data.pairs import ImageTextPairs, open_pairs
+from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig
 from unpoison.defenses.ubt import PUBLISHED, UBTConfig
-from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.evaluation.clip import evaluate_clip
-from unpoison.evaluation.metrics import auroc, recall
+from unpoison.evaluation.metrics import auroc
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
 from unpoison.runs import Run, RunFolder
@@ -46,19 +51,24 @@ from unpoison.types import ImageTextModel
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ubt"
 SUMMARY = ROOT / "benchmarks/results/ubt.json"
-ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
-           "wanet", "badclip", "clean")  # fmt: skip
-DETECTORS = ("dao", "slof", "k-distance", "similarity", "density", "exposure")
-ABL = "abl-clip"
+TUNE_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
+                "wanet", "badclip", "clean")  # fmt: skip
+ABL, ALONE = "abl-clip", "no-reference"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     ABL: {},
     **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
     "paper": PUBLISHED,
+    "paper-no-overfit": PUBLISHED | {"expose": "similarity"},
+    "paper-by-score": PUBLISHED | {"choose": "score", "unlearn_pairs": 256},
+    "paper-to-the-end": PUBLISHED | {"stop_early": False},
+    "no-reference": {},
+    "no-reference-batches-of-64": {"neighbours": NeighboursConfig(batch_size=64)},
     "hinge": {"loss": "hinge"},
     "ascent": {"loss": "ascent"},
     "whole-captions": {"words": 1.0},
     "patches": {"patches": 0.05},
+    "stop-early": {"stop_early": True},
     "relations": {"keep": "relations"},
     "no-anchor": {"anchor": 0.0},
     "weight-2": {"unlearn_weight": 2.0},
@@ -78,41 +88,88 @@ def abl_config(clip: ImageTextModel, pairs: int, settings: dict[str, Any]) -> AB
     return start if factor is None else replace(start, learning_rate=factor * start.learning_rate)
 
 
-def compute(attack: str, seed: int, variant: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Victim:
+    """A CLIP and the pairs that it was trained on; the data that it is measured on; ``poisoned``: ids of pairs."""
+
+    clip: ImageTextModel
+    reference: ImageTextModel
+    pairs: ImageTextPairs
+    poisoning: Any
+    poisoned: Sequence[str]
+    images: LabelledImages
+    retrieval: ImageTextPairs | None
+
+
+def open_victim(attack: str, seed: int, args: argparse.Namespace) -> Victim | None:
+    """None where it was not made, or not accepted."""
+    if args.set == "test":
+        setting = find_setting(open_grid(), args.grid_victims, attack, seed, Printed())
+        if setting is None:
+            return None
+        return Victim(
+            clip=load_any_clip(victim_of(setting)), reference=load_any_clip(setting.cell.model.clip),
+            pairs=setting.pairs, poisoning=setting.poisoning, poisoned=poisoned_ids(setting), images=setting.test,
+            retrieval=setting.retrieval,
+        )  # fmt: skip
+    folder = find_victim(args.victims, attack, seed)
+    if folder is None:
+        return None
     victim, data = read_victim(folder), open_data(args.shared)
     poisoning = victim.poisoning
-    pairs = data.train if poisoning is None else apply_pair_poisoning(data.train, poisoning)
-    truth = np.isin(pairs.ids, [] if poisoning is None else poisoning.ids)
-    clip, reference = load_any_clip(victim.model), load_any_clip("tiny")
-    inputs = {"victim": clip.fingerprint, "pairs": pairs.caption_fingerprint, "variant": VARIANTS[variant]}
-    name = f"{args.set}-{attack}-{seed}-{variant}"
-    run = Run(seed=seed, progress=Printed(), cache=args.work / "cache", folder=RunFolder.open(args.work / name, inputs))
     images, retrieval = (f"{args.shared}/data/{source}" for source in SETS[args.set])
+    return Victim(
+        clip=load_any_clip(victim.model), reference=load_any_clip("tiny"),
+        pairs=data.train if poisoning is None else apply_pair_poisoning(data.train, poisoning), poisoning=poisoning,
+        poisoned=() if poisoning is None else poisoning.ids, images=open_images(images),
+        retrieval=open_pairs(retrieval),
+    )  # fmt: skip
 
-    def evaluate(model: Any) -> dict[str, Any]:
-        found = evaluate_clip(
-            model, open_images(images), poisoning=poisoning, retrieval=open_pairs(retrieval), suspect=clip, run=run,
-            name=name,
-        )  # fmt: skip
-        return figures(found)
 
-    result: dict[str, Any] = {"attack": attack, "seed": seed, "method": variant, "set": args.set, "pairs": len(pairs)}
-    result["poison_rate"] = 100 * float(truth.mean())
-    if variant == "ours" and truth.any():
-        result["detectors"] = detection(see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run), truth)
+def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    clip, pairs, settings = victim.clip, victim.pairs, VARIANTS[variant]
+    truth = np.isin(pairs.ids, victim.poisoned)
+    inputs = {
+        "victim": clip.fingerprint,
+        "pairs": pairs.caption_fingerprint,
+        "variant": json.loads(json.dumps(settings, default=vars)),
+    }
+    name = f"{args.set}-{attack}-{seed}-{variant}"
+    own = args.work / name
+    resumed = (own / "run.json").exists()
+    run = Run(seed=seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own, inputs))
     begun = time.time()
     if variant.startswith(ABL):
-        outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), VARIANTS[variant]), run=run)
+        outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), settings), run=run)
     else:
-        config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **VARIANTS[variant])
+        config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **settings)
+        reference = None if variant.startswith(ALONE) else victim.reference
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
     seconds, found = time.time() - begun, outcome.purification
-    result |= {
-        "before": evaluate(clip), "after": evaluate(outcome.clip), "seconds": seconds, "accepted": found.accepted,
-        "left_alone": found.left_alone, "reason": found.reason, "history": found.history,
-        "exposure": json.loads(json.dumps(found.exposure, default=vars)), "config": found.config,
+    shutil.rmtree(own / "cache", ignore_errors=True)
+    measured = Run(seed=seed, progress=Printed(), cache=args.work / "cache")
+
+    def evaluate(model: Any) -> dict[str, Any]:
+        return figures(
+            evaluate_clip(
+                model, victim.images, poisoning=victim.poisoning, retrieval=victim.retrieval, suspect=clip,
+                run=measured, name=name,
+            )
+        )  # fmt: skip
+
+    result: dict[str, Any] = {
+        "attack": attack, "seed": seed, "method": variant, "set": args.set, "pairs": len(pairs),
+        "poison_rate": 100 * float(truth.mean()), "before": evaluate(clip), "after": evaluate(outcome.clip),
+        "seconds": seconds, "resumed": resumed, "accepted": found.accepted, "left_alone": found.left_alone,
+        "reason": found.reason, "history": found.history,
+        "exposure": plain(found.exposure), "config": found.config,
     }  # fmt: skip
     return result | (found_pairs(outcome.suspicious, truth) if isinstance(outcome, UBTOutcome) else {})
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it."""
+    return json.loads(json.dumps(value, default=vars))
 
 
 def found_pairs(suspicious: ScanOutcome, truth: np.ndarray) -> dict[str, Any]:
@@ -125,33 +182,21 @@ def found_pairs(suspicious: ScanOutcome, truth: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def detection(known: Embedded, truth: np.ndarray) -> dict[str, Any]:
-    """AUROC and recall (as many flagged as there is poison) of the detectors on all usable pairs."""
-    here, found = truth[known.rows], {}
-    for method in DETECTORS:
-        axes = PAIR_DETECTORS[method].score(known, PairDetectorConfig(), Run())
-        scores = next(iter(axes.values()))
-        first = np.zeros(len(here), dtype=bool)
-        first[np.argsort(-scores, kind="stable")[: int(here.sum())]] = True
-        found[method] = {"auroc": auroc(scores, here), "recall_at_rate": recall(first, here)}
-    return found
-
-
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
-        for attack in args.attack:
-            folder = find_victim(args.victims, attack, seed)
-            if folder is None:
-                print(f"{attack} {seed}: no accepted victim under {args.victims}", flush=True)
+        for attack in args.attack or (GRID_ATTACKS if args.set == "test" else TUNE_ATTACKS):
+            victim = open_victim(attack, seed, args)
+            if victim is None:
+                print(f"{attack} {seed}: no accepted victim", flush=True)
                 continue
             for variant in args.variant:
                 file = args.results / f"{args.set}-{attack}-{seed}-{variant}.json"
                 if file.exists():
                     continue
                 print(f"{attack} {seed} {variant}", flush=True)
-                result = compute(attack, seed, variant, folder, args)
+                result = compute(victim, attack, seed, variant, args)
                 write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
                 print(f"  {describe(result)}", flush=True)
 
@@ -185,7 +230,6 @@ def table(args: argparse.Namespace) -> None:
         summary = {
             "cells": len(ours), "auroc_min": min(entry["auroc"] for entry in ours),
             "asr_after_max": max(entry["after"]["asr_excess"] for entry in ours), "c_acc_drop_max": max(falls),
-            "detectors": {f"{entry['attack']}-{entry['seed']}": entry["detectors"] for entry in ours},
         }  # fmt: skip
         SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
 
@@ -205,13 +249,14 @@ def _columns(result: dict[str, Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    parser.add_argument("--attack", nargs="+", choices=sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["ours"])
     parser.add_argument("--set", choices=list(SETS), default="test", help="what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims")
+    parser.add_argument("--grid-victims", type=Path, default=FOLDER, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims", help="those of --set tune")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-ubt")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

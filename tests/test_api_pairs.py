@@ -148,6 +148,9 @@ def test_exposure_says_what_it_found(confirmation: float, poisoned: bool, clip: 
         assert estimate.rate == pytest.approx(0.1, abs=0.02)
         assert {outcome.scores.ids[row] for row in outcome.split.suspect} >= set(chosen)
         assert "A group of pairs stands out" in estimate.reason
+        alone = scan_pairs(planted, clip=suspect, reference=suspect, method="exposure", config=config, run=run())
+        assert alone.scan.inconclusive
+        assert alone.scan.flagged == 18
     else:
         assert outcome.scan.flagged == 0
 

@@ -143,6 +143,16 @@ def test_the_gain_ranks_as_published(clip: Any, pairs: Any) -> None:
     assert "overfitted copy" in listed.scan.estimate.reason
 
 
+def test_the_first_suspicion_alone_can_rank(clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_ubt, "similarity_gain", None)
+    config = replace(UBTConfig.as_published(**QUICK), expose="similarity")
+    outcome = purify_with_ubt(clip, pairs, reference=load_clip("tiny"), config=config, run=new_run())
+    assert outcome.suspicious.scan.method == "similarity"
+    assert outcome.suspicious.scan.flagged == 30
+    assert "how little they match" in outcome.purification.reason
+    assert outcome.purification.steps > 0
+
+
 def test_overfitting_and_neighbours_can_be_set(clip: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(api_ubt, "similarity_gain", lambda *args, **_: seen.append(args[5]) or np.linspace(0, 1, 300))

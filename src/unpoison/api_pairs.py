@@ -122,11 +122,10 @@ def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
 def _exposure(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
     low = low_similarity(_asked(known.cosines))
     found = expose_pairs(low, _asked(known.suspect), _asked(known.captions), config.exposure)
-    return Ranked(
-        axes={"exposure": found.scores, "probe": found.probe, "low_similarity": low},
-        flagged=found.above,
-        estimate=estimate_poison(found, config.exposure),
-    )
+    axes = {"exposure": found.scores, "probe": found.probe, "low_similarity": low}
+    if known.alone:  # what confirms a group is that two models agree on it
+        return Ranked(axes=axes)
+    return Ranked(axes=axes, flagged=found.above, estimate=estimate_poison(found, config.exposure))
 
 
 def _gain(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
@@ -164,8 +163,8 @@ def scan_pairs(
     """Rank image-caption pairs by suspicion with one of PAIR_DETECTORS.
 
     ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for the detectors whose
-    entry asks for one. Only ``exposure`` can say that a set is poisoned, and none that it is clean: all other scans are
-    inconclusive. Scores, split and samples have no labels (-1) and no class names.
+    entry asks for one. Only ``exposure`` with two different models can say that a set is poisoned, and none that it is
+    clean: all other scans are inconclusive. Scores, split and samples have no labels (-1) and no class names.
     Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
     UnknownMethodError, UsageError (a reference is missing), ModelError.
     """

@@ -21,8 +21,9 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import load_pixels
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig, repair_with_abl_clip
 from unpoison.defenses.ubt import FEWEST_UNLEARNT, UBTConfig, UBTRepair, repair_with_ubt, unlearn_count
-from unpoison.detection.exposure import Exposure, expose_by_gain, expose_pairs
+from unpoison.detection.exposure import Exposure, expose_by_rank, expose_pairs
 from unpoison.detection.neighbours import dao, score_neighbourhoods
+from unpoison.detection.ranks import rank_normalise
 from unpoison.detection.reference_similarity import low_similarity
 from unpoison.detection.similarity_gain import similarity_gain
 from unpoison.embedded_pairs import Embedded, caption_cosines, check_captions, check_spread, see_pairs
@@ -92,7 +93,7 @@ def purify_with_ubt(
         known,
         {"exposure": exposure.scores, "probe": exposure.probe},
         exposure.above,
-        method="exposure" if config.expose == "concept" else "gain",
+        method="exposure" if config.expose == "concept" else config.expose,
         estimate=estimate,
         warnings=warnings,
         config=asdict(config.exposure),
@@ -172,7 +173,9 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
     if config.expose == "gain":
         pixels = load_pixels(pairs, known.clip.image_size, cache=run.cache, progress=run.progress)
         gain = similarity_gain(known.clip, pairs, pixels, rows, -low, config.overfit, run=run)
-        found = expose_by_gain(gain, captions, config.exposure, fewest=FEWEST_UNLEARNT)
+        found = expose_by_rank(gain, captions, config.exposure, fewest=FEWEST_UNLEARNT)
+    elif config.expose == "similarity":
+        found = expose_by_rank(rank_normalise(low), captions, config.exposure, fewest=FEWEST_UNLEARNT)
     else:
         found = expose_pairs(low, suspect, captions, config.exposure)
     above = np.zeros(len(pairs), dtype=bool)
@@ -218,10 +221,9 @@ def _finding(exposure: Exposure, found: UBTRepair | None) -> PairExposure:
 
 
 def _estimate(exposure: Exposure, config: UBTConfig) -> PoisonEstimate:
-    if config.expose == "gain":
-        return nothing_decided(
-            "Pairs are ranked by what an overfitted copy gained on them; that does not say whether any is poisoned."
-        )
+    if config.expose != "concept":
+        how = "what an overfitted copy gained on them" if config.expose == "gain" else "how little they match"
+        return nothing_decided(f"Pairs are ranked by {how}; that does not say whether any is poisoned.")
     return estimate_poison(exposure, config.exposure)
 
 

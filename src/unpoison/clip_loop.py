@@ -139,9 +139,10 @@ def train_steps(
         run.forget(names[: max(0, index - 1)])
     if not progress.stopped:
         next(steps, None)  # lets the progress say that it is through
-        if progress.kept_step != total:
+        last = int(progress.history[-1]["step"])
+        if progress.kept_step != last:
             progress.stopped = (
-                f"The last look, step {total}, had forgotten the pairs; the weights of step {progress.kept_step} were "
+                f"The last look, step {last}, had forgotten the pairs; the weights of step {progress.kept_step} were "
                 "kept."
             )
     net.load_state_dict(progress.kept)

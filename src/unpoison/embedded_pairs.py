@@ -29,7 +29,7 @@ class Embedded:
 
     ``clip``: the suspicious CLIP. ``suspect``: its unit image embeddings. ``cosines``: of image and caption under the
     reference, the mean over an image's captions, in [-1, 1]; ``captions``: these means, not of length 1. None where
-    nobody asked.
+    nobody asked. ``alone``: the reference is the suspect itself, so that the two cannot bear each other out.
     """
 
     pairs: ImageTextPairs
@@ -38,6 +38,7 @@ class Embedded:
     suspect: Float[np.ndarray, "k d"] | None
     cosines: Float[np.ndarray, " k"] | None
     captions: Float[np.ndarray, "k e"] | None = None
+    alone: bool = False
     skipped: tuple[SkippedRow, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -83,6 +84,7 @@ def see_pairs(
         suspect=images["suspect"].array[rows] if suspect else None,
         cosines=cosines,
         captions=means,
+        alone=suspect and reference is not None and clip.fingerprint == reference.fingerprint,
         skipped=tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values()),
         warnings=warnings,
     )

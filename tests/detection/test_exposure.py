@@ -13,7 +13,7 @@ from unpoison.detection.exposure import (
     between,
     count_poison,
     covering_concepts,
-    expose_by_gain,
+    expose_by_rank,
     expose_pairs,
     largest_concept,
 )
@@ -141,7 +141,7 @@ def test_concepts_are_taken_until_half_is_covered() -> None:
     assert covering_concepts(texts, rows[:4], 0.8, 0).tolist() == [3, 5]
     assert len(covering_concepts(texts, rows, 0.8, 7)) == 7
     assert covering_concepts(texts, rows, 0.8, 99).tolist() == rows.tolist()
-    found = expose_by_gain(np.arange(1000.0), np.eye(50)[np.arange(1000) % 50], ExposureConfig(), fewest=16)
+    found = expose_by_rank(np.arange(1000.0), np.eye(50)[np.arange(1000) % 50], ExposureConfig(), fewest=16)
     assert found.above.sum() == 30
     assert np.flatnonzero(found.above).min() == 970
     assert 16 <= len(found.seeds) <= 18

@@ -89,8 +89,9 @@ class UBTConfig(PairTrainingConfig):
     bound: float = 3.0
     """1.5 points, and as much again for chance: 500 held-out pairs give no finer figure."""
     exposure: ExposureConfig = field(default_factory=ExposureConfig)
-    expose: Literal["concept", "gain"] = "concept"
-    """How pairs are ranked: ``concept`` (ours) or by the similarity ``gain`` of an overfitted copy, as published."""
+    expose: Literal["concept", "gain", "similarity"] = "concept"
+    """How pairs are ranked: ``concept`` (ours), by the similarity ``gain`` of an overfitted copy, as published, or
+    by the first suspicion alone: the published way without the overfitting."""
     overfit: OverfitConfig = field(default_factory=OverfitConfig)
     """Of ``gain``."""
     neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
@@ -160,6 +161,8 @@ class UBTConfig(PairTrainingConfig):
     @property
     def fewest_pairs(self) -> int:
         """Of which step 1 can rank anything."""
+        if self.expose == "similarity":
+            return 2 * FEWEST_UNLEARNT
         if self.expose == "gain":
             return math.ceil(FEWEST_WEAK / self.overfit.share)
         return 2 * math.ceil((self.exposure.density.neighbours + 1) / self.exposure.density.share)

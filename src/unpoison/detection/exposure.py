@@ -147,23 +147,24 @@ def expose_pairs(
     )
 
 
-def expose_by_gain(
-    gain: Scores, captions: Float[np.ndarray, "n e"], config: ExposureConfig, *, fewest: int
+def expose_by_rank(
+    scores: Scores, captions: Float[np.ndarray, "n e"], config: ExposureConfig, *, fewest: int
 ) -> Exposure:
-    """The paper's first two stages: the highest share by gain, and of these the largest groups that say the same.
+    """The paper's first two stages: the highest share by score, and of these the largest groups that say the same.
 
-    ``gain``: :func:`unpoison.detection.similarity_gain.similarity_gain`. ``above`` are the highest, ``first`` and
-    ``seeds`` the groups, at least ``fewest`` pairs. Whether any of them is poison is taken for granted.
+    ``scores``: of :mod:`unpoison.detection.similarity_gain`, or ranks of the first suspicion. ``above`` are the
+    highest, ``first`` and ``seeds`` the groups, at least ``fewest`` pairs. Whether any of them is poison is taken for
+    granted.
     """
     texts, _ = unit_rows(captions)
-    count = min(max(config.fewest, round(config.share * len(gain))), len(gain) // 4)
-    highest = np.argsort(-gain, kind="stable")[:count]
+    count = min(max(config.fewest, round(config.share * len(scores))), len(scores) // 4)
+    highest = np.argsort(-scores, kind="stable")[:count]
     chosen = covering_concepts(texts, highest, config.same_concept, fewest)
-    above = np.zeros(len(gain), dtype=bool)
+    above = np.zeros(len(scores), dtype=bool)
     above[highest] = True
-    rate = count / len(gain)
+    rate = count / len(scores)
     return Exposure(
-        scores=gain, seeds=chosen, first=chosen, probe=gain, above=above, rates=(rate, rate), confirmation=0.5,
+        scores=scores, seeds=chosen, first=chosen, probe=scores, above=above, rates=(rate, rate), confirmation=0.5,
         exposed=True,
     )  # fmt: skip
 
