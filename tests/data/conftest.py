@@ -1,12 +1,16 @@
 """What the tests of the data part share."""
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets.config
 import numpy as np
 import pytest
 from PIL import Image
+
+from unpoison.data.encoded import Overlay, Picture
+from unpoison.results import SkippedRow
 
 
 @pytest.fixture(autouse=True)
@@ -32,3 +36,24 @@ def class_folders(tmp_path: Path) -> Path:
         for index in range(3):
             (root / name / f"{index}.png").write_bytes(picture(10 * label + index))
     return root
+
+
+class _Black:
+    fingerprint = "black"
+
+    def __call__(self, ids: Sequence[str], images: list[Picture]) -> list[Picture]:
+        return [
+            image if isinstance(image, SkippedRow) or not name.endswith(":1") else Image.new("RGB", image.size)
+            for name, image in zip(ids, images, strict=True)
+        ]
+
+
+@pytest.fixture
+def black() -> Overlay:
+    """Paints the picture black whose id ends with ":1"."""
+    return _Black()
+
+
+@pytest.fixture(name="picture")
+def picture_of_seed() -> Callable[[int], bytes]:
+    return picture

@@ -11,20 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from unpoison.data.captions import BLOCK, captions_dataset, clean_captions
-from unpoison.data.encoded import Picture
+from unpoison.data.captions import BLOCK, captions_dataset
+from unpoison.data.encoded import Overlay
 from unpoison.data.pairs import ImageTextPairs, count_cut_captions, join_pairs, open_pairs, pairs_of_labels
-from unpoison.data.pixels import ImageRows, load_pixels
-from unpoison.data.shapes import make_shapes
+from unpoison.data.pixels import ImageRows
 from unpoison.data.sources import open_images
-from unpoison.errors import ConfigError, DataError, NotEnoughDataError, SourceFormatError
+from unpoison.errors import ConfigError, NotEnoughDataError, SourceFormatError
 from unpoison.models.clip_transformers import load_clip
-from unpoison.results import SkippedRow
-from unpoison.runs import Silent
 
 HOSTILE = (
     '<script>alert("1")</script><img src=x onerror=alert(1)>',
@@ -342,106 +337,10 @@ def test_paths_that_do_not_exist(path: str) -> None:
         open_pairs(path)
 
 
-# The rows of open pairs
+# Several sets as one
 
 
-@pytest.fixture(scope="module")
-def world() -> ImageTextPairs:
-    return open_pairs("shapes:60:7")
-
-
-def test_shapes_open_as_pairs(world: ImageTextPairs) -> None:
-    assert world.ids[0] == "shapes-7:0"
-    assert all_captions(world) == [(text,) for text in make_shapes(60, seed=7).captions]
-    assert world.raw(range(60)) == open_images("shapes:60:7").raw(range(60))
-
-
-@settings(max_examples=20, deadline=None)
-@given(data=st.data())
-def test_select_keeps_ids_captions_and_images_together(world: ImageTextPairs, data: st.DataObject) -> None:
-    first = data.draw(st.lists(st.integers(0, 59), min_size=1, max_size=20))
-    second = data.draw(st.lists(st.integers(0, len(first) - 1), max_size=20))
-    chosen = [first[index] for index in second]
-    twice = world.select(first).select(second)
-    assert twice.ids == [world.ids[row] for row in chosen]
-    assert all_captions(twice) == world.captions(chosen)
-    assert twice.raw(range(len(chosen))) == world.raw(chosen)
-
-
-@given(st.text())
-def test_cleaning_changes_no_more_than_the_ends(text: str) -> None:
-    cleaned = clean_captions([text])
-    assert cleaned == clean_captions(cleaned)
-    for caption in cleaned:
-        assert caption == caption.strip() != ""
-        assert caption in text
-    if not cleaned:
-        assert not any(letter.isalnum() for letter in text)
-
-
-class _Black:
-    fingerprint = "black"
-
-    def __call__(self, ids: Sequence[str], images: list[Picture]) -> list[Picture]:
-        return [
-            image if isinstance(image, SkippedRow) or not name.endswith(":1") else Image.new("RGB", image.size)
-            for name, image in zip(ids, images, strict=True)
-        ]
-
-
-def test_overlays_change_pictures_and_captions_by_id(world: ImageTextPairs) -> None:
-    poisoned = world.with_overlay(_Black(), {"shapes-7:1": "  a banana ", "shapes-7:4": "<b>"})
-    assert poisoned.raw(range(60)) == world.raw(range(60))
-    assert poisoned.select([4, 1, 0]).captions([0, 1, 2]) == [("<b>",), ("a banana",), world.captions([0])[0]]
-    black, other = poisoned.decode([1, 0])
-    assert np.asarray(black).max() == 0
-    assert np.array_equal(np.asarray(other), np.asarray(world.decode([0])[0]))
-    again = poisoned.with_overlay(None, {"shapes-7:4": "later"})
-    assert again.captions([1, 4]) == [("a banana",), ("later",)]
-    assert again.overlay is poisoned.overlay
-    assert len({world.fingerprint, poisoned.fingerprint, again.fingerprint}) == 3
-    with pytest.raises(DataError, match="'gone'"):
-        world.with_overlay(None, {"gone": "x"})
-    with pytest.raises(DataError, match="is empty"):
-        world.with_overlay(None, {"shapes-7:4": " "})
-
-
-def test_pixels_of_pairs_are_those_of_their_images(world: ImageTextPairs, tmp_path: Path) -> None:
-    pixels = load_pixels(world, 32, cache=tmp_path, progress=Silent())
-    assert np.array_equal(pixels.array, make_shapes(60, seed=7).images)
-    labelled = load_pixels(open_images("shapes:60:7"), 32, cache=tmp_path, progress=Silent())
-    assert isinstance(labelled.array, np.memmap)  # found in the cache: captions and labels do not count
-    dark = load_pixels(world.with_overlay(_Black(), {}), 32, cache=tmp_path, progress=Silent())
-    assert (dark.array[1].max(), dark.array[0].max() > 0) == (0, True)
-
-
-@pytest.mark.parametrize("indices", [[-1], [60]])
-def test_indices_outside_are_refused(world: ImageTextPairs, indices: list[int]) -> None:
-    for ask in (world.select, world.raw, world.captions):
-        with pytest.raises(IndexError, match=r"0\.\.59"):
-            ask(indices)
-
-
-# Pairs from labels, and several sets as one
-
-
-def test_captions_from_labels_depend_on_the_id_alone() -> None:
-    images = open_images("shapes:60")
-    templates = ("a photo of a {}.", "{} {{}}", "one {0} {}")
-    pairs = pairs_of_labels(images, templates)
-    names = [images.class_names[label] for label in images.labels]
-    for name, (caption,) in zip(names, all_captions(pairs), strict=True):
-        assert caption in [template.replace("{}", name) for template in templates]
-    assert len({texts[0].replace(name, "{}") for name, texts in zip(names, all_captions(pairs), strict=True)}) == 3
-    few = pairs_of_labels(images.select([40, 3]), templates)
-    assert all_captions(few) == pairs.captions([40, 3])
-    assert all_captions(pairs_of_labels(images, templates, seed=1)) != all_captions(pairs)
-    assert pairs.ids == images.ids
-    with pytest.raises(ConfigError, match="templates that hold"):
-        pairs_of_labels(images, ["a photo"])
-
-
-def test_joined_sets_keep_their_rows_apart(tmp_path: Path) -> None:
+def test_joined_sets_keep_their_rows_apart(black: Overlay, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     one, two = (write_parquet(tmp_path / place) for place in ("train.parquet", "a/train.parquet"))
     names = write_pictures(tmp_path / "b", 3)
@@ -453,51 +352,7 @@ def test_joined_sets_keep_their_rows_apart(tmp_path: Path) -> None:
     assert joined.captions([20, 22]) == [("picture 5",), ("000.png", "again")]
     assert joined.raw([21, 24]) == [picture(2), picture(2)]
     with pytest.raises(ConfigError, match="without an overlay"):
-        join_pairs({"one": parts["one"].with_overlay(_Black(), {})})
-
-
-def write_captioned(folder: Path, kind: str, seed: int) -> Path:
-    """Three pictures with captions under the names that every such folder has; gives back what is to be opened."""
-    folder.mkdir(parents=True)
-    names = [f"{row}.png" for row in range(3)]
-    for row, name in enumerate(names):
-        (folder / name).write_bytes(picture(seed + row))
-        if kind == "folder":
-            (folder / name).with_suffix(".txt").write_text(f"{folder.name} {row}")
-    lines = [{"image": name, "caption": f"{folder.name} {row}"} for row, name in enumerate(names)]
-    if kind == ".csv":
-        (folder / "list.csv").write_text("\n".join(["image,caption", *(",".join(line.values()) for line in lines)]))
-    elif kind == ".jsonl":
-        (folder / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return folder if kind == "folder" else folder / f"list{kind}"
-
-
-@pytest.mark.parametrize(("one", "two"), [("folder", "folder"), ("folder", ".csv"), (".jsonl", ".csv")])
-def test_each_of_the_joined_sets_reads_its_own_folder(one: str, two: str, tmp_path: Path) -> None:
-    places = {"a": write_captioned(tmp_path / "a", one, 0), "b": write_captioned(tmp_path / "b", two, 10)}
-    parts = {name: open_pairs(place) for name, place in places.items()}
-    joined = join_pairs({"found": parts["a"], "drawn": parts["b"]})
-    assert joined.raw(range(6)) == [picture(seed) for seed in (0, 1, 2, 10, 11, 12)]
-    assert joined.captions([1, 4]) == [("a 1",), ("b 1",)]
-    few = joined.select([4, 1, 4])
-    assert few.raw([0, 1, 2]) == [picture(11), picture(1), picture(11)]
-    assert few.with_overlay(_Black(), {}).raw([1]) == [picture(1)]
-    more = join_pairs({"few": few, "shapes": open_pairs("shapes:2"), "again": parts["a"]})
-    assert [more.raw([row])[0] for row in (0, 1, 5)] == [picture(11), picture(1), picture(0)]
-    before = joined.fingerprint
-    (tmp_path / "b" / "2.png").write_bytes(picture(99) + b" ")
-    assert join_pairs({"found": parts["a"], "drawn": parts["b"]}).fingerprint != before
-
-
-def test_joined_sets_are_confined_to_their_own_folders(tmp_path: Path) -> None:
-    parts = {name: open_pairs(write_captioned(tmp_path / name, "folder", 0)) for name in ("a", "b")}
-    joined = join_pairs(parts)
-    (tmp_path / "b" / "1.png").unlink()
-    (tmp_path / "b" / "1.png").symlink_to(tmp_path / "a" / "1.png")
-    good, bad = joined.raw([1, 4])
-    assert good == picture(1)
-    assert isinstance(bad, SkippedRow)
-    assert (bad.id, "leads out of the data set's folder" in bad.reason) == ("b/1.png", True)
+        join_pairs({"one": parts["one"].with_overlay(black, {})})
 
 
 def test_cut_captions_are_counted(tmp_path: Path) -> None:
