@@ -14,18 +14,22 @@ thread.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from grid_victims import ATTACKS, FOLDER, find_setting, open_grid, poisoned_ids, victim_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from grid_clips import ATTACKS, BENCH, GRID, GridClip, find_clip  # pyright: ignore[reportMissingImports]
 from par import Printed
 
 from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
-from unpoison.benchmark.clip_cells import Setting
+from unpoison.benchmark.grid import read_grid
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.errors import UsageError
 from unpoison.evaluation.metrics import auroc, precision, recall, tpr_at_fpr
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
@@ -78,16 +82,17 @@ def part_of(known: Embedded, rows: np.ndarray) -> Embedded:
     )  # fmt: skip
 
 
-def compute(setting: Setting, wanted: list[str], file: Path, work: Path) -> None:
+def compute(victim: GridClip, wanted: list[str], file: Path, work: Path) -> None:
     """Add to ``file`` what it lacks."""
     result: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
     missing = [(share, method) for share in SHARES for method in wanted if method not in result.get(share, {})]
     if not missing:
         return
-    run = Run(seed=setting.cell.names.seed, progress=Printed(), cache=work / "cache")
-    clip, reference = load_any_clip(victim_of(setting)), load_any_clip(setting.cell.model.clip)
-    known = see_pairs(setting.pairs, clip=clip, reference=reference, captions=True, run=run)
-    truth = np.isin(setting.pairs.ids, poisoned_ids(setting))[known.rows]
+    run = Run(seed=victim.cell.names.seed, progress=Printed(), cache=work / "cache")
+    clip, reference = load_any_clip(victim.model), load_any_clip(victim.cell.model.clip)
+    pairs = victim.setting.pairs
+    known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
+    truth = np.isin(pairs.ids, victim.poisoned)[known.rows]
     result |= {"pairs": len(truth), "poison_rate": 100 * float(truth.mean()), "victim": clip.fingerprint}
     thin = thinned(truth)
     for share, method in missing:
@@ -100,15 +105,16 @@ def compute(setting: Setting, wanted: list[str], file: Path, work: Path) -> None
 def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     args.results.mkdir(parents=True, exist_ok=True)
-    grid = open_grid()
+    grid = read_grid(ROOT / GRID)
     for seed in args.seed:
         for attack in args.attack:
             print(f"{attack} {seed}", flush=True)
-            setting = find_setting(grid, args.victims, attack, seed, Printed())
-            if setting is None:
-                print(f"  no accepted victim under {args.victims}", flush=True)
+            try:
+                victim = find_clip(grid, args.bench, attack, seed, Printed())
+            except UsageError as error:
+                print(f"  {error.message} {error.hint}", flush=True)
             else:
-                compute(setting, args.method, args.results / f"{attack}-{seed}.json", args.work)
+                compute(victim, args.method, args.results / f"{attack}-{seed}.json", args.work)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -138,7 +144,7 @@ def main() -> None:
     parser.add_argument("--attack", nargs="+", choices=ATTACKS[:-1], default=list(ATTACKS[:-1]))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--victims", type=Path, default=FOLDER, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--bench", type=Path, default=ROOT / BENCH, help="the results folder of grids/cpu.toml")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-pair-detectors")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()

@@ -28,19 +28,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
-from grid_victims import ATTACKS as GRID_ATTACKS
-from grid_victims import FOLDER, find_setting, open_grid, poisoned_ids, victim_of
+from grid_clips import ATTACKS as GRID_ATTACKS  # pyright: ignore[reportMissingImports]
+from grid_clips import BENCH, GRID, find_clip  # pyright: ignore[reportMissingImports]
 from par import SETS, Printed, figures, find_victim
 
 from unpoison.api import ScanOutcome
 from unpoison.api_clip import count_parameters
 from unpoison.api_ubt import UBTOutcome, purify_with_abl_clip, purify_with_ubt
 from unpoison.attacks.pairs import apply_pair_poisoning
+from unpoison.benchmark.grid import read_grid
 from unpoison.data.pairs import ImageTextPairs, open_pairs
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig
 from unpoison.defenses.ubt import PUBLISHED, UBTConfig
 from unpoison.detection.neighbours import NeighboursConfig
+from unpoison.errors import UsageError
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc
 from unpoison.models.clip_files import load_any_clip
@@ -101,20 +103,18 @@ class Victim:
     retrieval: ImageTextPairs | None
 
 
-def open_victim(attack: str, seed: int, args: argparse.Namespace) -> Victim | None:
-    """None where it was not made, or not accepted."""
+def open_victim(attack: str, seed: int, args: argparse.Namespace) -> Victim:
+    """Raises UsageError where it was not made, or not accepted."""
     if args.set == "test":
-        setting = find_setting(open_grid(), args.grid_victims, attack, seed, Printed())
-        if setting is None:
-            return None
+        found = find_clip(read_grid(ROOT / GRID), args.bench, attack, seed, Printed())
+        setting = found.setting
         return Victim(
-            clip=load_any_clip(victim_of(setting)), reference=load_any_clip(setting.cell.model.clip),
-            pairs=setting.pairs, poisoning=setting.poisoning, poisoned=poisoned_ids(setting), images=setting.test,
-            retrieval=setting.retrieval,
+            clip=load_any_clip(found.model), reference=load_any_clip(setting.cell.model.clip), pairs=setting.pairs,
+            poisoning=found.poisoning, poisoned=found.poisoned, images=setting.test, retrieval=setting.retrieval,
         )  # fmt: skip
     folder = find_victim(args.victims, attack, seed)
     if folder is None:
-        return None
+        raise UsageError(f"no accepted victim under {args.victims}.", hint="Make it with recipes/clip_victims.py.")
     victim, data = read_victim(folder), open_data(args.shared)
     poisoning = victim.poisoning
     images, retrieval = (f"{args.shared}/data/{source}" for source in SETS[args.set])
@@ -187,9 +187,10 @@ def run(args: argparse.Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
         for attack in args.attack or (GRID_ATTACKS if args.set == "test" else TUNE_ATTACKS):
-            victim = open_victim(attack, seed, args)
-            if victim is None:
-                print(f"{attack} {seed}: no accepted victim", flush=True)
+            try:
+                victim = open_victim(attack, seed, args)
+            except UsageError as error:
+                print(f"{attack} {seed}: {error.message} {error.hint}", flush=True)
                 continue
             for variant in args.variant:
                 file = args.results / f"{args.set}-{attack}-{seed}-{variant}.json"
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--set", choices=list(SETS), default="test", help="what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--grid-victims", type=Path, default=FOLDER, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--bench", type=Path, default=ROOT / BENCH, help="the results folder of grids/cpu.toml")
     parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims", help="those of --set tune")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-ubt")
     parser.add_argument("--results", type=Path, default=RESULTS)
