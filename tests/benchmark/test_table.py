@@ -46,8 +46,10 @@ def test_rows_are_means_over_seeds(table: Table) -> None:
     value = row.values["asr"]
     assert value.mean == pytest.approx(asr.mean())
     assert value.std == pytest.approx(asr.std(ddof=1))
-    assert value.low is not None
-    assert value.low == pytest.approx(asr.mean() - 12.7062 * asr.std(ddof=1) / np.sqrt(2), abs=1e-3)
+    assert value.high == pytest.approx(asr.mean() + 12.7062 * asr.std(ddof=1) / np.sqrt(2), abs=1e-3)
+    assert value.low == 0.0  # where a rate ends
+    assert row.values["seconds"].std is not None
+    assert row.values["seconds"].low is None
     assert row.values["asr_excess"].mean == pytest.approx(1.5)
     assert row.values["asr_before"].mean == pytest.approx(95.0)
     assert (row.seeds, row.n, row.attacked) == ((0, 1), 1000, 1000)
@@ -74,7 +76,9 @@ def test_one_seed_has_wilsons_interval(table: Table) -> None:
     expected = wilson(20, 1000)
     value = row.values["asr"]
     assert (value.seeds, value.std, value.low, value.high) == (1, None, expected.low, expected.high)
-    assert over_seeds([3.0]).low is None
+    assert over_seeds([3.0], (0.0, 100.0)).low is None
+    assert over_seeds([3.0, 4.0], None).low is None
+    assert over_seeds([99.0, 100.0], (0.0, 100.0)).high == 100.0
 
 
 def test_the_control_and_the_model_as_given_stand_in_the_table(table: Table) -> None:
@@ -166,7 +170,7 @@ def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table)
     assert "| badnet 10 % | cgd | 1 |" in text
     assert "2.0 (1.3 to 3.1)" in text
     assert "A row is made again by `unpoison bench run tiny.toml --cell CELL ... -o " in text
-    assert "| badnet | ft | 7.5 |  | 2.5 (-3.9 to 8.9) | 89.0 (88.3 to 89.6) | a large net | Doe \\| 2024 |" in text
+    assert "| badnet | ft | 7.5 |  | 2.5 (0.0 to 8.9) | 89.0 (88.3 to 89.6) | a large net | Doe \\| 2024 |" in text
     assert "| clean | ft |  | 93 |  | 89.0 (88.3 to 89.6) | a large net |" in text
     failure = table.failures[0]
     assert f"Again: {failure.command} --retry" in text

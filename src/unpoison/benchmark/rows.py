@@ -14,7 +14,7 @@ from unpoison.results import Interval
 @dataclass(frozen=True, kw_only=True)
 class Value:
     """A mean over ``seeds``. ``std`` between seeds, None for one. ``low`` and ``high``: the 95 % interval, Student's of
-    the mean over seeds, Wilson's of a rate of one seed; None where there is none."""
+    the mean over seeds, cut at what the figure can be, Wilson's of a rate of one seed; None where there is none."""
 
     mean: float
     std: float | None
@@ -58,7 +58,7 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """``of`` gives the figure of one cell: a rate with its interval, a number, or None. ``digits``: shown after the
-    point."""
+    point. ``limits``: what the figure can be, where an interval is cut; None: it is given no interval."""
 
     name: str
     title: str
@@ -66,6 +66,7 @@ class Column:
     of: Callable[[CellResult], Interval | float | None]
     better: str = ""
     digits: int = 1
+    limits: tuple[float, float] | None = (0.0, 100.0)
 
 
 def _rate(side: str, name: str) -> Callable[[CellResult], Interval | float | None]:
@@ -123,14 +124,14 @@ COLUMNS = (
     Column(name="r_at_1", title="R@1", unit="%", of=_rate("after", "image_to_text"), better="high"),
     Column(name="retrieval_asr", title="retrieval ASR", unit="%", of=_rate("after", "retrieval_asr"), better="low"),
     Column(name="rebound", title="rebound", unit="%", of=_rebound, better="low"),
-    Column(name="drift", title="drift", unit="", of=_drift, better="high", digits=2),
-    Column(name="auroc", title="AUROC", unit="", of=_detected("auroc"), better="high", digits=3),
+    Column(name="drift", title="drift", unit="", of=_drift, better="high", digits=2, limits=(-1.0, 1.0)),
+    Column(name="auroc", title="AUROC", unit="", of=_detected("auroc"), better="high", digits=3, limits=(0.0, 1.0)),
     Column(name="recall", title="recall", unit="%", of=_detected("recall"), better="high"),
     Column(name="purity", title="purity", unit="%", of=_detected("target_purity"), better="high"),
     Column(name="target_found", title="target found", unit="%", of=_detected("target_found"), better="high"),
     Column(name="changed", title="changed", unit="%", of=_changed),
-    Column(name="seconds", title="seconds", unit="s", of=_seconds),
-    Column(name="processor", title="CPU s", unit="s", of=processor_seconds),
+    Column(name="seconds", title="seconds", unit="s", of=_seconds, limits=None),
+    Column(name="processor", title="CPU s", unit="s", of=processor_seconds, limits=None),
 )
 
 
@@ -146,7 +147,7 @@ def make_row(found: Sequence[CellResult], kind: str) -> Row:
     for column in COLUMNS:
         figures = [value for value in map(column.of, found) if value is not None]
         if figures:
-            values[column.name] = over_seeds(figures)
+            values[column.name] = over_seeds(figures, column.limits)
     after = first.after
     keys = tuple(result.key for result in found)
     head, _, rest = first.command.partition(f"--cell {first.key}")
@@ -168,12 +169,17 @@ def make_row(found: Sequence[CellResult], kind: str) -> Row:
     )
 
 
-def over_seeds(figures: Sequence[Interval | float]) -> Value:
-    """Mean and spread; the interval of one seed is the rate's own."""
+def over_seeds(figures: Sequence[Interval | float], limits: tuple[float, float] | None) -> Value:
+    """Mean and spread; the interval of one seed is the rate's own, that of several is cut at ``limits`` (None: there is
+    no interval)."""
     numbers = [figure.value if isinstance(figure, Interval) else figure for figure in figures]
     found = mean_over_seeds(numbers)
     low, high = found.low, found.high
-    if found.n == 1 and isinstance(figures[0], Interval):
+    if limits is None:
+        low = high = None
+    elif low is not None and high is not None:
+        low, high = max(low, limits[0]), min(high, limits[1])
+    elif isinstance(figures[0], Interval):
         low, high = figures[0].low, figures[0].high
     return Value(mean=found.mean, std=found.std, low=low, high=high, seeds=found.n)
 
