@@ -214,16 +214,17 @@ QUESTIONS = (
         kind="clip",
         attacks=(*PAIR_ATTACKS, "sig-clip", CLEAN),
         methods=(GIVEN, "fine-tuning", "clean-clip", "par-paper", "par"),
-        columns=(*COSTS, "r_at_1", "retrieval_asr", "drift", "rebound", "processor"),
+        columns=(*COSTS, "r_at_1", "retrieval_asr", "drift", "rebound", "seconds", "processor"),
     ),
     Question(
         title="Unlearning with the poisoned pairs",
-        text="UBT and ABL get the pairs that the victim was trained on, poison included; AUROC and recall are those "
-        "of the list of suspicious pairs.",
+        text="UBT and ABL get the pairs that the victim was trained on, poison included; AUROC, recall and precision "
+        "are those of the list of suspicious pairs. PAR and CleanCLIP stand beside them, with the same pairs "
+        "unpoisoned.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
-        methods=(GIVEN, "ubt", "abl-clip"),
-        columns=(*COSTS, "r_at_1", "auroc", "recall", "rebound", "processor"),
+        methods=(GIVEN, "clean-clip", "par", "abl-clip", "ubt"),
+        columns=(*COSTS, "r_at_1", "auroc", "recall", "precision", "rebound", "seconds", "processor"),
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
@@ -234,7 +235,7 @@ QUESTIONS = (
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
-        columns=(*COSTS, "retrieval_asr", "target_found", "processor"),
+        columns=(*COSTS, "retrieval_asr", "target_found", "seconds", "processor"),
         note=search_note,
     ),
     Question(
@@ -244,7 +245,7 @@ QUESTIONS = (
         kind="classifier",
         attacks=(*SAMPLE_ATTACKS, CLEAN),
         methods=(GIVEN, *SAMPLE_METHODS),
-        columns=(*COSTS, "der", "purity", "changed", "processor"),
+        columns=(*COSTS, "der", "purity", "changed", "seconds", "processor"),
     ),
     Question(
         title="More attacks on classifiers, the last two adaptive",
@@ -299,7 +300,8 @@ def page(table: Table, cells: Cells) -> str:
         SPREAD,
         "",
         "Small models on small images: they tell methods apart, and are no forecast for a large CLIP. *CPU s* are",
-        "processor seconds of the method itself with the scores it needed, on one thread: what an idle core takes.",
+        "processor seconds of the method itself with the scores it needed, on one thread: what an idle core takes;",
+        "*seconds* are by the clock, on two cores that other runs shared.",
         "",
         *(line for text in again(table.rows) for line in (text, "")),
         "## Methods at a glance",

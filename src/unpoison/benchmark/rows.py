@@ -127,6 +127,7 @@ COLUMNS = (
     Column(name="drift", title="drift", unit="", of=_drift, better="high", digits=2, limits=(-1.0, 1.0)),
     Column(name="auroc", title="AUROC", unit="", of=_detected("auroc"), better="high", digits=3, limits=(0.0, 1.0)),
     Column(name="recall", title="recall", unit="%", of=_detected("recall"), better="high"),
+    Column(name="precision", title="precision", unit="%", of=_detected("precision"), better="high"),
     Column(name="purity", title="purity", unit="%", of=_detected("target_purity"), better="high"),
     Column(name="target_found", title="target found", unit="%", of=_detected("target_found"), better="high"),
     Column(name="changed", title="changed", unit="%", of=_changed),
