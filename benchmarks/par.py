@@ -22,12 +22,14 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from par_aligned import aligned_distances
 from par_tables import at, plot, print_table, read_results, summary
 from par_variants import KNOBS, METHODS, VARIANTS, Variant
 
@@ -188,7 +190,8 @@ class Cell:
         more = {"steps": self.args.steps, "batch_size": self.args.batch, **self.variant.config}
         pairs = self.pairs
         if self.variant.method == "par":
-            return purify_with_par(suspect, pairs, config=self.config(PARConfig, suspect, **more), run=run)
+            with aligned_distances() if self.variant.aligned else nullcontext():
+                return purify_with_par(suspect, pairs, config=self.config(PARConfig, suspect, **more), run=run)
         if self.variant.method == "clean-clip":
             return purify_with_clean_clip(suspect, pairs, config=self.config(CleanClipConfig, suspect, **more), run=run)
         return purify_with_fine_tuning(suspect, pairs, config=self.config(FineTuningConfig, suspect, **more), run=run)

@@ -12,7 +12,7 @@ class Variant:
 
     ``rate`` is a factor on the scaled learning rate. ``suspect_share``: the weights handed back are this share of the
     suspect's and the rest the repaired ones', a point on the straight line between the two. ``made_up``: on pictures of
-    the shapes world, which show none of the classes that are measured.
+    the shapes world, which show none of the classes that are measured. ``aligned``: distances after the best rotation.
     """
 
     method: str
@@ -20,6 +20,7 @@ class Variant:
     rate: float = 1.0
     suspect_share: float = 0.0
     made_up: bool = False
+    aligned: bool = False
 
 
 FROZEN = {"text_tower": "frozen"}
@@ -32,6 +33,8 @@ VARIANTS = {
     "frozen": Variant(method="par", config=FROZEN),
     "relations": Variant(method="par", config=RELATIONS),
     "latched": Variant(method="par", config={"recovery": "latched"}),
+    "aligned": Variant(method="par", aligned=True),
+    "aligned-1": Variant(method="par", config={"tau": 1.0}, aligned=True),
     "views": Variant(method="par", config=VIEWS),
     "frozen-relations": Variant(method="par", config=FROZEN | RELATIONS),
     "frozen-views": Variant(method="par", config=FROZEN | VIEWS),
@@ -126,6 +129,12 @@ REPAIRS = {
     "ours": OURS,
 }
 VARIANTS |= {
+    "ours-averaged": replace(OURS, suspect_share=0.3),
+    "ours-latched": replace(OURS, config=RECOMMENDED | {"recovery": "latched"}),
+    "ours-aligned": replace(OURS, aligned=True),
+    "ours-both-towers": replace(OURS, config=RECOMMENDED | {"text_tower": "train"}),
+    "ours-no-relations": replace(OURS, config=RECOMMENDED | {"distill": "none"}),
+    "ours-no-adversary": replace(OURS, config=RECOMMENDED | {"adversary_share": 0.0}),
     "par-made-up": replace(REPAIRS["par"], made_up=True),
     "ours-made-up": replace(OURS, made_up=True, config=RECOMMENDED | {"search_concepts": 0}),
 }
