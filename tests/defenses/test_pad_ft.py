@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.defenses.clipping import ClippingConfig, disbelief, find_bounds, margins
-from unpoison.defenses.pad_ft import PADFTConfig, repair_with_pad_ft, tune_head
+from unpoison.defenses.pad_ft import PADFTConfig, opinion_without, repair_with_pad_ft, tune_head
 from unpoison.errors import ConfigError, NotEnoughDataError, UnsupportedModelError
 from unpoison.models.activations import activations, channel_rows
 from unpoison.models.classifier import ImageClassifier, new_classifier
@@ -160,6 +160,18 @@ def test_a_second_repair_does_not_widen_bounds(victim: ImageClassifier, rule: An
     assert len(repair.classifier.bounds) == len(tight)
     for bound, before in zip(repair.classifier.bounds, tight, strict=True):
         assert (bound <= before).all()
+
+
+def test_without_its_label_a_suspect_keeps_what_is_left_of_the_models_opinion() -> None:
+    torch.manual_seed(0)
+    head, features, labels = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    found = opinion_without(head, features, labels)
+    plain = head(features).softmax(1).scatter(1, labels[:, None], 0.0)
+    torch.testing.assert_close(found, (plain / plain.sum(1, keepdim=True)).detach())
+    # where only the label's share moves, the loss is disbelief and a constant
+    logits = head(features).detach()
+    entropy = -torch.special.xlogy(found, found).sum(1).mean()
+    torch.testing.assert_close(F.cross_entropy(logits, found), disbelief(logits, labels) + entropy)
 
 
 def test_disbelief_and_margins() -> None:

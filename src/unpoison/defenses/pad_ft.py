@@ -17,7 +17,8 @@ Steps
 Where we differ, and what the paper leaves open
     No code is public. The rule of the bounds is not known: we offer three (:mod:`unpoison.defenses.clipping`). The
     numbers of step 3 are ours: where labels are unlearnt, its rate is the largest of four that the head bears, by
-    held-out samples, since which one that is depends on the size of the features. Features behind frozen layers are
+    held-out samples, since which one that is depends on the size of the features. What a suspect is to be instead is
+    what the clipped model would have said without that label. Features behind frozen layers are
     constant, so they are computed once, from plain images, and the head is trained on the stored features; with
     ``views`` also from shifted and mirrored copies. A saturated head hardly moves: ``reset_head`` draws it anew first.
     Part of D_c is held out; a repair that loses more than ``bound`` points there is refused.
@@ -31,11 +32,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from unpoison.data.pixels import Pixels, to_images
 from unpoison.data.transforms import random_crop, random_flip
-from unpoison.defenses.clipping import ClippingConfig, disbelief, find_bounds
+from unpoison.defenses.clipping import ClippingConfig, find_bounds
 from unpoison.defenses.repair import RateConfig, Repair, at_largest_rate, hold_out, label_accuracy
 from unpoison.detection.thresholds import OddLabels
 from unpoison.errors import ConfigError, DivergedError
@@ -63,8 +64,9 @@ class PADFTConfig(RateConfig):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
-    unlearn: float = 1.0
-    """Weight of -mean log(1 - p_y) on the suspect samples of the split, where there are any. Ours."""
+    unlearn: float = 0.4
+    """Weight of the suspect samples of the split, where there are any: cross-entropy to the model's own opinion of them
+    once their label is taken from it. Ours; the largest at which no tuning victim lost over a point of accuracy."""
     gentle_rate: float = 0.01
     """The learning rate where no label is unlearnt: the head has nothing to let go of."""
     views: int = 0
@@ -112,7 +114,8 @@ def repair_with_pad_ft(
     labels = torch.from_numpy(split.labels[chosen])
     doubted = None
     if config.unlearn > 0 and len(split.suspect):
-        doubted = features_on(clipped, pixels, split.suspect, run=run), torch.from_numpy(split.labels[split.suspect])
+        stored = features_on(clipped, pixels, split.suspect, run=run)
+        doubted = stored, opinion_without(clipped.head(), stored, torch.from_numpy(split.labels[split.suspect]))
     steps = config.epochs * -(-len(chosen) // config.batch_size)
     head = sum(weight.numel() for weight in clipped.head().parameters())
     bound_count = sum(bound.numel() for bound in bounds)
@@ -145,12 +148,12 @@ def tune_head(
     labels: Int[Tensor, " k"],
     config: PADFTConfig,
     *,
-    doubted: tuple[Float[Tensor, "s d"], Int[Tensor, " s"]] | None = None,
+    doubted: tuple[Float[Tensor, "s d"], Float[Tensor, "s c"]] | None = None,
     run: Run,
 ) -> None:
     """Step 3 in place: SGD along a cosine on stored features; each epoch draws a view for each sample.
 
-    ``doubted``: features and labels of suspect samples, whose labels are unlearnt.
+    ``doubted``: features of suspect samples, and the opinion that the head is to have of them.
     """
     head = classifier.head()
     with run.seeded("head"):
@@ -167,7 +170,7 @@ def tune_head(
             loss = F.cross_entropy(F.linear(seen[drawn], *tuned), labels[drawn])
             if doubted is not None:
                 some = torch.randint(len(doubted[1]), (len(drawn),), generator=generator)
-                loss = loss + config.unlearn * disbelief(F.linear(doubted[0][some], *tuned), doubted[1][some])
+                loss = loss + config.unlearn * F.cross_entropy(F.linear(doubted[0][some], *tuned), doubted[1][some])
             if not torch.isfinite(loss):
                 raise DivergedError("Tuning of the head", step=epoch, loss=float(loss.detach()))
             optimiser.zero_grad()
@@ -177,6 +180,19 @@ def tune_head(
     with torch.no_grad():
         for weight, value in zip(head.parameters(), tuned, strict=True):
             weight.copy_(value)
+
+
+@torch.no_grad()
+def opinion_without(
+    head: nn.Module, features: Float[Tensor, "s d"], labels: Int[Tensor, " s"]
+) -> Float[Tensor, "s c"]:
+    """The probabilities of the other classes when each sample's label is ruled out.
+
+    The cross-entropy to them is -log(1 - p_y), plus a constant, plus how far what is left of p has moved from them:
+    what stands under the trigger is kept as far as the model still sees it.
+    """
+    logits = F.linear(features, *(weight.float().cpu() for weight in head.parameters()))
+    return logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
 
 
 @torch.inference_mode()
