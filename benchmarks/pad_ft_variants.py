@@ -21,7 +21,7 @@ VARIANTS = {
     **{f"clip-{rule}": PADFTConfig(clip=clips(rule=rule)) for rule in ("none", "quantile", "learned", "margin")},
     **{f"quantile-{q}": PADFTConfig(clip=clips(quantile=q), unlearn=0.0) for q in (0.9, 0.95, 0.98, 0.99, 0.999)},
     "no-unlearning": PADFTConfig(unlearn=0.0),
-    **{f"unlearn-{weight}": PADFTConfig(unlearn=weight) for weight in (0.2, 0.3, 0.5, 0.7, 1.0)},
+    **{f"unlearn-{weight}": PADFTConfig(unlearn=weight) for weight in (0.2, 0.4, 0.7)},
     **{f"n-{n}": PADFTConfig(per_class=n) for n in SIZES},
     **{
         f"steps-{steps}-batch-{size}": PADFTConfig(clip=clips(rule="suspects", suspect_steps=steps, suspect_batch=size))
