@@ -183,9 +183,7 @@ def tune_head(
 
 
 @torch.no_grad()
-def opinion_without(
-    head: nn.Module, features: Float[Tensor, "s d"], labels: Int[Tensor, " s"]
-) -> Float[Tensor, "s c"]:
+def opinion_without(head: nn.Module, features: Float[Tensor, "s d"], labels: Int[Tensor, " s"]) -> Float[Tensor, "s c"]:
     """The probabilities of the other classes when each sample's label is ruled out.
 
     The cross-entropy to them is -log(1 - p_y), plus a constant, plus how far what is left of p has moved from them:
