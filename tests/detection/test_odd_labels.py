@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from unpoison.detection import odd_labels
 from unpoison.detection.odd_labels import LEAST, find_odd_labels, rejected_by_clip
 from unpoison.detection.poison_estimate import estimate_poison
 from unpoison.detection.thresholds import split_by_evidence
@@ -44,6 +45,47 @@ def test_clean_sets_have_no_odd_labels(planted: SimpleNamespace, kind: str) -> N
     for seed in range(50):
         estimate, _ = estimate_poison(planted.clean_set(kind, seed))
         assert estimate.odd_labels == (), f"seed {seed}: {estimate.reason}"
+
+
+def late_changed_labels(planted: SimpleNamespace, seed: int) -> tuple[SampleScores, np.ndarray]:
+    """As above, but most are learnt later than the class's median sample."""
+    random = np.random.default_rng([seed, 8])
+    labels = random.integers(0, 10, 10_000)
+    clip, early = planted.losses(random, labels, agreement=0.6, spread=0.0)
+    mask = np.zeros(len(labels), dtype=bool)
+    mask[random.choice(np.flatnonzero(labels != 0), 500, replace=False)] = True
+    labels[mask] = 0
+    clip[mask] = random.normal(2.5, 0.7, 500)
+    early[mask] = np.median(early[labels == 0]) + random.normal(0.8, 0.8, 500)
+    return planted.make_scores(clip, early, labels, 10), mask
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_changed_labels_that_are_learnt_late_are_odd_where_clip_knows_the_class(
+    planted: SimpleNamespace, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, poisoned = late_changed_labels(planted, seed)
+    estimate, posterior = estimate_poison(scores)
+    assert (estimate.poisoned, estimate.odd_labels) == (False, (0,))
+    doubtful = posterior >= 0.5
+    assert doubtful[poisoned].mean() >= 0.8
+    assert poisoned[doubtful].mean() >= 0.8
+    monkeypatch.setattr(odd_labels, "KNOWN", 0.0)
+    assert estimate_poison(scores)[0].odd_labels == ()
+
+
+def test_two_or_three_classes_do_not_say_what_is_usual(planted: SimpleNamespace) -> None:
+    scores, _ = late_changed_labels(planted, 0)
+    assert 0 in find_odd_labels(scores, [0, 1, 2, 3], targets=[])
+    assert find_odd_labels(scores, [0, 1, 2], targets=[]) == {}
+
+
+def test_a_class_that_clip_merely_rejects_more_of_is_not_odd(planted: SimpleNamespace) -> None:
+    random = np.random.default_rng(8)
+    labels = random.integers(0, 10, 20_000)
+    clip, early = planted.losses(random, labels, agreement=0.6, spread=0.0)
+    clip[labels == 3] += 0.9  # harder for CLIP as a whole, and what it rejects is as hard for others
+    assert estimate_poison(planted.make_scores(clip, early, labels, 10))[0].odd_labels == ()
 
 
 def test_a_name_that_means_nothing_to_clip_is_odd(planted: SimpleNamespace) -> None:
