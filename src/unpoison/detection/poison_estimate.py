@@ -168,7 +168,7 @@ def _oddities(scores: SampleScores, odd: dict[int, Oddity]) -> str:
         return ""
     parts = [
         f"of label {scores.class_names[label]!r} CLIP rejects {found.rejected} samples, and {found.ready} of them are "
-        "learnt as readily as the rest of it"
+        "learnt before its median sample, more than other labels explain"
         for label, found in list(odd.items())[:3]
     ]
     more = f" (and {len(odd) - 3} labels more)" if len(odd) > 3 else ""
