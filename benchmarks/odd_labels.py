@@ -12,6 +12,7 @@ import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         source, _, _, target = opened(name, args.shared, args.work)
         arrays = scored(name, args)
         cosines, early = arrays["cos"], arrays["early"]
-        entry = {"samples": len(source), "changed": int(arrays["truth"].sum()), "target": target}
+        entry: dict[str, Any] = {"samples": len(source), "changed": int(arrays["truth"].sum()), "target": target}
         entry |= counted(cosines, early, source)
         if target < 0:
             renamed: dict[int, dict] = {}
