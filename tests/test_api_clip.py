@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from unpoison import api_clip
 from unpoison.api_clip import (
     judge,
+    largest_fall,
     look_for_trigger,
     purify_with_clean_clip,
     purify_with_fine_tuning,
@@ -158,10 +159,10 @@ def test_pairs_that_are_too_few_to_search_are_said_to_be(clip: Any) -> None:
     assert any("No trigger was looked for before the repair: " in warning for warning in result.warnings)
 
 
-def repair(clip: Any, *, after: float, stopped: str = "") -> ClipRepair:
+def repair(clip: Any, *, after: float, before: float = 80.0, stopped: str = "") -> ClipRepair:
     looks = [
         {"step": float(step), "held_out_accuracy": accuracy, "chance": 1.0, "image_cosine": 0.1, "text_cosine": 0.9}
-        for step, accuracy in ((0, 80.0), (5, after))
+        for step, accuracy in ((0, before), (5, after))
     ]
     return ClipRepair(
         model=clip, history=looks, steps=5, planned=5, batch_size=2, trained_pairs=9, held_out_pairs=9, stopped=stopped
@@ -169,10 +170,16 @@ def repair(clip: Any, *, after: float, stopped: str = "") -> ClipRepair:
 
 
 def test_what_is_accepted(clip: Any) -> None:
-    config = PARConfig()
-    assert judge(repair(clip, after=70.0), config)[0]
-    accepted, reason = judge(repair(clip, after=69.9), config)
+    assert judge(repair(clip, after=70.0), 10.0)[0]
+    accepted, reason = judge(repair(clip, after=69.9), 10.0)
     assert not accepted
     assert "69.9" in reason
     assert "80.0" in reason
-    assert judge(repair(clip, after=80.0, stopped="diverged at step 3"), config) == (False, "diverged at step 3")
+    assert judge(repair(clip, after=80.0, stopped="diverged at step 3"), 10.0) == (False, "diverged at step 3")
+
+
+def test_no_model_may_lose_more_than_half_of_what_it_knows(clip: Any) -> None:
+    config = PARConfig(bound=10.0)
+    assert largest_fall(repair(clip, after=0.0), config) == 10.0
+    assert largest_fall(repair(clip, before=11.0, after=0.0), config) == 5.0
+    assert largest_fall(repair(clip, before=3.0, after=0.0), config) == 10.0  # which the result warns of

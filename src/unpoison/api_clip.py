@@ -38,6 +38,9 @@ from unpoison.types import ImageTextModel, Tower
 
 Config = TypeVar("Config", bound=PairTrainingConfig)
 
+_LEAST_GAIN = 5.0
+"""Points of held-out accuracy above chance under which held-out pairs judge nothing."""
+_MOST_LOST = 0.5
 DRIFTED = 0.5
 """Mean cosine with the old embeddings under which the result warns that what was built on them no longer fits."""
 CLIP_LIMITS = (
@@ -225,7 +228,8 @@ def describe_repair(
     run: Run,
 ) -> ClipPurification:
     """What a training on ``pairs`` did to ``clip``, judged on held-out pairs."""
-    accepted, reason = judge(repair, config)
+    allowed = largest_fall(repair, config)
+    accepted, reason = judge(repair, allowed)
     kept = repair.kept
     changed = config.trains if repair.planned else ()
     return ClipPurification(
@@ -234,7 +238,7 @@ def describe_repair(
         accepted=accepted,
         reason=reason,
         protects=PROTECTS[changed],
-        bound=config.bound,
+        bound=round(allowed, 1),
         steps=repair.steps,
         planned_steps=repair.planned,
         batch_size=repair.batch_size,
@@ -263,14 +267,21 @@ def versions() -> dict[str, str]:
     return {"unpoison": __version__, "python": platform.python_version()} | libraries
 
 
-def judge(repair: ClipRepair, config: PairTrainingConfig) -> tuple[bool, str]:
+def largest_fall(repair: ClipRepair, config: PairTrainingConfig) -> float:
+    """Points of held-out accuracy that may be lost: ``config.bound``, but no more than half of what the given model has
+    above chance (ours: a small model may have fewer points to lose). One that has next to nothing is not judged."""
+    gain = repair.held_out_before - repair.kept["chance"]
+    return config.bound if gain < _LEAST_GAIN else min(config.bound, _MOST_LOST * gain)
+
+
+def judge(repair: ClipRepair, allowed: float) -> tuple[bool, str]:
     """Whether the repaired model is accepted, and why: training went through, and the held-out pairs still match."""
     if repair.stopped:
         return False, repair.stopped
     fall = repair.held_out_before - repair.held_out_after
-    return fall <= config.bound, (
+    return fall <= allowed, (
         f"Held-out pairs find each other in {repair.held_out_after:.1f} percent of cases, "
-        f"{repair.held_out_before:.1f} before; a fall of at most {config.bound:.1f} points is accepted."
+        f"{repair.held_out_before:.1f} before; a fall of at most {allowed:.1f} points is accepted."
     )
 
 
@@ -285,7 +296,7 @@ def _warnings(repair: ClipRepair) -> tuple[str, ...]:
     if repair.truncated:
         warnings.append(f"The tokenizer cuts off {repair.truncated:,} different captions.")
     gain = repair.held_out_before - kept["chance"]
-    if gain < 5:
+    if gain < _LEAST_GAIN:
         warnings.append(
             "The given model hardly knows which caption belongs to which of these images: what training cost it cannot "
             "be judged on them."

@@ -77,9 +77,9 @@ class ClipPurification(JsonResult):
 
     Held-out accuracy: percent of held-out images and captions that find each other among at most 100 (``chance``: by
     guessing). ``image_cosine`` and ``text_cosine``: mean cosine of new embeddings with the given model's; what was
-    built on those (an index, a head) still fits near 1 only. ``bound`` is in points. ``stopped`` says why the kept
-    weights, those of ``steps``, are not those of ``planned_steps``, "" where they are. ``inputs`` are content hashes
-    and versions.
+    built on those (an index, a head) still fits near 1 only. ``bound``: the largest fall accepted, in points.
+    ``stopped`` says why the kept weights, those of ``steps``, are not those of ``planned_steps``, "" where they are.
+    ``inputs`` are content hashes and versions.
     """
 
     schema: ClassVar[str] = "clip-purification"

@@ -55,7 +55,7 @@ class PairTrainingConfig:
     """A look counts as collapsed when less than this share of the held-out accuracy above chance is left; two in a row
     end the run, and one at its end is no result to accept. Ours."""
     bound: float = 10.0
-    """Largest fall of held-out accuracy, in points, that is accepted. Ours."""
+    """Largest fall of held-out accuracy, in points, that is accepted; never over half of what is above chance. Ours."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "chunk_size", "learning_rate", "epsilon", "held_out_pairs", "check_every")

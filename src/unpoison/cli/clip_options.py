@@ -41,7 +41,8 @@ class Training:
         Parameter(
             group=METHOD,
             show_default=False,
-            help="Largest fall of held-out accuracy, in points, that is accepted. [default: 10]",
+            help="Largest fall of held-out accuracy, in points, that is accepted; half of what is above chance at most."
+            " [default: 10]",
         ),
     ] = None
     published: Annotated[
