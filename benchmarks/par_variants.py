@@ -113,7 +113,7 @@ VARIANTS = {
     **{f"views-{rate}": Variant(method="par", config=VIEWS, rate=rate) for rate in (2.0, 4.0)},
     **{f"frozen-views-{rate}": Variant(method="par", config=FROZEN | VIEWS, rate=rate) for rate in (2.0, 4.0)},
     **{f"tau-{tau}": Variant(method="par", config={"tau": tau}) for tau in (0.5, 1.0, 1.5, 2.5)},
-    **{f"rate-{rate}": Variant(method="par", rate=rate) for rate in (0.5, 2.0, 4.0)},
+    **{f"rate-{rate}": Variant(method="par", rate=rate) for rate in (0.5, 2.0, 4.0, 8.0, 16.0)},
     **{
         f"{method}-{rate}": Variant(method=method, rate=rate)
         for method in ("clean-clip", "fine-tuning")
@@ -123,9 +123,9 @@ VARIANTS = {
 OURS = Variant(method="par", config=RECOMMENDED, rate=RECOMMENDED_FACTOR)
 """What :meth:`PARConfig.recommended` does; chosen by ``--set tune``."""
 REPAIRS = {
-    "fine-tuning": Variant(method="fine-tuning", rate=16.0),  # both chosen by --set tune too
+    "fine-tuning": Variant(method="fine-tuning", rate=16.0),  # all three chosen by --set tune too
     "clean-clip": Variant(method="clean-clip", rate=16.0),
-    "par": Variant(method="par"),
+    "par": Variant(method="par", rate=4.0),
     "ours": OURS,
 }
 VARIANTS |= {
