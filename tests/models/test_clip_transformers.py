@@ -69,6 +69,25 @@ def test_fast_precision_changes_little(
         torch.testing.assert_close(given, wanted, atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_training_in_half_precision_takes_the_plain_form_of_attention(clip_folder: Path, half: bool) -> None:
+    clip, images = load_clip(clip_folder), torch.rand(4, 3, 32, 32)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        clip.module.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            embeddings = torch.cat([clip.encode_images(images), clip.encode_texts(["a cat", "an owl"])])
+        (embeddings @ embeddings.T).square().sum().backward()
+        return torch.cat([value.grad.flatten() for value in clip.module.parameters() if value.grad is not None])
+
+    exact = gradient(torch.float32)
+    with torch.profiler.profile() as seen:
+        found = gradient(torch.bfloat16 if half else torch.float32)
+    fused = [event.key for event in seen.key_averages() if "flash_attention" in event.key]
+    assert bool(fused) is not half
+    assert float(torch.nn.functional.cosine_similarity(found, exact, dim=0)) > 0.99
+
+
 @pytest.mark.parametrize("shape", [(32, 32), (64, 48), (50, 97), (31, 200), (20, 20), (500, 333)])
 @pytest.mark.parametrize(
     "size", [{"size": {"shortest_edge": 32}}, {"size": {"shortest_edge": 40}}, {"size": {"height": 32, "width": 32}}]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from unpoison.errors import ModelError, UnsupportedModelError
@@ -213,12 +214,27 @@ def replaced_output(module: nn.Module, output: Tensor) -> Iterator[None]:
 
 
 def fast_precision(model: nn.Module) -> Any:
-    """Autocast for a pass without gradients, where it pays; training, and weights in half precision, keep their own."""
+    """Under what a pass is fast: without gradients autocast, where it pays. Training and half-precision weights keep
+    their own; with gradients in half precision on a CPU attention is computed in its plain form.
+
+    The backward pass of torch's fused attention for CPUs is slow in bfloat16: forward and backward together take two to
+    three times as long as in the plain form for 17 to 77 tokens, as long for 197 (``benchmarks/attention.py``).
+    """
     weight = next(model.parameters())
+    if torch.is_grad_enabled():
+        return sdpa_kernel(SDPBackend.MATH) if _in_half_on_cpu(weight) else nullcontext()
     dtype = inference_dtype(weight.device)
-    if dtype == torch.float32 or weight.dtype != torch.float32 or torch.is_grad_enabled():
+    if dtype == torch.float32 or weight.dtype != torch.float32:
         return nullcontext()
     return torch.autocast(weight.device.type, dtype=dtype)
+
+
+def _in_half_on_cpu(weight: Tensor) -> bool:
+    """Whether a pass through ``weight`` computes in half precision on a CPU."""
+    if weight.device.type != "cpu":
+        return False
+    computed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    return computed in (torch.bfloat16, torch.float16)
 
 
 def inference_dtype(device: torch.device) -> torch.dtype:
