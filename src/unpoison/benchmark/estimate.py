@@ -11,7 +11,7 @@ from unpoison.benchmark.cell import Cell
 from unpoison.benchmark.classifier_cells import method_config
 from unpoison.benchmark.clip_cells import method_config as clip_config
 from unpoison.benchmark.clip_victims import Settings
-from unpoison.benchmark.runner import to_run
+from unpoison.benchmark.runner import is_left, to_run
 from unpoison.benchmark.settings import GIVEN, SHOTS
 from unpoison.benchmark.shared import run_of
 from unpoison.benchmark.store import Plan, Store
@@ -78,7 +78,7 @@ def estimate(cells: Sequence[Cell], store: Store | None, *, retry: bool = False)
 def time_left(store: Store, plans: Sequence[Plan]) -> float | None:
     """Seconds for what has not run, by the median of like cells; None before any of its kind ran."""
     known = measured(store, plans)
-    left = [cell for plan in plans for cell in plan.cells if not store.has(cell.key)]
+    left = [cell for plan in plans for cell in plan.cells if is_left(cell.key, cell.names, store)]
     times = [known.get((cell.names.data, cell.names.model, cell.names.method)) for cell in left]
     found = [seconds for seconds in times if seconds is not None]
     if not left:
@@ -91,10 +91,8 @@ def measured(store: Store, plans: Sequence[Plan]) -> dict[tuple[str, str, str], 
     found: dict[tuple[str, str, str], list[float]] = {}
     for plan in plans:
         for cell in plan.cells:
-            if not store.has(cell.key):
-                continue
-            result = store.load(cell.key)
-            if result.status == "done" and not result.cost.resumed:
+            result = store.found(cell.key, cell.names)
+            if result is not None and result.status == "done" and not result.cost.resumed:
                 names = cell.names
                 found.setdefault((names.data, names.model, names.method), []).append(result.cost.wall)
     return {key: median(values) for key, values in found.items()}

@@ -73,7 +73,8 @@ def make_table(store: Store) -> Table:
     """The table of every grid that ran in the folder. Raises ResultError, SchemaVersionError."""
     plans = store.plans()
     planned = {cell.key: (cell, plan) for plan in plans for cell in plan.cells}
-    results: dict[str, CellResult] = {key: store.load(key) for key in planned if store.has(key)}
+    kept = {key: store.found(key, cell.names) for key, (cell, _) in planned.items()}
+    results = {key: result for key, result in kept.items() if result is not None}
     groups: dict[tuple[str, str, str, float, str], list[CellResult]] = {}
     for result in results.values():
         if result.after is not None and result.status == "done":
@@ -84,7 +85,7 @@ def make_table(store: Store) -> Table:
         for _, found in sorted(groups.items(), key=lambda item: order[item[0]])
     ]
     failures = [
-        Failure(key=key, names=result.names, status=result.status, reason=result.reason, command=result.command)
+        _failure(result, result.command or store.command(planned[key][1].path, key))
         for key, result in results.items()
         if result.status != "done"
     ]
@@ -101,6 +102,10 @@ def make_table(store: Store) -> Table:
         pictures=pictures_of(results),
         reported=compare([entry for plan in plans for entry in plan.reported], rows, summaries),
     )
+
+
+def _failure(result: CellResult, command: str) -> Failure:
+    return Failure(key=result.key, names=result.names, status=result.status, reason=result.reason, command=command)
 
 
 def pictures_of(results: Mapping[str, CellResult]) -> tuple[Picture, ...]:
@@ -150,6 +155,7 @@ def progress_of(plan: Plan, store: Store) -> dict[str, int]:
     """How many of a grid's cells have which status; "to run" are those without a result."""
     counts: dict[str, int] = {}
     for cell in plan.cells:
-        status = store.load(cell.key).status if store.has(cell.key) else "to run"
+        found = store.found(cell.key, cell.names)
+        status = "to run" if found is None else found.status
         counts[status] = counts.get(status, 0) + 1
     return counts

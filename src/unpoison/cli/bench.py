@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -183,11 +184,11 @@ def table(
 @contextmanager
 def _results(place: str) -> Iterator[Store]:
     """The results in a folder or, for the time of the block, at an address."""
-    from unpoison.benchmark.mirror import local_copy
+    from unpoison.benchmark.mirror import Mirror, is_url, local_copy
     from unpoison.benchmark.store import Store
 
     with local_copy(place) as path:
-        yield Store.read(path)
+        yield replace(Store.read(path), mirror=Mirror.at(place) if is_url(place) else None)
 
 
 def _folder(given: str | None) -> str:

@@ -16,7 +16,7 @@ from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.process import Worker
-from unpoison.benchmark.runner import Pending, Summary, describe, finish, select_cells, summary, unfit
+from unpoison.benchmark.runner import Pending, Summary, describe, finish, make_room, select_cells, summary, unfit
 from unpoison.benchmark.store import Store, cell_message, read_message
 from unpoison.distributed.cluster import cluster, reason_of
 from unpoison.errors import ResultError, UsageError
@@ -79,6 +79,7 @@ def run_grid_on_ray(
                         ran += 1
                         continue
                     progress.log(f"{key} {cell.names}")
+                    make_room(cell, store, progress)
                     asked = task.options(**resources(cell), max_retries=RETRIES, name=f"cell {key}")
                     at_work[asked.remote(cell_message(cell, store.path.resolve()))] = cell, lease
                     busy.add(key)
