@@ -158,6 +158,26 @@ def test_adaptive_attacks_and_methods_of_few_attacks_stand_apart(
     assert "compared: anp." in summary.over
 
 
+def test_adaptive_attacks_stand_apart_before_they_have_run(
+    tables: dict[str, Any], made_up: Execute, tmp_path: Path
+) -> None:
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
+    product = tables["cells"][0] | {"attack": ["clean", "badnet", "blended"], "method": ["ft", "cgd"]}
+    tables["cells"] = [product, product | {"attack": ["near", "low-gap"], "method": ["ft"]}]
+    del tables["reported"]
+    grid, store = make_grid(tables, name="tiny", path="tiny.toml"), Store.open(tmp_path / "out")
+    usual = [cell.key for cell in grid.cells if cell.names.attack in ("clean", "badnet", "blended")]
+    run_grid(grid, store, execute=made_up, only=usual)
+    (summary,) = make_table(store).summaries
+    assert {entry.method for entry in summary.methods} == {"none", "ft", "cgd"}
+    assert "2 attacks (badnet 10 %, blended 10 %; seeds 0, 1): 4 of the 4 runs" in summary.over
+    assert "too few" not in summary.over
+    (plan,) = store.plans()
+    assert {cell.names.attack for cell in plan.cells if cell.is_adaptive} == {"near", "low-gap"}
+    older = [replace(cell, adaptive=None) for cell in plan.cells]
+    assert {cell.names.attack for cell in older if cell.is_adaptive} == {"low-gap"}
+
+
 def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table) -> None:
     text = markdown(table)
     row = next(row for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))

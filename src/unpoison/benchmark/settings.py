@@ -19,6 +19,8 @@ MEAN = "mean"
 """In the figures of papers: over all attacks of the paper."""
 MADE_AGAINST_DEFENSES = ("low-gap", "feature-small")
 """Triggers whose whole purpose is to get past a defense of this package."""
+KNOWN_ADAPTIVE = (*MADE_AGAINST_DEFENSES, "boundary", "aligned", "through-par")
+"""What grids call adaptive attacks: for plans that were written before a plan said which of its cells are."""
 SHOTS = "clean labelled shots"
 """What the catalog calls the images that ``shots`` gives."""
 

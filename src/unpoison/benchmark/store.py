@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from unpoison.benchmark.cell import DAMAGED, Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.mirror import MARKER, Mirror
-from unpoison.benchmark.settings import Reported
+from unpoison.benchmark.settings import KNOWN_ADAPTIVE, Reported
 from unpoison.errors import ResultError, SchemaVersionError, UsageError
 from unpoison.storage import SCHEMA_VERSION, set_aside, write_atomically
 
@@ -36,12 +36,18 @@ SCHEMA = "unpoison/bench"
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell of a plan; ``given``: the cell of its victim, "" where it is that one."""
+    """A cell of a plan; ``given``: the cell of its victim, "" where it is that one. ``adaptive``: whether its attack
+    is made against a defense; None in plans that do not say."""
 
     key: str
     given: str
     names: Names
     kind: str
+    adaptive: bool | None = None
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.names.attack in KNOWN_ADAPTIVE if self.adaptive is None else self.adaptive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,7 @@ class Store:
         """Write which cells the grid has, unless that stands there already."""
         cells = tuple(
             Planned(key=cell.key, given="" if cell.is_given else cell.given().key, names=cell.names,
-                    kind=cell.model.kind)
+                    kind=cell.model.kind, adaptive=cell.attack is not None and cell.attack.adaptive)
             for cell in grid.cells
         )  # fmt: skip
         plan = Plan(grid=grid.name, path=grid.path, description=grid.description, not_run=grid.not_run, cells=cells,
