@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+import unpoison
 from unpoison.benchmark.cell import Cell, CellResult, digest
 from unpoison.benchmark.estimate import time_left
 from unpoison.benchmark.grid import Grid, make_grid
-from unpoison.benchmark.outcomes import failed
+from unpoison.benchmark.outcomes import failed, source_hash
 from unpoison.benchmark.runner import Pending, run_grid
 from unpoison.benchmark.store import Store
 from unpoison.benchmark.table import make_table, progress_of
@@ -53,6 +54,18 @@ def test_victims_come_first_and_a_second_run_changes_nothing(grid: Grid, made_up
     assert body["command"] == f"unpoison bench run tiny.toml --cell {grid.cells[1].key} -o {store.path}"
     assert body["inputs"] == json.loads(json.dumps(grid.cells[1].inputs))
     assert {"torch", "unpoison", "python"} <= body["versions"].keys()
+    assert body["versions"]["code"] == source_hash(Path(unpoison.__file__).parent)
+    assert "versions" not in body["inputs"]
+
+
+def test_the_hash_of_the_code_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    found = set()
+    for name, content in (("a.py", b"x"), ("a.py", b"y"), ("deep/b.py", b""), ("deep/b.txt", b"no code")):
+        (tmp_path / name).write_bytes(content)
+        found.add(source_hash(tmp_path))
+    assert len(found) == 3
+    assert all(len(digits) == 16 for digits in found)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
