@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -88,19 +89,21 @@ def run(
             guess = estimate(select_cells(found, only), store, retry=retry)
             console.answer(guess, lambda out: _show_estimate(out, guess, path))
             return 0
+        place = str(path) if mirror is None else mirror.url
         if ray is not None:
             from unpoison.distributed.cells import run_grid_on_ray
 
-            store = Store.open(path, mirror)
-            done = run_grid_on_ray(found, store, address=ray, only=only, retry=retry, progress=console)
+            done = run_grid_on_ray(
+                found, partial(Store.open, path, mirror), address=ray, only=only, retry=retry, progress=console
+            )
         else:
             from unpoison.benchmark.process import Worker
 
             store = Store.open(path, mirror)
             with Worker(path / "logs") as worker:
                 done = run_grid(found, store, execute=worker, only=only, retry=retry, progress=console)
-        body = {"folder": store.place, "cells": done.cells, "ran": done.ran, "status": done.status}
-        console.answer(body, lambda out: _show_summary(out, done, store.place))
+        body = {"folder": place, "cells": done.cells, "ran": done.ran, "status": done.status}
+        console.answer(body, lambda out: _show_summary(out, done, place))
     return 3 if done.failed else 0
 
 
