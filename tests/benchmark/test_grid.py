@@ -229,6 +229,10 @@ def test_figures_of_papers_are_of_methods_and_attacks_of_the_grid(tables: dict[s
     assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"badnet": 12.0}
     tables["reported"] = [reported | {"asr": {"mean": 3.0}}]
     assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"mean": 3.0}
+    tables["reported"] = [reported | {"asr": {"at-most": 1.0}}]
+    assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"at-most": 1.0}
+    tables["reported"] = [reported | {"c_acc": {"at-most": 1.0}}]
+    assert problems_of(tables) == ["[[reported]] 1: 'at-most' is a bound on ASRs; c_acc has none."]
     tables["reported"] = [reported | {"method": "cgdd"}, reported | {"c_acc": {"badnte": 101.0}}, {"method": "ft"}]
     found = "\n".join(problems_of(tables))
     assert "[[reported]] 1: no cell has the method 'cgdd'. Did you mean 'cgd'?" in found

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.formats import FORMATS, as_csv, as_json, latex, markdown
+from unpoison.benchmark.formats import FORMATS, as_csv, as_json, compared, latex, markdown
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.rows import over_seeds
@@ -97,6 +97,23 @@ def test_a_papers_mean_stands_beside_ours_over_the_runs_that_are_compared(table:
     assert mean.our_asr is not None
     assert mean.our_asr.mean == pytest.approx(2.0)  # seed 0 alone: cgd has no figures with seed 1
     assert mean.our_asr.std is None  # a spread over attacks is none over seeds
+    bound = replace(said, asr={"at-most": 1.0}, c_acc={})
+    rows = table.summaries[0].rows
+    easier = replace(
+        rows[0], attack="blended", values={key: replace(value, mean=0.5) for key, value in rows[0].values.items()}
+    )
+    harder = replace(
+        rows[0], attack="wanet", method="ft", values=rows[0].values | {"asr": replace(mean.our_asr, mean=9.0)}
+    )
+    summary = replace(table.summaries[0], rows=(*rows, replace(easier, method="ft"), harder))
+    (worst,) = compare([bound], table.rows, [summary])
+    assert (worst.asr, worst.attacks, worst.our_c_acc) == (1.0, 3, None)
+    assert worst.our_asr is not None
+    assert worst.our_asr.mean == 9.0
+    assert compared(worst)[:5] == ["every attack, ours the worst of 3 attacks", "ft", "at most 1", "", "9.0"]
+    assert compared(replace(worst, our_asr=None, attacks=None))[:3] == ["every attack", "ft", "at most 1"]
+    page = render_leaderboard(replace(table, reported=(worst,)))
+    assert ">at most 1</td>" in page
     attacked = next(row.values for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))
     assert (single.attack, single.our_asr, single.attacks) == ("badnet", attacked["asr"], None)
     assert compare([replace(said, method="cgdd")], table.rows, table.summaries)[0].our_asr is None

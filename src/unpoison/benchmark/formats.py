@@ -133,8 +133,10 @@ def bars(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def compared(entry: Comparison) -> list[str]:
     """A paper's figures and ours, in the order of COMPARISON."""
-    attack = entry.attack if entry.attacks is None else f"{entry.attack}, ours of {entry.attacks} attacks"
-    theirs = ("" if value is None else f"{value:g}" for value in (entry.asr, entry.c_acc))
+    attack = "every attack" if entry.is_bound else entry.attack
+    if entry.attacks is not None:
+        attack += f", ours {'the worst ' if entry.is_bound else ''}of {entry.attacks} attacks"
+    theirs = [paper_asr(entry), "" if entry.c_acc is None else f"{entry.c_acc:g}"]
     return [
         attack,
         entry.method,
@@ -144,6 +146,11 @@ def compared(entry: Comparison) -> list[str]:
         entry.setting,
         entry.source,
     ]
+
+
+def paper_asr(entry: Comparison) -> str:
+    """``7.5``, or ``at most 1`` where the paper bounds it."""
+    return "" if entry.asr is None else f"{'at most ' if entry.is_bound else ''}{entry.asr:g}"
 
 
 def as_csv(table: Table) -> str:

@@ -30,6 +30,7 @@ from unpoison.benchmark.settings import (
     CLEAN,
     GIVEN,
     MEAN,
+    MOST,
     SHOTS,
     AttackSettings,
     DataSettings,
@@ -128,7 +129,9 @@ def _reported(values: Any, cells: Mapping[Names, Cell], problems: list[str]) -> 
         found.append(entry)
         if entry.method not in methods:
             problems.append(f"{where}: no cell has the method {entry.method!r}.{_closest(entry.method, methods)}")
-        unknown = [name for name in (*entry.asr, *entry.c_acc) if name not in (MEAN, *attacks)]
+        if MOST in entry.c_acc:
+            problems.append(f"{where}: {MOST!r} is a bound on ASRs; c_acc has none.")
+        unknown = [name for name in (*entry.asr, *entry.c_acc) if name not in (MEAN, MOST, *attacks)]
         problems += [f"{where}: no cell has the attack {name!r}.{_closest(name, attacks)}" for name in unknown]
         figures = (*entry.asr.values(), *entry.c_acc.values())
         problems += [f"{where}: a rate is 0 to 100 percent, got {rate:g}." for rate in figures if not 0 <= rate <= 100]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import CellResult, Names
 from unpoison.benchmark.rows import Row, Value, make_row
-from unpoison.benchmark.settings import GIVEN, MEAN, Reported
+from unpoison.benchmark.settings import GIVEN, MEAN, MOST, Reported
 from unpoison.benchmark.store import Plan, Store
 from unpoison.benchmark.summary import Summary, summarise
 
@@ -29,7 +29,7 @@ class Comparison:
     """What a paper reports of a method under an attack, in percent in its own ``setting``, and our ASR and C-Acc.
 
     None where a paper does not say it, or our cells have not run. ``attacks``: how many of ours stand beside a mean
-    over the paper's.
+    over the paper's, or beside a bound on each of them: then ours is the worst.
     """
 
     attack: str
@@ -41,6 +41,10 @@ class Comparison:
     setting: str
     source: str
     attacks: int | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        return self.attack == MOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +128,14 @@ def compare(
     reported: Sequence[Reported], rows: Sequence[Row], summaries: Sequence[Summary] = ()
 ) -> tuple[Comparison, ...]:
     """Each figure of a paper beside our row of that attack and method, the first where there are several; a paper's
-    mean beside that over the runs in which our methods are compared."""
+    mean beside that over the runs in which our methods are compared, its bound beside the worst attack of these."""
     ours = {(row.attack, row.method): row.values for row in reversed(rows)}
     attacks: dict[str, int] = {}
     for method in {entry.method for entry in reported}:
         compared = [row.values for summary in summaries for row in summary.rows if row.method == method]
         if compared:
             attacks[method] = len(compared)
+            ours[MOST, method] = {"asr": max((values["asr"] for values in compared), key=lambda value: value.mean)}
             ours[MEAN, method] = {name: _mean_of([values[name] for values in compared]) for name in ("asr", "c_acc")}
     return tuple(
         Comparison(
@@ -138,7 +143,7 @@ def compare(
             our_asr=ours.get((attack, entry.method), {}).get("asr"),
             our_c_acc=ours.get((attack, entry.method), {}).get("c_acc"),
             setting=entry.setting, source=entry.source,
-            attacks=attacks.get(entry.method) if attack == MEAN else None,
+            attacks=attacks.get(entry.method) if attack in (MEAN, MOST) else None,
         )
         for entry in reported
         for attack in dict.fromkeys((*entry.asr, *entry.c_acc))

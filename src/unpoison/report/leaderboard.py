@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unpoison import __version__
-from unpoison.benchmark.formats import COMPARED, SPREAD
+from unpoison.benchmark.formats import COMPARED, SPREAD, paper_asr
 from unpoison.benchmark.rows import Column, Row, Value, columns_of
-from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN
+from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN, MOST
 from unpoison.benchmark.summary import Summary
 from unpoison.benchmark.table import Comparison, Picture, Table
 from unpoison.report import charts
@@ -44,7 +44,7 @@ class Board:
 def render_leaderboard(table: Table) -> str:
     """The whole page as text."""
     environment = make_environment()
-    environment.filters |= {"figure": figure_text, "range": range_text, "value": value_text}
+    environment.filters |= {"figure": figure_text, "range": range_text, "value": value_text, "paper_asr": paper_asr}
     script = asset(environment, "sort.js")
     return environment.get_template("leaderboard.html.j2").render(
         table=table,
@@ -72,7 +72,7 @@ def make_board(summary: Summary, table: Table) -> Board:
     settings = dict.fromkeys((row.data, row.model) for row in rows)
     frontiers = [found for data, model in settings if (found := frontier(rows, data, model)) is not None]
     methods = {row.method for row in rows}
-    reported = [entry for entry in table.reported if entry.attack == MEAN and entry.method in methods]
+    reported = [entry for entry in table.reported if entry.attack in (MEAN, MOST) and entry.method in methods]
     return Board(title=_KINDS[summary.kind], summary=summary, reported=reported, frontiers=frontiers)
 
 
