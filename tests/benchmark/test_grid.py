@@ -126,6 +126,49 @@ def test_all_that_is_wrong_is_said_at_once(tables: dict[str, Any]) -> None:
         assert sentence in found
 
 
+def test_everything_that_is_wrong_with_a_table_is_said_and_nothing_that_follows_from_it(tables: dict[str, Any]) -> None:
+    tables["model"]["net"] |= {"epochs": 0, "image_size": "x", "arch": "small-resnt", "scores": {"scorerz": 1}}
+    tables["model"]["tiny"] = {"kind": "clipp", "victim": {"steps": 0, "bach": 1}, "gpus": -1.0}
+    tables["data"]["shapes"] = {"tests": "shapes:100:1", "trian": "shapes:200:0", "target": "star"}
+    part = {"trigger": "blended", "target": 1, "rate": 0.1}
+    tables["attack"] = {
+        "mine": {"trigger": "badnet", "colour": 1, "most_captions": 3},
+        "two": {"also": [part | {"rate": 2.0}, part | {"rates": 1}, part], "trigger": "badnet"},
+        "low-gap": {"params": {"alpa": 1}, "through_par": True, "prepare": {"rouns": 1, "share": 1}},
+    }
+    tables["method"] = {"ft": {"config": {"stepss": 1, "learning_rate": -1.0, "steps": "x"}}, "own": {"methd": "ft"}}
+    tables["cells"][0] |= {"model": ["net", "tiny"], "attack": ["mine", "two", "low-gap"], "method": ["ft", "own"]}
+    tables["cells"].append({"data": ["shapes"], "model": 3, "attack": ["badnet"], "method": ["ft"], "sead": [1]})
+    wanted = {
+        "[data.shapes]: there is no key 'tests'. Did you mean 'test'?",
+        "[data.shapes]: there is no key 'trian'. Did you mean 'train'?",
+        "[model.net]: epochs must be positive, got 0.",
+        "[model.net]: Expected `int`, got `str` - at `$.image_size`.",
+        "[model.net]: There is no architecture named 'small-resnt'. Did you mean 'small-resnet'?",
+        "[model.net]: scores: there is no key 'scorerz'. Did you mean 'scorers'?",
+        "[model.tiny]: Invalid enum value 'clipp' - at `$.kind`.",
+        "[model.tiny]: gpus must be 0 or more, got -1.0.",
+        "[model.tiny]: victim: there is no key 'bach'. Did you mean 'batch'?",
+        "[attack.mine]: there is no key 'colour'.",
+        "[attack.mine]: most_captions is for natural captions, not templates.",
+        "[attack.two]: also 1: a rate must be in (0, 1], got 2.0.",
+        "[attack.two]: also 2: there is no key 'rates'. Did you mean 'rate'?",
+        "[attack.low-gap]: low-gap has no parameter 'alpa'.",
+        "[attack.low-gap]: low-gap is not trained through PAR.",
+        "[attack.low-gap]: prepare: there is no key 'rouns'. Did you mean 'rounds'?",
+        "[attack.low-gap]: prepare: there is no key 'share'.",
+        "[method.ft]: config: there is no key 'stepss'. Did you mean 'steps'?",
+        "[method.own]: there is no key 'methd'. Did you mean 'method'?",
+        "[[cells]] 2: there is no key 'sead'. Did you mean 'seed'?",
+        "[[cells]] 2: Expected `array`, got `int` - at `$.model`.",
+    }  # fmt: skip
+    found = problems_of(tables)
+    assert {sentence for sentence in wanted if not any(problem.startswith(sentence) for problem in found)} == set()
+    others = [problem for problem in found if not any(problem.startswith(sentence) for sentence in wanted)]
+    assert all(problem.startswith(("[method.ft]: config: ", "[model.tiny]: victim: expected")) for problem in others)
+    assert any("learning_rate" in problem for problem in others)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -219,7 +262,7 @@ def test_trainings_and_choices_that_no_trigger_has_are_refused(tables: dict[str,
     assert "[attack.b]: badnet is not trained beforehand." in found
     assert "[attack.c]: prepare: there is no key 'epocs'." in found
     assert "[attack.e]: also: badclip is trained beforehand." in found
-    assert "[attack.f]: a rate must be in (0, 1], got 1.1." in found
+    assert "[attack.f]: also 1: a rate must be in (0, 1], got 1.1." in found
     assert "[attack.d]: Invalid enum value 'nearest'" in found
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from unpoison.attacks.pair_manifest import MODES as PAIR_MODES
 from unpoison.attacks.triggers import make_trigger
 from unpoison.benchmark.contents import known_classes, looks_local, path_content
-from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
+from unpoison.benchmark.prepare import PREPARED, PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
+from unpoison.benchmark.reading import read_table
 from unpoison.benchmark.settings import SHOTS, AttackSettings, DataSettings, FurtherPart, ModelSettings, class_number
 from unpoison.catalog import ATTACKS, Entry, find
-from unpoison.configs import make_config
-from unpoison.errors import ConfigError, UnknownMethodError, UnpoisonError
+from unpoison.errors import UnknownMethodError, UnpoisonError
 
 OFFERED: dict[str, set[str]] = {
     "classifier": {"labelled set", "victim model", "poisoned training set", "reference CLIP", "class names"},
@@ -38,24 +38,36 @@ def said(check: Callable[[], object], where: str) -> list[str]:
     return []
 
 
-def check_attack(attack: AttackSettings) -> None:
-    """Raises UnpoisonError for a trigger or a setting of it that cannot be on any model."""
-    find(attack.trigger, ATTACKS)
-    params = attack.params | ({"resample": True} if attack.resample else {})
-    make_trigger(attack.trigger, params)
-    if attack.through_par and attack.trigger != THROUGH_PAR:
-        raise ConfigError(f"{attack.trigger} is not trained through PAR.", hint=f"through_par is for {THROUGH_PAR}.")
+def check_attack(attack: AttackSettings, where: str) -> list[str]:
+    """Triggers, and settings of them, that cannot be on any model: all of them."""
+    problems = said(partial(find, attack.trigger, ATTACKS), where)
+    if not problems:
+        problems = _wrong_settings(attack, where)
     for part in attack.also:
-        find(part.trigger, ATTACKS)
-        make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
+        problems += said(partial(_check_trigger, part), where)
         if part.trigger in PREPARED_WITH:
-            raise ConfigError(f"also: {part.trigger} is trained beforehand.", hint="Give it as the first trigger.")
-    kind = training_of(attack)
+            hint = "Give it as the first trigger."
+            problems.append(f"{where}: also: {part.trigger} is trained beforehand. {hint}")
+    return problems
+
+
+def _wrong_settings(attack: AttackSettings, where: str) -> list[str]:
+    """What is wrong with a trigger that there is, its parameters and its training."""
+    problems = said(partial(_check_trigger, attack), where)
+    if attack.through_par and attack.trigger != THROUGH_PAR:
+        problems.append(f"{where}: {attack.trigger} is not trained through PAR. through_par is for {THROUGH_PAR}.")
+    kind = PREPARED.get(attack.trigger) if attack.trigger != THROUGH_PAR else training_of(attack)
     if kind is not None:
-        make_config(kind, attack.prepare, where="prepare")
-    elif attack.prepare:
-        known = ", ".join(PREPARED_WITH)
-        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {known}.")
+        return problems + read_table(attack.prepare, kind, f"{where}: prepare").problems
+    if attack.prepare:
+        known = ", ".join(PREPARED)
+        problems.append(f"{where}: {attack.trigger} is not trained beforehand. prepare is for {known}.")
+    return problems
+
+
+def _check_trigger(part: AttackSettings | FurtherPart) -> None:
+    find(part.trigger, ATTACKS)
+    make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
 
 
 def impossible_attack(name: str, known: tuple[AttackSettings, Entry], model: str, settings: ModelSettings) -> list[str]:
