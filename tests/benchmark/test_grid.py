@@ -17,6 +17,7 @@ from unpoison.benchmark import contents
 from unpoison.benchmark.grid import Grid, make_grid, read_grid
 from unpoison.benchmark.settings import GIVEN, class_number
 from unpoison.catalog import DEFENSES, resolve
+from unpoison.data.shapes import SHAPES_CLASSES, make_shapes
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.errors import ConfigError, GridError, LabelRangeError
 
@@ -210,6 +211,55 @@ def test_every_reason_why_a_cell_cannot_be_is_found_whatever_else_is_given(table
         "key: also: text-key needs image-caption pairs, which the classifier net has not.",
     ):
         assert sentence in found
+
+
+def test_shares_that_a_set_has_not_are_found(tables: dict[str, Any], tmp_path: Path) -> None:
+    classes = Features({"label": ClassLabel(names=["cat", "dog"])})
+    file = tmp_path / "train.parquet"
+    labels = pa.array([0] * 30 + [1] * 60 + [0] * 10, pa.int64())
+    pq.write_table(pa.table({"label": labels}, schema=classes.arrow_schema), file)
+    tables["data"]["shapes"] |= {"train": f"{file}[0:90]", "test": str(file), "target": "cat"}
+    further = {"trigger": "sig", "target": "dog", "rate": 0.7}
+    tables["attack"] = {"two": {"trigger": "badnet", "also": [further]}, "sig": {}, "sig-dirty": {"trigger": "sig"}}
+    tables["attack"]["sig-dirty"]["mode"] = "all-to-one"
+    tables["cells"][0] |= {"attack": ["two", "sig", "sig-dirty", "clean"], "rate": [0.3, 0.34, 0.7], "method": ["ft"]}
+    del tables["reported"]
+    assert problems_of(tables) == [
+        "[[cells]] 1: two: also 1 at a rate of 0.7 poisons 63 samples in the class 'dog', of 60 there.",
+        "[[cells]] 1: two at a rate of 0.34 poisons 0.34 + 0.7 of the set, which is more than all of it.",
+        "[[cells]] 1: two at a rate of 0.7 poisons 0.7 + 0.7 of the set, which is more than all of it.",
+        "[[cells]] 1: two at a rate of 0.7 poisons 63 samples outside the class 'cat', of 60 there.",
+        "[[cells]] 1: sig at a rate of 0.34 poisons 31 samples in the class 'cat', of 30 there.",
+        "[[cells]] 1: sig at a rate of 0.7 poisons 63 samples in the class 'cat', of 30 there.",
+        "[[cells]] 1: sig-dirty at a rate of 0.7 poisons 63 samples outside the class 'cat', of 60 there.",
+    ]
+    tables["data"]["shapes"] |= {"train": "shapes:1500:3", "target": "star"}
+    tables["attack"]["two"]["also"][0] |= {"target": 1, "rate": 0.001}
+    stars = int((make_shapes(1500, seed=3).labels == SHAPES_CLASSES.index("star")).sum())
+    tables["cells"][0] |= {"rate": [stars / 1500]}
+    assert make_grid(tables, name="g", path="g.toml").cells
+    tables["cells"][0] |= {"rate": [(stars + 1) / 1500]}
+    assert [text.partition(" poisons ")[2] for text in problems_of(tables)] == [
+        f"{stars + 1} samples in the class 'star', of {stars} there."
+    ]
+
+
+def test_real_captions_are_not_made_up_from_templates(tables: dict[str, Any]) -> None:
+    tables["attack"] = {
+        "natural": {"trigger": "badnet", "captions": "natural"},
+        "aligned": {"trigger": "badnet", "captions": "aligned", "select": "captions"},
+        "plain": {"trigger": "badnet"},
+    }
+    tables["cells"][0] |= {"model": ["tiny"], "attack": ["natural", "aligned", "plain"], "method": ["par"]}
+    del tables["reported"]
+    assert problems_of(tables) == [
+        f"[[cells]] 1: {name}: {said} needs real captions; give [data.shapes] captioned."
+        for name, said in (
+            ("natural", "captions = 'natural'"), ("aligned", "captions = 'aligned'"), ("aligned", "select = 'captions'")
+        )
+    ]  # fmt: skip
+    tables["data"]["shapes"]["captioned"] = "shapes:100:2"
+    assert make_grid(tables, name="g", path="g.toml").cells
 
 
 def test_models_and_targets_that_are_none_are_named(tables: dict[str, Any], tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_methods_are_compared_over_the_runs_that_all_of_them_have(table: Table) 
 def test_adaptive_attacks_and_methods_of_few_attacks_stand_apart(
     tables: dict[str, Any], made_up: Execute, tmp_path: Path
 ) -> None:
-    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}, "sig": {"mode": "all-to-one"}}
     tables["cells"] = [
         product | {"data": ["shapes"], "model": ["net"], "rate": [0.1]}
         for product in (

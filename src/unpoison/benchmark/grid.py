@@ -21,7 +21,9 @@ from unpoison.benchmark.checks import (
     impossible_attack,
     kind_of,
     lacking,
+    lacking_captions,
     missing_clip,
+    overfull,
     said,
     wrong_targets,
 )
@@ -227,7 +229,14 @@ def _cells(entry: Product, tables: Tables, where: str, problems: list[str]) -> l
             continue
         if data[1].train is None and (model[1].kind == "classifier" or data[1].captioned is None):
             problems.append(f"[data.{data[0]}]: {model[0]} has nothing to be trained on; give train.")
-        impossible = [] if attack[0] == CLEAN else impossible_attack(*attack, *model)
+        impossible = []
+        if attack[0] != CLEAN:
+            impossible += impossible_attack(*attack, *model)
+            impossible += lacking_captions(attack[0], attack[1][0], *data) if model[1].kind == "clip" else []
+            shares = [rate for rate in entry.rate if 0 < rate <= 1]
+            impossible += [
+                text for rate in shares for text in overfull(attack[0], attack[1][0], rate, data[1], model[1])
+            ]
         problems += [f"{where}: {sentence}" for sentence in impossible]
         problems += [f"[data.{data[0]}]: {sentence}" for sentence in wrong_targets(data[1], model[1], attack[1][0])]
         methods = {GIVEN: (None, None)} | {name: pair for name, pair in usable["method"].items() if pair is not None}
