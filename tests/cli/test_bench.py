@@ -114,6 +114,18 @@ def test_a_dry_run_writes_nothing(here: Callable, tmp_path: Path, cut: Path) -> 
     assert [file for file in tmp_path.iterdir() if file.name != "cache"] == []
 
 
+def test_a_dry_run_reads_what_stands_at_an_address(
+    here: Callable, tmp_path: Path, cut: Path, planted_results: Path
+) -> None:
+    url = f"file://{planted_results}"
+    body = json.loads(here("bench", "run", str(cut), "--dry-run", "-o", url, "--json").out)
+    assert (body["cells"], body["done"], body["failed"]) == (4, 2, {"crashed": 1})
+    assert [part["cells"] for part in body["parts"]] == [1]
+    shown = here("bench", "run", str(cut), "--dry-run", "-o", url).out
+    assert f"4 cells; in {url}: 2 done, 1 crashed." in " ".join(shown.split())
+    assert [file for file in tmp_path.iterdir() if file.name != "cache"] == []
+
+
 def test_status_and_table_of_a_folder(here: Callable, tmp_path: Path, cut: Path, planted_results: Path) -> None:
     status = here("bench", "status", str(planted_results), "--json")
     assert status.code == 0, status.err

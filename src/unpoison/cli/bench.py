@@ -74,7 +74,7 @@ def run(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.benchmark.grid import read_grid
-        from unpoison.benchmark.mirror import Mirror, is_url
+        from unpoison.benchmark.mirror import MARKER, Mirror, is_url, local_copy
         from unpoison.benchmark.runner import run_grid, select_cells
         from unpoison.benchmark.store import Store
 
@@ -82,14 +82,15 @@ def run(
         mirror = Mirror.at(output) if output is not None and is_url(output) else None
         path = Path("runs", f"bench-{grid.stem}") if output is None or mirror is not None else Path(output)
         only = cell or []
+        place = str(path) if mirror is None else mirror.url
         if dry_run:
             from unpoison.benchmark.estimate import estimate
 
-            store = Store.read(path) if (path / "bench.json").exists() else None
-            guess = estimate(select_cells(found, only), store, retry=retry)
-            console.answer(guess, lambda out: _show_estimate(out, guess, path))
+            with local_copy(place) as folder:
+                store = Store.read(folder) if (folder / MARKER).exists() else None
+                guess = estimate(select_cells(found, only), store, retry=retry)
+            console.answer(guess, lambda out: _show_estimate(out, guess, place))
             return 0
-        place = str(path) if mirror is None else mirror.url
         if ray is not None:
             from unpoison.distributed.cells import run_grid_on_ray
 
@@ -216,14 +217,16 @@ def _write(path: Path, text: str) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Choose another -o file.") from error
 
 
-def _show_estimate(out: rich.console.Console, guess: Estimate, path: Path) -> None:
+def _show_estimate(out: rich.console.Console, guess: Estimate, place: str) -> None:
     from unpoison.cli.console import duration
     from unpoison.cli.tables import plain_table
 
-    out.print(f"Nothing is written in a dry run. {guess.cells} cells, {guess.done} of them done in {path}.")
-    shown = plain_table("to run", "cells", "each", "together", right=("cells", "each", "together"))
+    said = ", ".join(f"{count} {name}" for name, count in {"done": guess.done, **guess.failed}.items())
+    out.print(f"Nothing is written in a dry run. {guess.cells} cells; in {place}: {said}.")
+    shown = plain_table("to run", "cells", "each", "together", "from", right=("cells", "each", "together"))
     for entry in guess.parts:
-        shown.add_row(entry.what, str(entry.cells), duration(entry.seconds), duration(entry.cells * entry.seconds))
+        times = duration(entry.seconds), duration(entry.cells * entry.seconds)
+        shown.add_row(entry.what, str(entry.cells), *times, "like cells" if entry.measured else "a probe")
     out.print(shown)
     out.print(f"Time: about {duration(guess.seconds)} with one runner ({guess.basis})")
 
