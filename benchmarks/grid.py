@@ -29,7 +29,7 @@ from unpoison.benchmark.formats import (
     bars,
     cells_of,
     compared,
-    failure_text,
+    failure_lines,
     glance,
     headings,
     short_keys,
@@ -334,7 +334,7 @@ def page(table: Table, cells: Cells) -> str:
     if table.reported:
         lines += ["## What papers report", "", *bars(COMPARISON, map(compared, table.reported)), ""]
     if table.failures:
-        lines += ["## Cells without figures", "", *(f"- {failure_text(failure)}" for failure in table.failures), ""]
+        lines += ["## Cells without figures", "", *(f"- {line}" for line in failure_lines(table.failures)), ""]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.formats import FORMATS, as_csv, as_json, compared, latex, markdown
+from unpoison.benchmark.formats import FORMATS, as_csv, as_json, compared, failure_lines, latex, markdown
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.rows import over_seeds
@@ -216,6 +216,43 @@ def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table)
     assert drawn.count("\\\\") == len(table.rows) + 1 + 3 + 4
     assert "badnet 10 \\%" in drawn
     assert all(f"\\\\ % {entry.command}\n" in drawn for entry in table.rows)
+
+
+def test_what_a_victim_holds_up_stands_with_it_and_a_refusal_is_not_tried_again(
+    grid: Grid, made_up: Execute, tmp_path: Path
+) -> None:
+    ends = {0: "refused", 1: "crashed"}
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        if cell.is_given and cell.attack is not None:
+            return failed(cell, ends[cell.names.seed], f"planted {cell.names.seed}")
+        if cell.attack is None and (cell.names.method, cell.names.seed) == ("ft", 0):
+            return failed(cell, "refused", "Too few samples.")
+        return made_up(cell, folder)
+
+    store = Store.open(tmp_path / "out")
+    run_grid(grid, store, execute=execute)
+    made = make_table(store)
+    assert len(made.failures) == 7
+    key = {(cell.names.attack, cell.names.method, cell.names.seed): cell.key for cell in grid.cells}
+    again = " ".join(f"--cell {key['badnet', method, 1][:8]}" for method in ("ft", "cgd"))
+    assert failure_lines(made.failures) == [
+        f"{key['clean', 'ft', 0]} shapes / net / clean / ft / seed 0: refused. Too few samples.",
+        f"{key['badnet', 'none', 0]} shapes / net / badnet 10 % / none / seed 0: refused. planted 0 "
+        "Its repairs were not tried: ft, cgd.",
+        f"{key['badnet', 'none', 1]} shapes / net / badnet 10 % / none / seed 1: crashed. planted 1 "
+        f"Its repairs were not tried: ft, cgd. Again: unpoison bench run tiny.toml {again} -o {store.path} --retry",
+    ]
+    page = render_leaderboard(made)
+    assert page.count("run again</summary>") == 1
+    assert page.count("Its repairs were not tried: <bdi>ft, cgd</bdi>.") == 2
+    assert markdown(made).count("Its victim") == 0
+
+    run_grid(grid, store, execute=made_up, retry=True, only=[key["badnet", "none", 1]])
+    left = failure_lines(make_table(store).failures)
+    own = next(line for line in left if line.startswith(key["badnet", "ft", 1]))
+    assert own.endswith(f"--cell {key['badnet', 'ft', 1]} -o {store.path} --retry")  # its victim is there now
+    assert len(left) == 4
 
 
 def test_rows_of_several_grids_name_their_own(table: Table) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from unpoison.benchmark.cell import DAMAGED, Cell, CellResult, Names
+from unpoison.benchmark.cell import DAMAGED, ITS_VICTIM, Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.store import Store
@@ -153,7 +153,7 @@ def unfit(cell: Cell, store: Store) -> CellResult | None:
     victim = None if cell.is_given else store.found(cell.given().key, cell.given().names)
     if victim is None or victim.status in ("done", DAMAGED):
         return None
-    result = failed(cell, "refused", f"Its victim {victim.status}: {victim.reason}", victim.hint)
+    result = failed(cell, "refused", f"{ITS_VICTIM}{victim.status}: {victim.reason}", victim.hint)
     return replace(result, before=victim.before)
 
 

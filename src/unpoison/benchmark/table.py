@@ -6,22 +6,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unpoison.attacks.triggers import PAIR_TRIGGERS
-from unpoison.benchmark.cell import CellResult, Names
+from unpoison.benchmark.cell import ITS_VICTIM, CellResult, Names
 from unpoison.benchmark.rows import Row, Value, make_row
 from unpoison.benchmark.settings import GIVEN, MEAN, MOST, Reported
-from unpoison.benchmark.store import Plan, Store
+from unpoison.benchmark.store import Plan, Planned, Store
 from unpoison.benchmark.summary import Summary, summarise
+
+SHORT = 8
+"""Digits of a hash that tables show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A cell without figures, and why."""
+    """A cell without figures, and why. ``victim``: the key of the victim for whose sake it was not tried, else ""."""
 
     key: str
     names: Names
     status: str
     reason: str
     command: str
+    victim: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """A cell that failed by itself, and the repairs that were not tried for its sake."""
+
+    failure: Failure
+    held_up: tuple[Failure, ...] = ()
+
+    @property
+    def again(self) -> str:
+        """What runs it again, with what it held up, where that may come out otherwise; "" where it would not: a refusal
+        stands as long as the grid does."""
+        failure = self.failure
+        if not failure.command or (failure.status == "refused" and not failure.victim):
+            return ""
+        cells = "".join(f" --cell {entry.key[:SHORT]}" for entry in self.held_up)
+        return f"{failure.command.replace(f' --cell {failure.key}', cells or f' --cell {failure.key}')} --retry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +110,7 @@ def make_table(store: Store) -> Table:
         make_row(sorted(found, key=lambda result: result.names.seed), planned[found[0].key][0].kind)
         for _, found in sorted(groups.items(), key=lambda item: order[item[0]])
     ]
-    failures = [
-        _failure(result, result.command or store.command(planned[key][1].path, key))
-        for key, result in results.items()
-        if result.status != "done"
-    ]
+    failures = [_failure(result, *planned[key], store) for key, result in results.items() if result.status != "done"]
     kinds = dict.fromkeys(cell.kind for cell, _ in planned.values())
     summaries = tuple(summarise(kind, [cell for cell, _ in planned.values()], results) for kind in kinds)
     return Table(
@@ -108,8 +126,22 @@ def make_table(store: Store) -> Table:
     )
 
 
-def _failure(result: CellResult, command: str) -> Failure:
-    return Failure(key=result.key, names=result.names, status=result.status, reason=result.reason, command=command)
+def _failure(result: CellResult, cell: Planned, plan: Plan, store: Store) -> Failure:
+    return Failure(
+        key=result.key, names=result.names, status=result.status, reason=result.reason,
+        command=result.command or store.command(plan.path, cell.key),
+        victim=cell.given if result.status == "refused" and result.reason.startswith(ITS_VICTIM) else "",
+    )  # fmt: skip
+
+
+def troubles(failures: Sequence[Failure]) -> list[Trouble]:
+    """Each failure once: repairs that were not tried stand with their victim as long as it has failed."""
+    own = {entry.key for entry in failures if not entry.victim}
+    return [
+        Trouble(failure=entry, held_up=tuple(other for other in failures if other.victim == entry.key))
+        for entry in failures
+        if entry.victim not in own
+    ]
 
 
 def pictures_of(results: Mapping[str, CellResult]) -> tuple[Picture, ...]:

@@ -243,6 +243,7 @@ def _show_summary(out: rich.console.Console, done: Summary, place: str) -> None:
 
 
 def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], body: dict[str, Any]) -> None:
+    from unpoison.benchmark.formats import failure_lines
     from unpoison.cli.console import duration, printable
     from unpoison.cli.tables import plain_table
 
@@ -259,11 +260,8 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
                 printable(f"{entry['cell']} {entry['name']}"), duration(entry["seconds"]), str(entry["process"])
             )
         out.print(shown)
-    if body["failed"]:
-        shown = plain_table("failed", "", "reason")
-        for entry in body["failed"]:
-            shown.add_row(printable(f"{entry.key} {entry.names}"), entry.status, printable(entry.reason))
-        out.print(shown)
+    for line in failure_lines(body["failed"]):
+        out.print(printable(line), soft_wrap=True)
     if body["seconds_left"] is not None:
         out.print(f"Left: about {duration(body['seconds_left'])} with one runner")
 
@@ -277,7 +275,7 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
         again,
         cells_of,
         compared,
-        failure_text,
+        failure_lines,
         glance,
         headings,
         sections,
@@ -318,8 +316,8 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
         out.print(COMPARED)
     if any(row.refused for row in made.rows):
         out.print("* not accepted by the method itself in one seed or more")
-    for entry in made.failures:
-        out.print(printable(failure_text(entry)), soft_wrap=True)
+    for line in failure_lines(made.failures):
+        out.print(printable(line), soft_wrap=True)
     if made.missing:
         out.print(f"{made.missing} of {made.cells} cells have not run.")
     for note in made.notes:

@@ -11,7 +11,7 @@ from unpoison.benchmark.formats import COMPARED, SPREAD, paper_asr
 from unpoison.benchmark.rows import Column, Row, Value, columns_of
 from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN, MOST
 from unpoison.benchmark.summary import Summary
-from unpoison.benchmark.table import Comparison, Picture, Table
+from unpoison.benchmark.table import Comparison, Picture, Table, troubles
 from unpoison.report import charts
 from unpoison.report.html import asset, content_policy, make_environment
 from unpoison.report.text import count
@@ -48,6 +48,7 @@ def render_leaderboard(table: Table) -> str:
     script = asset(environment, "sort.js")
     return environment.get_template("leaderboard.html.j2").render(
         table=table,
+        troubles=troubles(table.failures),
         boards=[make_board(summary, table) for summary in table.summaries],
         attacks=attack_views(table),
         columns=columns_of(table.rows),
