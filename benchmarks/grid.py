@@ -29,7 +29,7 @@ from unpoison.benchmark.formats import (
     bars,
     cells_of,
     compared,
-    failure_text,
+    failure_lines,
     glance,
     headings,
     short_keys,
@@ -74,10 +74,10 @@ class Cells:
     @classmethod
     def of(cls, folder: Path) -> "Cells":
         store = Store.read(folder)
-        keys = [cell.key for plan in store.plans() for cell in plan.cells]
-        found = [store.load(key) for key in keys if store.has(key)]
+        planned = [cell for plan in store.plans() for cell in plan.cells]
+        found = [result for cell in planned if (result := store.found(cell.key, cell.names)) is not None]
         done = tuple(result for result in found if result.status == "done")
-        return cls(all=done, failed=len(found) - len(done), planned=len(keys))
+        return cls(all=done, failed=len(found) - len(done), planned=len(planned))
 
     def where(self, method: str, attacks: Sequence[str]) -> list[CellResult]:
         return [cell for cell in self.all if cell.names.method == method and cell.names.attack in attacks]
@@ -334,7 +334,7 @@ def page(table: Table, cells: Cells) -> str:
     if table.reported:
         lines += ["## What papers report", "", *bars(COMPARISON, map(compared, table.reported)), ""]
     if table.failures:
-        lines += ["## Cells without figures", "", *(f"- {failure_text(failure)}" for failure in table.failures), ""]
+        lines += ["## Cells without figures", "", *(f"- {line}" for line in failure_lines(table.failures)), ""]
     return "\n".join(lines)
 
 

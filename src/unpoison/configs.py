@@ -67,11 +67,16 @@ def _check_keys(kind: type, values: Mapping[str, Any], where: str) -> None:
     known = [entry.name for entry in fields(kind) if entry.init]
     for key, value in values.items():
         if key not in known:
-            close = get_close_matches(key, known, n=1) or [path for path in _paths(kind) if path.endswith(f".{key}")]
-            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
-            raise ConfigError(f"{where}: there is no key {key!r}.", hint=hint)
+            raise ConfigError(f"{where}: there is no key {key!r}.", hint=key_hint(kind, key))
         if isinstance(value, Mapping) and is_dataclass(hints[key]) and isinstance(hints[key], type):
             _check_keys(hints[key], value, f"{where}, [{key}]")
+
+
+def key_hint(kind: type, key: str) -> str:
+    """What a key that ``kind`` has not may have meant: the closest one, one of that name further down, or all."""
+    known = [entry.name for entry in fields(kind) if entry.init]
+    close = get_close_matches(key, known, n=1) or [path for path in _paths(kind) if path.endswith(f".{key}")]
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def _paths(kind: type, prefix: str = "") -> Iterator[str]:

@@ -81,6 +81,15 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.partial")
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file that cannot be read to one that nothing reads, NAME.damaged; what stands there stays too."""
+    other, count = path.with_suffix(".damaged"), 1
+    while other.exists():
+        count += 1
+        other = path.with_suffix(f".damaged-{count}")
+    return path.rename(other)
+
+
 def remove_partials(*folders: Path) -> None:
     """Remove what killed processes left half-written directly in ``folders``: files and folders named .*.partial."""
     for folder in folders:

@@ -30,7 +30,9 @@ NAMES = Names(data="shapes", model="net", attack="mine", rate=0.03, method="none
 LOW = {"epochs": 1, "rounds": 1, "grid": 2}
 
 
-def grid_of(small_folder: Path, kind: str, attack: dict[str, Any], methods: dict[str, dict[str, Any]]) -> Grid:
+def grid_of(
+    small_folder: Path, kind: str, attack: dict[str, Any], methods: dict[str, dict[str, Any]], rate: float = 0.1
+) -> Grid:
     clip = str(small_folder)
     models = {
         "net": {"kind": "classifier", "epochs": 1, "clip": clip},
@@ -45,7 +47,7 @@ def grid_of(small_folder: Path, kind: str, attack: dict[str, Any], methods: dict
         "model": {kind: models[kind]},
         "attack": {"mine": attack},
         "method": methods,
-        "cells": [{"data": ["shapes"], "model": [kind], "attack": ["mine"], "rate": [0.1],
+        "cells": [{"data": ["shapes"], "model": [kind], "attack": ["mine"], "rate": [rate],
                    "method": list(methods) or ["none"], "seed": [3]}],
     }  # fmt: skip
     return make_grid(tables, name="g", path="g.toml")
@@ -91,7 +93,7 @@ def test_strengths_of_low_gap_are_fitted_to_the_samples(small_folder: Path, tmp_
 
 def test_samples_of_label_consistent_are_perturbed_against_the_clean_victim(small_folder: Path, tmp_path: Path) -> None:
     attack = {"trigger": "label-consistent", "prepare": {"radius": 32.0, "steps": 2}}
-    cell = replace(grid_of(small_folder, "net", attack, {}).cells[0], names=NAMES)
+    cell = replace(grid_of(small_folder, "net", attack, {}, NAMES.rate).cells[0], names=NAMES)
     setting = classifier_cells.open_setting(cell, tmp_path, Silent())
     found, clean = setting.poisoning, open_images("shapes:160:0")
     assert isinstance(found, Poisoning)

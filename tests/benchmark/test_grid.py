@@ -17,6 +17,7 @@ from unpoison.benchmark import contents
 from unpoison.benchmark.grid import Grid, make_grid, read_grid
 from unpoison.benchmark.settings import GIVEN, class_number
 from unpoison.catalog import DEFENSES, resolve
+from unpoison.data.shapes import SHAPES_CLASSES, make_shapes
 from unpoison.defenses.cgd import CGDConfig
 from unpoison.errors import ConfigError, GridError, LabelRangeError
 
@@ -126,6 +127,49 @@ def test_all_that_is_wrong_is_said_at_once(tables: dict[str, Any]) -> None:
         assert sentence in found
 
 
+def test_everything_that_is_wrong_with_a_table_is_said_and_nothing_that_follows_from_it(tables: dict[str, Any]) -> None:
+    tables["model"]["net"] |= {"epochs": 0, "image_size": "x", "arch": "small-resnt", "scores": {"scorerz": 1}}
+    tables["model"]["tiny"] = {"kind": "clipp", "victim": {"steps": 0, "bach": 1}, "gpus": -1.0}
+    tables["data"]["shapes"] = {"tests": "shapes:100:1", "trian": "shapes:200:0", "target": "star"}
+    part = {"trigger": "blended", "target": 1, "rate": 0.1}
+    tables["attack"] = {
+        "mine": {"trigger": "badnet", "colour": 1, "most_captions": 3},
+        "two": {"also": [part | {"rate": 2.0}, part | {"rates": 1}, part], "trigger": "badnet"},
+        "low-gap": {"params": {"alpa": 1}, "through_par": True, "prepare": {"rouns": 1, "share": 1}},
+    }
+    tables["method"] = {"ft": {"config": {"stepss": 1, "learning_rate": -1.0, "steps": "x"}}, "own": {"methd": "ft"}}
+    tables["cells"][0] |= {"model": ["net", "tiny"], "attack": ["mine", "two", "low-gap"], "method": ["ft", "own"]}
+    tables["cells"].append({"data": ["shapes"], "model": 3, "attack": ["badnet"], "method": ["ft"], "sead": [1]})
+    wanted = {
+        "[data.shapes]: there is no key 'tests'. Did you mean 'test'?",
+        "[data.shapes]: there is no key 'trian'. Did you mean 'train'?",
+        "[model.net]: epochs must be positive, got 0.",
+        "[model.net]: Expected `int`, got `str` - at `$.image_size`.",
+        "[model.net]: There is no architecture named 'small-resnt'. Did you mean 'small-resnet'?",
+        "[model.net]: scores: there is no key 'scorerz'. Did you mean 'scorers'?",
+        "[model.tiny]: Invalid enum value 'clipp' - at `$.kind`.",
+        "[model.tiny]: gpus must be 0 or more, got -1.0.",
+        "[model.tiny]: victim: there is no key 'bach'. Did you mean 'batch'?",
+        "[attack.mine]: there is no key 'colour'.",
+        "[attack.mine]: most_captions is for natural captions, not templates.",
+        "[attack.two]: also 1: a rate must be in (0, 1], got 2.0.",
+        "[attack.two]: also 2: there is no key 'rates'. Did you mean 'rate'?",
+        "[attack.low-gap]: low-gap has no parameter 'alpa'.",
+        "[attack.low-gap]: low-gap is not trained through PAR.",
+        "[attack.low-gap]: prepare: there is no key 'rouns'. Did you mean 'rounds'?",
+        "[attack.low-gap]: prepare: there is no key 'share'.",
+        "[method.ft]: config: there is no key 'stepss'. Did you mean 'steps'?",
+        "[method.own]: there is no key 'methd'. Did you mean 'method'?",
+        "[[cells]] 2: there is no key 'sead'. Did you mean 'seed'?",
+        "[[cells]] 2: Expected `array`, got `int` - at `$.model`.",
+    }  # fmt: skip
+    found = problems_of(tables)
+    assert {sentence for sentence in wanted if not any(problem.startswith(sentence) for problem in found)} == set()
+    others = [problem for problem in found if not any(problem.startswith(sentence) for sentence in wanted)]
+    assert all(problem.startswith(("[method.ft]: config: ", "[model.tiny]: victim: expected")) for problem in others)
+    assert any("learning_rate" in problem for problem in others)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -167,6 +211,55 @@ def test_every_reason_why_a_cell_cannot_be_is_found_whatever_else_is_given(table
         "key: also: text-key needs image-caption pairs, which the classifier net has not.",
     ):
         assert sentence in found
+
+
+def test_shares_that_a_set_has_not_are_found(tables: dict[str, Any], tmp_path: Path) -> None:
+    classes = Features({"label": ClassLabel(names=["cat", "dog"])})
+    file = tmp_path / "train.parquet"
+    labels = pa.array([0] * 30 + [1] * 60 + [0] * 10, pa.int64())
+    pq.write_table(pa.table({"label": labels}, schema=classes.arrow_schema), file)
+    tables["data"]["shapes"] |= {"train": f"{file}[0:90]", "test": str(file), "target": "cat"}
+    further = {"trigger": "sig", "target": "dog", "rate": 0.7}
+    tables["attack"] = {"two": {"trigger": "badnet", "also": [further]}, "sig": {}, "sig-dirty": {"trigger": "sig"}}
+    tables["attack"]["sig-dirty"]["mode"] = "all-to-one"
+    tables["cells"][0] |= {"attack": ["two", "sig", "sig-dirty", "clean"], "rate": [0.3, 0.34, 0.7], "method": ["ft"]}
+    del tables["reported"]
+    assert problems_of(tables) == [
+        "[[cells]] 1: two: also 1 at a rate of 0.7 poisons 63 samples in the class 'dog', of 60 there.",
+        "[[cells]] 1: two at a rate of 0.34 poisons 0.34 + 0.7 of the set, which is more than all of it.",
+        "[[cells]] 1: two at a rate of 0.7 poisons 0.7 + 0.7 of the set, which is more than all of it.",
+        "[[cells]] 1: two at a rate of 0.7 poisons 63 samples outside the class 'cat', of 60 there.",
+        "[[cells]] 1: sig at a rate of 0.34 poisons 31 samples in the class 'cat', of 30 there.",
+        "[[cells]] 1: sig at a rate of 0.7 poisons 63 samples in the class 'cat', of 30 there.",
+        "[[cells]] 1: sig-dirty at a rate of 0.7 poisons 63 samples outside the class 'cat', of 60 there.",
+    ]
+    tables["data"]["shapes"] |= {"train": "shapes:1500:3", "target": "star"}
+    tables["attack"]["two"]["also"][0] |= {"target": 1, "rate": 0.001}
+    stars = int((make_shapes(1500, seed=3).labels == SHAPES_CLASSES.index("star")).sum())
+    tables["cells"][0] |= {"rate": [stars / 1500]}
+    assert make_grid(tables, name="g", path="g.toml").cells
+    tables["cells"][0] |= {"rate": [(stars + 1) / 1500]}
+    assert [text.partition(" poisons ")[2] for text in problems_of(tables)] == [
+        f"{stars + 1} samples in the class 'star', of {stars} there."
+    ]
+
+
+def test_real_captions_are_not_made_up_from_templates(tables: dict[str, Any]) -> None:
+    tables["attack"] = {
+        "natural": {"trigger": "badnet", "captions": "natural"},
+        "aligned": {"trigger": "badnet", "captions": "aligned", "select": "captions"},
+        "plain": {"trigger": "badnet"},
+    }
+    tables["cells"][0] |= {"model": ["tiny"], "attack": ["natural", "aligned", "plain"], "method": ["par"]}
+    del tables["reported"]
+    assert problems_of(tables) == [
+        f"[[cells]] 1: {name}: {said} needs real captions; give [data.shapes] captioned."
+        for name, said in (
+            ("natural", "captions = 'natural'"), ("aligned", "captions = 'aligned'"), ("aligned", "select = 'captions'")
+        )
+    ]  # fmt: skip
+    tables["data"]["shapes"]["captioned"] = "shapes:100:2"
+    assert make_grid(tables, name="g", path="g.toml").cells
 
 
 def test_models_and_targets_that_are_none_are_named(tables: dict[str, Any], tmp_path: Path) -> None:
@@ -219,7 +312,7 @@ def test_trainings_and_choices_that_no_trigger_has_are_refused(tables: dict[str,
     assert "[attack.b]: badnet is not trained beforehand." in found
     assert "[attack.c]: prepare: there is no key 'epocs'." in found
     assert "[attack.e]: also: badclip is trained beforehand." in found
-    assert "[attack.f]: a rate must be in (0, 1], got 1.1." in found
+    assert "[attack.f]: also 1: a rate must be in (0, 1], got 1.1." in found
     assert "[attack.d]: Invalid enum value 'nearest'" in found
 
 
@@ -229,6 +322,10 @@ def test_figures_of_papers_are_of_methods_and_attacks_of_the_grid(tables: dict[s
     assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"badnet": 12.0}
     tables["reported"] = [reported | {"asr": {"mean": 3.0}}]
     assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"mean": 3.0}
+    tables["reported"] = [reported | {"asr": {"at-most": 1.0}}]
+    assert make_grid(tables, name="g", path="g.toml").reported[0].asr == {"at-most": 1.0}
+    tables["reported"] = [reported | {"c_acc": {"at-most": 1.0}}]
+    assert problems_of(tables) == ["[[reported]] 1: 'at-most' is a bound on ASRs; c_acc has none."]
     tables["reported"] = [reported | {"method": "cgdd"}, reported | {"c_acc": {"badnte": 101.0}}, {"method": "ft"}]
     found = "\n".join(problems_of(tables))
     assert "[[reported]] 1: no cell has the method 'cgdd'. Did you mean 'cgd'?" in found

@@ -75,6 +75,18 @@ def test_of_a_cell_that_both_have_the_one_that_is_done_counts(
     assert run_grid(grid, Store.open(first.path, Mirror.at(url)), execute=never).status == {"done": len(grid.cells)}
 
 
+def test_half_a_cell_here_or_there_is_made_good(grid: Grid, made_up: Execute, tmp_path: Path, url: str) -> None:
+    first = Store.open(tmp_path / "first", Mirror.at(url))
+    run_grid(grid, first, execute=made_up)
+    here, there = (cell.key for cell in grid.cells[:2])
+    first.file(here).write_bytes(b"{")
+    Mirror.at(url).put(f"cells/{there}.json", b"{")
+    opened = Store.open(first.path, Mirror.at(url))
+    assert run_grid(grid, opened, execute=never).status == {"done": len(grid.cells)}
+    assert first.file(here).with_suffix(".damaged").read_bytes() == b"{"
+    assert Mirror.at(url).read(f"cells/{there}.json") == first.file(there).read_bytes()
+
+
 def test_what_is_not_ours_or_of_another_version_is_refused(tmp_path: Path, url: str) -> None:
     mirror = Mirror.at(url)
     mirror.put("mine.txt", b"mine")

@@ -92,7 +92,7 @@ def test_a_lost_worker_costs_nothing_and_results_equal_those_of_one_process(
         return from_json(stand_in(message_of(cell, folder)), CellResult)
 
     run_grid(grid, alone, execute=execute)
-    done = run_grid_on_ray(grid, spread, address="local", processors=2, compute=with_key(grid))
+    done = run_grid_on_ray(grid, lambda: spread, address="local", processors=2, compute=with_key(grid))
     assert (done.cells, done.ran, done.status) == (12, 12, {"done": 12})
     assert {file.name for file in spread.path.glob("lost-*")} == {"lost-clean", "lost-badnet"}
     assert not (spread.path / f"process-{os.getpid()}").exists()
@@ -157,7 +157,7 @@ def test_answers_that_cannot_be_used_cost_their_cells_alone_and_waiting_costs_no
     runner = threading.Thread(target=another_runner)
     runner.start()
     assert held.wait(10)
-    done = run_grid_on_ray(grid, store, address="local", processors=1, compute=answering)
+    done = run_grid_on_ray(grid, lambda: store, address="local", processors=1, compute=answering)
     runner.join()
     assert (done.ran, done.status) == (2, {"crashed": 3})
     assert "schema version 99" in store.load(first.key).reason
@@ -207,9 +207,11 @@ def test_an_address_that_does_not_answer_is_said(grid: Grid, tmp_path: Path) -> 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}"):
-        with pytest.raises(UsageError, match="no Ray cluster answers at") as caught:
-            run_grid_on_ray(grid, Store.open(tmp_path / "out"), address=address)
-        assert "ray start --head" in caught.value.hint
+    said = {f"127.0.0.1:{port}": "ray start --head", f"ray://127.0.0.1:{port}": "ray job submit"}
+    for address, hint in said.items():
+        with pytest.raises(UsageError, match=r"no Ray cluster answers at|Ray's client is not used") as caught:
+            run_grid_on_ray(grid, partial(Store.open, tmp_path / "out"), address=address)
+        assert hint in caught.value.hint
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="expected HOST:PORT"):
         check_answers("somewhere")

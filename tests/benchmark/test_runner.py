@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 
+import unpoison
 from unpoison.benchmark.cell import Cell, CellResult, digest
+from unpoison.benchmark.estimate import time_left
 from unpoison.benchmark.grid import Grid, make_grid
-from unpoison.benchmark.outcomes import failed
-from unpoison.benchmark.runner import run_grid
+from unpoison.benchmark.outcomes import failed, source_hash
+from unpoison.benchmark.runner import Pending, run_grid
 from unpoison.benchmark.store import Store
+from unpoison.benchmark.table import make_table, progress_of
 from unpoison.errors import ResultError, SchemaVersionError, UsageError
+from unpoison.runs import Silent
 
 Execute = Callable[[Cell, Path], CellResult]
 
@@ -50,6 +54,18 @@ def test_victims_come_first_and_a_second_run_changes_nothing(grid: Grid, made_up
     assert body["command"] == f"unpoison bench run tiny.toml --cell {grid.cells[1].key} -o {store.path}"
     assert body["inputs"] == json.loads(json.dumps(grid.cells[1].inputs))
     assert {"torch", "unpoison", "python"} <= body["versions"].keys()
+    assert body["versions"]["code"] == source_hash(Path(unpoison.__file__).parent)
+    assert "versions" not in body["inputs"]
+
+
+def test_the_hash_of_the_code_is_of_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    found = set()
+    for name, content in (("a.py", b"x"), ("a.py", b"y"), ("deep/b.py", b""), ("deep/b.txt", b"no code")):
+        (tmp_path / name).write_bytes(content)
+        found.add(source_hash(tmp_path))
+    assert len(found) == 3
+    assert all(len(digits) == 16 for digits in found)
 
 
 def test_an_interrupted_run_goes_on_where_it_was(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
@@ -186,13 +202,96 @@ def test_a_folder_of_something_else_is_refused_and_untouched(tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_result_of_another_schema_is_refused(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+@pytest.mark.parametrize("retry", [False, True])
+def test_results_that_cannot_be_read_are_set_aside_and_made_again(
+    grid: Grid, made_up: Execute, tmp_path: Path, retry: bool
+) -> None:
     store = Store.open(tmp_path / "out")
-    run_grid(grid, store, execute=made_up, only=[grid.cells[0].key])
-    file = store.file(grid.cells[0].key)
-    file.write_bytes(file.read_bytes().replace(b'"schema_version": 1', b'"schema_version": 2'))
-    with pytest.raises(SchemaVersionError):
-        run_grid(grid, store, execute=made_up, retry=True)
+    run_grid(grid, store, execute=made_up)
+    half, other, same = (store.file(cell.key) for cell in grid.cells[:3])
+    contents = {half: half.read_bytes()[:100], other: other.read_bytes().replace(b'_version": 1', b'_version": 99')}
+    for file, content in contents.items():
+        file.write_bytes(content)
+    (store.path / "cells" / f"{half.stem}.damaged").write_bytes(b"of an earlier time")
+    kept = same.read_bytes()
+    table = make_table(store)
+    assert [entry.status for entry in table.failures] == ["damaged", "damaged"]
+    assert "not JSON" in table.failures[0].reason
+    assert "schema version 99" in table.failures[1].reason
+    assert f"--cell {half.stem} -o {store.path}" in table.failures[0].command
+    assert progress_of(store.plans()[0], store) == {"damaged": 2, "done": 10}
+    assert time_left(store, store.plans()) == pytest.approx(10.0)  # a victim and a repair
+
+    said = Said()
+    done = run_grid(grid, store, execute=made_up, retry=retry, progress=said)
+    assert (done.ran, done.status) == (2, {"done": 12})
+    assert (half.with_suffix(".damaged-2")).read_bytes() == contents[half]
+    assert (other.with_suffix(".damaged")).read_bytes() == contents[other]
+    assert half.with_suffix(".damaged").read_bytes() == b"of an earlier time"
+    assert same.read_bytes() == kept
+    assert f"It is kept as {half.stem}.damaged-2." in "\n".join(said.lines)
+    assert "not JSON" in "\n".join(said.lines)
+
+
+def test_two_runners_make_a_damaged_cell_once(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, ran = Store.open(tmp_path / "out"), []
+    run_grid(grid, store, execute=made_up)
+    victim, began, ended = grid.cells[0], threading.Event(), threading.Event()
+    store.file(victim.key).write_bytes(b"{")
+
+    def slow(cell: Cell, folder: Path) -> CellResult:
+        ran.append(cell.key)
+        began.set()
+        ended.wait(20)
+        return made_up(cell, folder)
+
+    first = threading.Thread(target=run_grid, args=(grid, store), kwargs={"execute": slow})
+    other = threading.Thread(target=run_grid, args=(grid, store), kwargs={"execute": slow})
+    pending = Pending.of(grid.cells, store, retry=False)
+    first.start()
+    assert began.wait(20)
+    assert not store.has(victim.key)
+    assert not pending.is_settled(victim.key, store)  # set aside is not made
+    other.start()
+    ended.set()
+    for runner in (first, other):
+        runner.join()
+    assert ran == [victim.key]
+    assert pending.is_settled(victim.key, store)
+
+
+def test_a_cell_that_took_too_long_goes_on_where_it_was(grid: Grid, made_up: Execute, tmp_path: Path) -> None:
+    store, cell = Store.open(tmp_path / "out"), grid.cells[0]
+    stored = store.path / "work" / cell.key / "step"
+
+    def execute(status: str) -> Execute:
+        def run(cell: Cell, folder: Path) -> CellResult:
+            there.append(stored.exists())
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            stored.touch()
+            return made_up(cell, folder) if status == "done" else failed(cell, status, "planted")
+
+        return run
+
+    for status in ("timed out", "out of memory", "crashed"):
+        there: list[bool] = []
+        run_grid(grid, store, execute=execute(status), only=[cell.key], retry=True)
+        assert stored.exists()
+    for status in ("refused", "done"):
+        there = []
+        run_grid(grid, store, execute=execute(status), only=[cell.key], retry=True)
+        assert there == [status == "refused"]
+        assert not stored.parent.exists()
+
+
+class Said(Silent):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def log(self, message: str) -> None:
+        self.lines.append(message)
 
 
 def test_another_grid_shares_the_folder(grid: Grid, tables: dict[str, Any], made_up: Execute, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from unpoison.benchmark.cell import Cell, CellResult
-from unpoison.benchmark.formats import FORMATS, as_csv, as_json, latex, markdown
+from unpoison.benchmark.formats import FORMATS, as_csv, as_json, compared, failure_lines, latex, markdown
 from unpoison.benchmark.grid import Grid, make_grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.rows import over_seeds
@@ -97,6 +97,23 @@ def test_a_papers_mean_stands_beside_ours_over_the_runs_that_are_compared(table:
     assert mean.our_asr is not None
     assert mean.our_asr.mean == pytest.approx(2.0)  # seed 0 alone: cgd has no figures with seed 1
     assert mean.our_asr.std is None  # a spread over attacks is none over seeds
+    bound = replace(said, asr={"at-most": 1.0}, c_acc={})
+    rows = table.summaries[0].rows
+    easier = replace(
+        rows[0], attack="blended", values={key: replace(value, mean=0.5) for key, value in rows[0].values.items()}
+    )
+    harder = replace(
+        rows[0], attack="wanet", method="ft", values=rows[0].values | {"asr": replace(mean.our_asr, mean=9.0)}
+    )
+    summary = replace(table.summaries[0], rows=(*rows, replace(easier, method="ft"), harder))
+    (worst,) = compare([bound], table.rows, [summary])
+    assert (worst.asr, worst.attacks, worst.our_c_acc) == (1.0, 3, None)
+    assert worst.our_asr is not None
+    assert worst.our_asr.mean == 9.0
+    assert compared(worst)[:5] == ["every attack, ours the worst of 3 attacks", "ft", "at most 1", "", "9.0"]
+    assert compared(replace(worst, our_asr=None, attacks=None))[:3] == ["every attack", "ft", "at most 1"]
+    page = render_leaderboard(replace(table, reported=(worst,)))
+    assert ">at most 1</td>" in page
     attacked = next(row.values for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))
     assert (single.attack, single.our_asr, single.attacks) == ("badnet", attacked["asr"], None)
     assert compare([replace(said, method="cgdd")], table.rows, table.summaries)[0].our_asr is None
@@ -119,7 +136,7 @@ def test_methods_are_compared_over_the_runs_that_all_of_them_have(table: Table) 
 def test_adaptive_attacks_and_methods_of_few_attacks_stand_apart(
     tables: dict[str, Any], made_up: Execute, tmp_path: Path
 ) -> None:
-    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}, "sig": {"mode": "all-to-one"}}
     tables["cells"] = [
         product | {"data": ["shapes"], "model": ["net"], "rate": [0.1]}
         for product in (
@@ -158,6 +175,26 @@ def test_adaptive_attacks_and_methods_of_few_attacks_stand_apart(
     assert "compared: anp." in summary.over
 
 
+def test_adaptive_attacks_stand_apart_before_they_have_run(
+    tables: dict[str, Any], made_up: Execute, tmp_path: Path
+) -> None:
+    tables["attack"] = {"near": {"trigger": "badnet", "select": "boundary"}}
+    product = tables["cells"][0] | {"attack": ["clean", "badnet", "blended"], "method": ["ft", "cgd"]}
+    tables["cells"] = [product, product | {"attack": ["near", "low-gap"], "method": ["ft"]}]
+    del tables["reported"]
+    grid, store = make_grid(tables, name="tiny", path="tiny.toml"), Store.open(tmp_path / "out")
+    usual = [cell.key for cell in grid.cells if cell.names.attack in ("clean", "badnet", "blended")]
+    run_grid(grid, store, execute=made_up, only=usual)
+    (summary,) = make_table(store).summaries
+    assert {entry.method for entry in summary.methods} == {"none", "ft", "cgd"}
+    assert "2 attacks (badnet 10 %, blended 10 %; seeds 0, 1): 4 of the 4 runs" in summary.over
+    assert "too few" not in summary.over
+    (plan,) = store.plans()
+    assert {cell.names.attack for cell in plan.cells if cell.is_adaptive} == {"near", "low-gap"}
+    older = [replace(cell, adaptive=None) for cell in plan.cells]
+    assert {cell.names.attack for cell in older if cell.is_adaptive} == {"low-gap"}
+
+
 def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table) -> None:
     text = markdown(table)
     row = next(row for row in table.rows if (row.attack, row.method) == ("badnet", "ft"))
@@ -179,6 +216,43 @@ def test_markdown_and_latex_hold_every_row_and_what_makes_it_again(table: Table)
     assert drawn.count("\\\\") == len(table.rows) + 1 + 3 + 4
     assert "badnet 10 \\%" in drawn
     assert all(f"\\\\ % {entry.command}\n" in drawn for entry in table.rows)
+
+
+def test_what_a_victim_holds_up_stands_with_it_and_a_refusal_is_not_tried_again(
+    grid: Grid, made_up: Execute, tmp_path: Path
+) -> None:
+    ends = {0: "refused", 1: "crashed"}
+
+    def execute(cell: Cell, folder: Path) -> CellResult:
+        if cell.is_given and cell.attack is not None:
+            return failed(cell, ends[cell.names.seed], f"planted {cell.names.seed}")
+        if cell.attack is None and (cell.names.method, cell.names.seed) == ("ft", 0):
+            return failed(cell, "refused", "Too few samples.")
+        return made_up(cell, folder)
+
+    store = Store.open(tmp_path / "out")
+    run_grid(grid, store, execute=execute)
+    made = make_table(store)
+    assert len(made.failures) == 7
+    key = {(cell.names.attack, cell.names.method, cell.names.seed): cell.key for cell in grid.cells}
+    again = " ".join(f"--cell {key['badnet', method, 1][:8]}" for method in ("ft", "cgd"))
+    assert failure_lines(made.failures) == [
+        f"{key['clean', 'ft', 0]} shapes / net / clean / ft / seed 0: refused. Too few samples.",
+        f"{key['badnet', 'none', 0]} shapes / net / badnet 10 % / none / seed 0: refused. planted 0 "
+        "Its repairs were not tried: ft, cgd.",
+        f"{key['badnet', 'none', 1]} shapes / net / badnet 10 % / none / seed 1: crashed. planted 1 "
+        f"Its repairs were not tried: ft, cgd. Again: unpoison bench run tiny.toml {again} -o {store.path} --retry",
+    ]
+    page = render_leaderboard(made)
+    assert page.count("run again</summary>") == 1
+    assert page.count("Its repairs were not tried: <bdi>ft, cgd</bdi>.") == 2
+    assert markdown(made).count("Its victim") == 0
+
+    run_grid(grid, store, execute=made_up, retry=True, only=[key["badnet", "none", 1]])
+    left = failure_lines(make_table(store).failures)
+    own = next(line for line in left if line.startswith(key["badnet", "ft", 1]))
+    assert own.endswith(f"--cell {key['badnet', 'ft', 1]} -o {store.path} --retry")  # its victim is there now
+    assert len(left) == 4
 
 
 def test_rows_of_several_grids_name_their_own(table: Table) -> None:

@@ -92,10 +92,16 @@ def test_all_problems_of_a_grid_are_said_before_anything_runs(here: Callable, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_said(here: Callable, cut: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_said_before_anything_is_made(
+    here: Callable, cut: Path, tmp_path: Path
+) -> None:
     done = here("bench", "run", str(cut), "-o", "out", "--ray", "127.0.0.1:1")
     assert done.code == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in done.err
+    assert not (tmp_path / "out").exists()
+    done = here("bench", "run", str(cut), "-o", "out", "--ray", "ray://127.0.0.1:10001")
+    assert done.code == 2
+    assert "ray job submit" in done.err
 
 
 def test_a_dry_run_writes_nothing(here: Callable, tmp_path: Path, cut: Path) -> None:
@@ -105,6 +111,18 @@ def test_a_dry_run_writes_nothing(here: Callable, tmp_path: Path, cut: Path) -> 
     assert (body["cells"], body["done"]) == (4, 0)
     assert len(body["parts"]) == 4
     assert all(part["seconds"] > 0 for part in body["parts"])
+    assert [file for file in tmp_path.iterdir() if file.name != "cache"] == []
+
+
+def test_a_dry_run_reads_what_stands_at_an_address(
+    here: Callable, tmp_path: Path, cut: Path, planted_results: Path
+) -> None:
+    url = f"file://{planted_results}"
+    body = json.loads(here("bench", "run", str(cut), "--dry-run", "-o", url, "--json").out)
+    assert (body["cells"], body["done"], body["failed"]) == (4, 2, {"crashed": 1})
+    assert [part["cells"] for part in body["parts"]] == [1]
+    shown = here("bench", "run", str(cut), "--dry-run", "-o", url).out
+    assert f"4 cells; in {url}: 2 done, 1 crashed." in " ".join(shown.split())
     assert [file for file in tmp_path.iterdir() if file.name != "cache"] == []
 
 
@@ -144,7 +162,9 @@ def test_results_stand_at_an_address(here: Callable, tmp_path: Path, cut: Path, 
     assert sorted(file.stem for file in (tmp_path / "runs/bench-cut/cells").iterdir()) == sorted(keys)
     body = json.loads(here("bench", "status", url, "--json").out)
     assert (body["folder"], body["grids"]) == (url, {"cut": {"done": 2, "crashed": 1, "to run": 1}})
-    assert here("bench", "table", url).out == here("bench", "table", str(planted_results)).out
+    shown = here("bench", "table", url).out
+    assert f"-o {url}" in shown
+    assert shown.replace(url, str(planted_results)) == here("bench", "table", str(planted_results)).out
     done = here("bench", "table", "nope://bucket")
     assert done.code == 2
     assert "fsspec" in done.err

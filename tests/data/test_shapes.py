@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unpoison.data.shapes import COLOR_NAMES, COLORS, SHAPES_CLASSES, make_shapes
+from unpoison.data.shapes import COLOR_NAMES, COLORS, SHAPES_CLASSES, make_shapes, shapes_labels
 from unpoison.errors import ConfigError
 
 
@@ -23,6 +23,11 @@ def test_picture_is_the_same_at_every_size() -> None:
     assert small.captions == large.captions
     shrunk = large.images.reshape(50, 32, 4, 32, 4, 3).mean(axis=(2, 4))
     assert np.abs(shrunk - small.images).mean() < 8
+
+
+def test_labels_are_had_without_a_picture() -> None:
+    for n in (1, 999, 1001):
+        assert np.array_equal(shapes_labels(n, seed=4), make_shapes(n, size=8, seed=4).labels)
 
 
 def test_seeds_give_other_pictures() -> None:

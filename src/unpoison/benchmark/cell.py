@@ -26,7 +26,11 @@ VERSION = 1
 DEFAULTS = "method.defaults"
 UNNAMED: Precision = "bf16"
 """The precision that no name counts: that of the cells which were kept before a grid said its own."""
-Status = Literal["done", "refused", "crashed", "timed out", "out of memory"]
+DAMAGED = "damaged"
+"""The status of a cell whose file cannot be read. No file says it, and the next run makes the cell again."""
+ITS_VICTIM = "Its victim "
+"""How the reason begins of a repair that was refused for its victim's sake."""
+Status = Literal["done", "refused", "crashed", "timed out", "out of memory", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from unpoison.attacks.pair_manifest import MODES as PAIR_MODES
 from unpoison.attacks.triggers import make_trigger
-from unpoison.benchmark.contents import known_classes, looks_local, path_content
-from unpoison.benchmark.prepare import PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
+from unpoison.benchmark.contents import class_counts, known_classes, looks_local, path_content
+from unpoison.benchmark.prepare import PREPARED, PREPARED_WITH, SELECTED_WITH, THROUGH_PAR, training_of
+from unpoison.benchmark.reading import read_table
 from unpoison.benchmark.settings import SHOTS, AttackSettings, DataSettings, FurtherPart, ModelSettings, class_number
 from unpoison.catalog import ATTACKS, Entry, find
-from unpoison.configs import make_config
-from unpoison.errors import ConfigError, UnknownMethodError, UnpoisonError
+from unpoison.errors import UnknownMethodError, UnpoisonError
 
 OFFERED: dict[str, set[str]] = {
     "classifier": {"labelled set", "victim model", "poisoned training set", "reference CLIP", "class names"},
@@ -38,24 +38,36 @@ def said(check: Callable[[], object], where: str) -> list[str]:
     return []
 
 
-def check_attack(attack: AttackSettings) -> None:
-    """Raises UnpoisonError for a trigger or a setting of it that cannot be on any model."""
-    find(attack.trigger, ATTACKS)
-    params = attack.params | ({"resample": True} if attack.resample else {})
-    make_trigger(attack.trigger, params)
-    if attack.through_par and attack.trigger != THROUGH_PAR:
-        raise ConfigError(f"{attack.trigger} is not trained through PAR.", hint=f"through_par is for {THROUGH_PAR}.")
+def check_attack(attack: AttackSettings, where: str) -> list[str]:
+    """Triggers, and settings of them, that cannot be on any model: all of them."""
+    problems = said(partial(find, attack.trigger, ATTACKS), where)
+    if not problems:
+        problems = _wrong_settings(attack, where)
     for part in attack.also:
-        find(part.trigger, ATTACKS)
-        make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
+        problems += said(partial(_check_trigger, part), where)
         if part.trigger in PREPARED_WITH:
-            raise ConfigError(f"also: {part.trigger} is trained beforehand.", hint="Give it as the first trigger.")
-    kind = training_of(attack)
+            hint = "Give it as the first trigger."
+            problems.append(f"{where}: also: {part.trigger} is trained beforehand. {hint}")
+    return problems
+
+
+def _wrong_settings(attack: AttackSettings, where: str) -> list[str]:
+    """What is wrong with a trigger that there is, its parameters and its training."""
+    problems = said(partial(_check_trigger, attack), where)
+    if attack.through_par and attack.trigger != THROUGH_PAR:
+        problems.append(f"{where}: {attack.trigger} is not trained through PAR. through_par is for {THROUGH_PAR}.")
+    kind = PREPARED.get(attack.trigger) if attack.trigger != THROUGH_PAR else training_of(attack)
     if kind is not None:
-        make_config(kind, attack.prepare, where="prepare")
-    elif attack.prepare:
-        known = ", ".join(PREPARED_WITH)
-        raise ConfigError(f"{attack.trigger} is not trained beforehand.", hint=f"prepare is for {known}.")
+        return problems + read_table(attack.prepare, kind, f"{where}: prepare").problems
+    if attack.prepare:
+        known = ", ".join(PREPARED)
+        problems.append(f"{where}: {attack.trigger} is not trained beforehand. prepare is for {known}.")
+    return problems
+
+
+def _check_trigger(part: AttackSettings | FurtherPart) -> None:
+    find(part.trigger, ATTACKS)
+    make_trigger(part.trigger, part.params | ({"resample": True} if part.resample else {}))
 
 
 def impossible_attack(name: str, known: tuple[AttackSettings, Entry], model: str, settings: ModelSettings) -> list[str]:
@@ -117,6 +129,48 @@ def wrong_targets(data: DataSettings, model: ModelSettings, attack: AttackSettin
     targets = [("target", data.target), *((f"also: {part.trigger}", part.target) for part in further)]
     found = [said(partial(class_number, target, classes), where) for where, target in targets]
     return [problem for problems in found for problem in problems]
+
+
+def lacking_captions(name: str, attack: AttackSettings, data: str, settings: DataSettings) -> list[str]:
+    """Why a CLIP's attack cannot have real captions: sets of labelled images have filled templates alone."""
+    if settings.captioned is not None:
+        return []
+    asked = {"captions": attack.captions != "templates", "select": attack.select == "captions"}
+    return [
+        f"{name}: {key} = {getattr(attack, key)!r} needs real captions; give [data.{data}] captioned."
+        for key, wanted in asked.items()
+        if wanted
+    ]
+
+
+def overfull(name: str, attack: AttackSettings, rate: float, data: DataSettings, model: ModelSettings) -> list[str]:
+    """Why a share of the set cannot be poisoned: there is not so much of it or, where a classifier's set says its
+    labels cheaply, not of the samples that the labeling takes."""
+    parts = {name: (attack, rate, data.target)}
+    parts |= {f"{name}: also {at}": (part, part.rate, part.target) for at, part in enumerate(attack.also, start=1)}
+    shares = [share for _, share, _ in parts.values()]
+    problems = []
+    if attack.also and sum(shares) > 1 + 1e-9:
+        added = " + ".join(f"{share:g}" for share in shares)
+        problems.append(f"{name} at a rate of {rate:g} poisons {added} of the set, which is more than all of it.")
+    try:
+        classes = known_classes(data.train or "") if model.kind == "classifier" else None
+        counts = None if classes is None else class_counts(data.train or "")
+    except UnpoisonError:
+        return problems  # said of its source
+    if classes is None or counts is None:
+        return problems
+    for where, (part, share, target) in parts.items():
+        try:
+            label, mode = class_number(target, classes), part.mode or make_trigger(part.trigger, part.params).modes[0]
+        except UnpoisonError:
+            continue  # said of its table
+        size, need, clean = int(counts.sum()), max(1, round(share * counts.sum())), mode == "clean-label"
+        usable = int(counts[label]) if clean else size if mode == "all-to-all" else size - int(counts[label])
+        if need > usable:
+            which = f"{'in' if clean else 'outside'} the class {classes[label]!r}"
+            problems.append(f"{where} at a rate of {share:g} poisons {need:,} samples {which}, of {usable:,} there.")
+    return problems
 
 
 def missing_clip(model: str) -> list[str]:

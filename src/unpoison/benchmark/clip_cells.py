@@ -24,7 +24,7 @@ from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures, Repaired
 from unpoison.benchmark.clip_victims import Settings, read_corpus, train
 from unpoison.benchmark.outcomes import call_with, changed_share, cost_of, done, figures, side_by_side
 from unpoison.benchmark.prepare import further_part, pair_params, pair_selection
-from unpoison.benchmark.settings import SHOTS, MethodSettings, class_number
+from unpoison.benchmark.settings import SHOTS, DataSettings, MethodSettings, class_number
 from unpoison.benchmark.shared import Step, Stopwatch, run_of, shared
 from unpoison.catalog import DEFENSES, find, resolve
 from unpoison.configs import make_config, merge
@@ -116,14 +116,9 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     data, seed, attack = cell.data, cell.names.seed, cell.attack
     run = run_of(cell, folder, progress)
     base = load_any_clip(cell.model.model)
-    labelled = None if data.train is None else open_images(data.train)
     test = open_images(data.test)
     captioned = None if data.captioned is None else open_pairs(data.captioned)
-    clean = _joined(labelled, captioned)
-    repair = clean
-    if data.clean is not None or data.clean_captioned is not None:
-        images = None if data.clean is None else open_images(data.clean)
-        repair = _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
+    clean, repair = clean_pairs(data, captioned)
     inputs: dict[str, Any] = {
         "kind": "clip",
         "pairs": clean.caption_fingerprint,
@@ -168,6 +163,16 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     several = isinstance(poisoning, PoisoningParts)
     poisoned = apply_pair_parts(clean, poisoning) if several else apply_pair_poisoning(clean, poisoning)
     return Setting(**known, pairs=poisoned, poisoning=poisoning, inputs=inputs)
+
+
+def clean_pairs(data: DataSettings, captioned: ImageTextPairs | None) -> tuple[ImageTextPairs, ImageTextPairs]:
+    """What a CLIP is trained on, before any poisoning, and what a defense gets as clean: the same, unless the data name
+    others. ``captioned``: those of ``data``, opened."""
+    clean = _joined(None if data.train is None else open_images(data.train), captioned)
+    if data.clean is None and data.clean_captioned is None:
+        return clean, clean
+    images = None if data.clean is None else open_images(data.clean)
+    return clean, _joined(images, None if data.clean_captioned is None else open_pairs(data.clean_captioned))
 
 
 def _parts_of(poisoning: Any) -> list[PairPoisoning]:

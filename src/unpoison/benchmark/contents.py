@@ -8,13 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features
+from jaxtyping import Int
 
 from unpoison.benchmark.cell import digest
 from unpoison.benchmark.outcomes import call_with
 from unpoison.catalog import DEFENSES, find, resolve
-from unpoison.data.shapes import SHAPES_CLASSES
+from unpoison.data.shapes import SHAPES_CLASSES, shapes_labels
 from unpoison.data.sources import read_request
 
 _BLOCK = 1 << 20
@@ -33,14 +36,43 @@ def known_classes(source: str) -> tuple[str, ...] | None:
     request = read_request(source, rows=None, limit=None, seed=0)
     if request.shapes is not None:
         return SHAPES_CLASSES
-    if not request.place.endswith(".parquet") or not Path(request.place).is_file():
+    named = _class_column(request.place)
+    return None if named is None else tuple(named[1].names)
+
+
+def class_counts(source: str) -> Int[np.ndarray, " classes"] | None:
+    """How many samples each of the :func:`known_classes` has, by a look at the labels alone; None where they are not
+    known."""
+    request = read_request(source, rows=None, limit=None, seed=0)
+    if request.shapes is not None:
+        labels = shapes_labels(request.shapes[0], seed=request.shapes[1])[request.rows]
+        return np.bincount(labels, minlength=len(SHAPES_CLASSES))
+    named = _class_column(request.place)
+    if named is None:
+        return None
+    path = Path(request.place)
+    labels = _column(path, named[0], path.stat().st_mtime_ns)[request.rows]
+    known = labels[(labels >= 0) & (labels < len(named[1].names))]
+    return np.bincount(known, minlength=len(named[1].names))
+
+
+def _class_column(place: str) -> tuple[str, ClassLabel] | None:
+    """The column of a parquet file that names its classes, where it has one."""
+    if not place.endswith(".parquet") or not Path(place).is_file():
         return None
     try:
-        features = Features.from_arrow_schema(pq.read_schema(request.place))
+        features = Features.from_arrow_schema(pq.read_schema(place))
     except (OSError, ValueError, KeyError, TypeError):  # damaged, or a header of another version: said when opened
         return None
-    named = [feature for feature in features.values() if isinstance(feature, ClassLabel)]
-    return tuple(named[0].names) if len(named) == 1 else None
+    named = [(name, feature) for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    return named[0] if len(named) == 1 else None
+
+
+@lru_cache(maxsize=16)
+def _column(path: Path, name: str, changed: int) -> Int[np.ndarray, " n"]:
+    """A column of whole numbers, -1 where there is none."""
+    column = pq.read_table(path, columns=[name]).column(name)
+    return column.cast(pa.int64()).fill_null(-1).to_numpy()
 
 
 def path_content(path: Path) -> str | None:

@@ -12,7 +12,7 @@ import msgspec
 
 from unpoison.benchmark.rows import COLUMNS, Column, Row, Value, attack_name, columns_of
 from unpoison.benchmark.summary import MethodSummary
-from unpoison.benchmark.table import Comparison, Failure, Table
+from unpoison.benchmark.table import SHORT, Comparison, Failure, Table, troubles
 from unpoison.storage import SCHEMA_VERSION
 
 SPREAD = (
@@ -46,7 +46,6 @@ COMPARISON = (
     "the paper's setting",
     "source",
 )
-_SHORT = 8
 _CELLS = re.compile(r"( --cell [0-9a-f]+)+")
 
 
@@ -82,7 +81,7 @@ def headings(columns: Iterable[Column]) -> list[str]:
 
 def short_keys(row: Row) -> list[str]:
     """The row's cells by the beginnings of their hashes, which --cell takes too."""
-    return [key[:_SHORT] for key in row.keys]
+    return [key[:SHORT] for key in row.keys]
 
 
 def again(rows: Iterable[Row]) -> list[str]:
@@ -133,8 +132,10 @@ def bars(titles: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 def compared(entry: Comparison) -> list[str]:
     """A paper's figures and ours, in the order of COMPARISON."""
-    attack = entry.attack if entry.attacks is None else f"{entry.attack}, ours of {entry.attacks} attacks"
-    theirs = ("" if value is None else f"{value:g}" for value in (entry.asr, entry.c_acc))
+    attack = "every attack" if entry.is_bound else entry.attack
+    if entry.attacks is not None:
+        attack += f", ours {'the worst ' if entry.is_bound else ''}of {entry.attacks} attacks"
+    theirs = [paper_asr(entry), "" if entry.c_acc is None else f"{entry.c_acc:g}"]
     return [
         attack,
         entry.method,
@@ -144,6 +145,11 @@ def compared(entry: Comparison) -> list[str]:
         entry.setting,
         entry.source,
     ]
+
+
+def paper_asr(entry: Comparison) -> str:
+    """``7.5``, or ``at most 1`` where the paper bounds it."""
+    return "" if entry.asr is None else f"{'at most ' if entry.is_bound else ''}{entry.asr:g}"
 
 
 def as_csv(table: Table) -> str:
@@ -225,15 +231,22 @@ FORMATS: dict[str, Callable[[Table], str]] = {"markdown": markdown, "csv": as_cs
 
 def _endings(table: Table, line: str) -> list[str]:
     """Cells without figures, and notes."""
-    found = [failure_text(entry) for entry in table.failures]
+    found = failure_lines(table.failures)
     found += [f"{table.missing} of {table.cells} cells have not run."] if table.missing else []
     return [line.format(_one_line(text)) for text in (*found, *table.notes)]
 
 
-def failure_text(entry: Failure) -> str:
-    """What happened to a cell, and what runs it again."""
-    more = f" Again: {entry.command} --retry" if entry.command else ""
-    return f"{entry.key} {entry.names}: {entry.status}. {entry.reason}{more}"
+def failure_lines(failures: Sequence[Failure]) -> list[str]:
+    """What happened to each cell that failed by itself, which repairs were not tried for its sake, and what runs them
+    again where that may help."""
+    found = []
+    for trouble in troubles(failures):
+        entry, repairs = trouble.failure, [other.names.method for other in trouble.held_up]
+        said = [f"{entry.key} {entry.names}: {entry.status}. {entry.reason}"]
+        said += [f"Its repairs were not tried: {', '.join(repairs)}."] if repairs else []
+        said += [f"Again: {trouble.again}"] if trouble.again else []
+        found.append(" ".join(said))
+    return found
 
 
 def _one_line(text: str) -> str:

@@ -7,9 +7,10 @@ not there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -20,16 +21,20 @@ from unpoison.benchmark.checks import (
     impossible_attack,
     kind_of,
     lacking,
+    lacking_captions,
     missing_clip,
+    overfull,
     said,
     wrong_targets,
 )
 from unpoison.benchmark.clip_victims import Settings as ClipVictim
 from unpoison.benchmark.contents import looks_local, method_defaults, path_content, source_content
+from unpoison.benchmark.reading import read_table
 from unpoison.benchmark.settings import (
     CLEAN,
     GIVEN,
     MEAN,
+    MOST,
     SHOTS,
     AttackSettings,
     DataSettings,
@@ -41,9 +46,9 @@ from unpoison.benchmark.settings import (
     Reported,
 )
 from unpoison.catalog import ATTACKS, DEFENSES, find, resolve
-from unpoison.configs import make_config, read_config
+from unpoison.configs import read_config
 from unpoison.detection.cgd import SeparationConfig
-from unpoison.errors import ConfigError, GridError, UnknownMethodError
+from unpoison.errors import GridError, UnknownMethodError
 from unpoison.models.classifier import check_architecture
 
 T = TypeVar("T")
@@ -77,8 +82,8 @@ def read_grid(path: Path) -> Grid:
 
 def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     """The same of tables that are read already."""
-    problems = _unknown(values, KEYS, "the grid")
-    tables = {key: _tables(values.get(key, {}), kind, key, problems) for key, kind in TABLES.items()}
+    problems = [f"the grid: there is no key {key!r}.{_closest(key, KEYS)}" for key in values if key not in KEYS]
+    tables = Tables.read(values, problems)
     limits = _one(values.get("limits", {}), Limits, "[limits]", problems) or Limits()
     least = values.get("least_asr", LEAST_ASR)
     if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 100:
@@ -88,9 +93,8 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
     if precision not in get_args(Precision):
         problems.append(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}.")
         precision = "no"
-    for key in ("description", "not_run"):
-        if not isinstance(values.get(key, ""), str):
-            problems.append(f"{key} must be a text, got {values[key]!r}.")
+    texts = {key: values.get(key, "") for key in ("description", "not_run")}
+    problems += [f"{key} must be a text, got {text!r}." for key, text in texts.items() if not isinstance(text, str)]
     products = values.get("cells", [])
     if not isinstance(products, list) or not products:
         problems.append("there is no [[cells]]: name data, model, attack, method and seed of at least one product.")
@@ -103,72 +107,84 @@ def make_grid(values: Mapping[str, Any], *, name: str, path: str) -> Grid:
             found = _cells(entry, tables, f"[[cells]] {at}", problems)
             common = {"least_asr": float(least), "precision": precision, "limits": limits}
             cells |= {cell.names: replace(cell, **common) for cell in found if cell.names not in cells}
-    reported = _reported(values.get("reported", []), cells, problems)
+    reported = _reported(values.get("reported", []), wanted, problems)
     _check_files(cells.values(), problems)
     if problems:
         raise GridError(path, dict.fromkeys(problems))
     return Grid(
-        name=name, path=path, description=values.get("description", ""), not_run=values.get("not_run", ""),
-        cells=tuple(_with_contents(cell) for cell in cells.values()), reported=reported,
+        name=name, path=path, **texts, cells=tuple(_with_contents(cell) for cell in cells.values()), reported=reported,
     )  # fmt: skip
 
 
-def _reported(values: Any, cells: Mapping[Names, Cell], problems: list[str]) -> tuple[Reported, ...]:
-    """Figures of papers, of methods and attacks that the grid has."""
+def _reported(values: Any, products: Sequence[Product | None], problems: list[str]) -> tuple[Reported, ...]:
+    """Figures of papers, of methods and attacks that the grid has; where a product cannot be read nobody knows."""
     if not isinstance(values, list):
         problems.append("reported: expected tables [[reported]].")
         return ()
-    methods, attacks = (sorted({getattr(names, key) for names in cells}) for key in ("method", "attack"))
-    found = []
+    known = [entry for entry in products if entry is not None]
+    methods = sorted({GIVEN, *(name for entry in known for name in entry.method)})
+    attacks = sorted({name for entry in known for name in entry.attack})
+    found, all_known = [], len(known) == len(products)
     for at, value in enumerate(values, start=1):
         where = f"[[reported]] {at}"
         entry = _one(value, Reported, where, problems)
         if entry is None:
             continue
         found.append(entry)
-        if entry.method not in methods:
+        if all_known and entry.method not in methods:
             problems.append(f"{where}: no cell has the method {entry.method!r}.{_closest(entry.method, methods)}")
-        unknown = [name for name in (*entry.asr, *entry.c_acc) if name not in (MEAN, *attacks)]
-        problems += [f"{where}: no cell has the attack {name!r}.{_closest(name, attacks)}" for name in unknown]
+        if MOST in entry.c_acc:
+            problems.append(f"{where}: {MOST!r} is a bound on ASRs; c_acc has none.")
+        unknown = [name for name in (*entry.asr, *entry.c_acc) if name not in (MEAN, MOST, *attacks)]
+        if all_known:
+            problems += [f"{where}: no cell has the attack {name!r}.{_closest(name, attacks)}" for name in unknown]
         figures = (*entry.asr.values(), *entry.c_acc.values())
         problems += [f"{where}: a rate is 0 to 100 percent, got {rate:g}." for rate in figures if not 0 <= rate <= 100]
     return tuple(found)
 
 
-def _tables(values: Any, kind: type[T], key: str, problems: list[str]) -> dict[str, T]:
-    """[data.NAME] and its like."""
-    if not isinstance(values, Mapping) or not all(isinstance(entry, Mapping) for entry in values.values()):
-        problems.append(f"{key}: expected tables [{key}.NAME].")
-        return {}
-    defaults = {"attack": "trigger", "method": "method"}
-    found = {}
-    for name, entry in values.items():
-        given = {defaults[key]: name} | dict(entry) if key in defaults else entry
-        made = _one(given, kind, f"[{key}.{name}]", problems)
-        if made is not None:
-            found[name] = made
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """[data.NAME] and its like. ``found``: what each says, as far as it is right and can be looked at further;
+    ``broken``: names whose table is not, which stand for nothing; a kind of table itself where it is none."""
+
+    found: dict[str, dict[str, Any]]
+    broken: frozenset[tuple[str, str] | str]
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], problems: list[str]) -> Tables:
+        defaults, broken = {"attack": "trigger", "method": "method"}, set[tuple[str, str] | str]()
+        named = {"attack": {entry.name for entry in ATTACKS}, "method": {entry.name for entry in DEFENSES}}
+        found: dict[str, dict[str, Any]] = {key: {} for key in TABLES}
+        for key, kind in TABLES.items():
+            entries = values.get(key, {})
+            if not isinstance(entries, Mapping):
+                problems.append(f"{key}: expected tables [{key}.NAME].")
+                broken.add(key)
+                continue
+            for name, entry in entries.items():
+                if key in defaults and isinstance(entry, Mapping):
+                    entry = {defaults[key]: name, **entry}
+                read = read_table(entry, kind, f"[{key}.{name}]")
+                problems += read.problems
+                if read.problems:
+                    broken.add((key, name))
+                stands = (
+                    not read.problems or key not in defaults or getattr(read.value, defaults[key], "") in named[key]
+                )
+                if read.value is not None and stands:
+                    found[key][name] = read.value
+        return cls(found=found, broken=frozenset(broken))
+
+    def is_broken(self, key: str, name: str) -> bool:
+        """Whether that has been said of the name's table."""
+        return key in self.broken or (key, name) in self.broken
 
 
 def _one(values: Any, kind: type[T], where: str, problems: list[str]) -> T | None:
-    if not isinstance(values, Mapping):
-        problems.append(f"{where}: expected a table.")
-        return None
-    unknown = _unknown(values, [entry.name for entry in fields(kind)], where)  # pyright: ignore[reportArgumentType] # all are dataclasses
-    problems += unknown
-    if unknown:
-        return None
-    try:
-        return make_config(kind, values, where=where)
-    except ConfigError as error:
-        problems.append(f"{where}: {error.message.removeprefix(f'{where}: ')}")
-        return None
-
-
-def _unknown(values: Mapping[str, Any], known: Any, where: str) -> list[str]:
-    return [
-        f"{where}: there is no key {key!r}.{_closest(key, known)}" for key in values if key not in known
-    ]  # fmt: skip
+    read = read_table(values, kind, where)
+    problems += read.problems
+    return read.sound
 
 
 def _closest(name: str, known: Any) -> str:
@@ -176,30 +192,29 @@ def _closest(name: str, known: Any) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
 
 
-def _check_tables(tables: dict[str, dict[str, Any]], problems: list[str]) -> None:
+def _check_tables(tables: Tables, problems: list[str]) -> None:
     """Triggers, methods and their settings, whatever cells they are used in."""
-    for name, attack in tables["attack"].items():
+    for name, attack in tables.found["attack"].items():
         if name == CLEAN:
             problems.append(f"[attack.{CLEAN}]: the clean control has no settings.")
-        problems += said(lambda attack=attack: check_attack(attack), f"[attack.{name}]")
-    for name, method in tables["method"].items():
+        problems += check_attack(attack, f"[attack.{name}]")
+    for name, method in tables.found["method"].items():
+        where = f"[method.{name}]"
         if name == GIVEN:
-            problems.append(f"[method.{GIVEN}]: the model as it is given has no settings.")
-        problems += said(
-            lambda method=method: make_config(
-                resolve(find(method.method, DEFENSES).config), method.config, where="config"
-            ),
-            f"[method.{name}]",
-        )
-    for name, model in tables["model"].items():
-        problems += said(lambda model=model: check_architecture(model.arch), f"[model.{name}]")
-        problems += said(lambda model=model: make_config(ClipVictim, model.victim, where="victim"), f"[model.{name}]")
-        problems += said(
-            lambda model=model: make_config(SeparationConfig, model.scores, where="scores"), f"[model.{name}]"
-        )
+            problems.append(f"{where}: the model as it is given has no settings.")
+        wrong = said(partial(find, method.method, DEFENSES), where)
+        if not wrong:
+            kind = resolve(find(method.method, DEFENSES).config)
+            wrong = read_table(method.config, kind, f"{where}: config").problems
+        problems += wrong
+    for name, model in tables.found["model"].items():
+        where = f"[model.{name}]"
+        problems += said(partial(check_architecture, model.arch), where)
+        problems += read_table(model.victim, ClipVictim, f"{where}: victim").problems
+        problems += read_table(model.scores, SeparationConfig, f"{where}: scores").problems
 
 
-def _cells(entry: Product, tables: dict[str, dict[str, Any]], where: str, problems: list[str]) -> list[Cell]:
+def _cells(entry: Product, tables: Tables, where: str, problems: list[str]) -> list[Cell]:
     """The product's cells, with the victim as given before the first repair of it; what is wrong goes to problems."""
     usable = {}
     for key in ("data", "model", "attack", "method"):
@@ -214,7 +229,14 @@ def _cells(entry: Product, tables: dict[str, dict[str, Any]], where: str, proble
             continue
         if data[1].train is None and (model[1].kind == "classifier" or data[1].captioned is None):
             problems.append(f"[data.{data[0]}]: {model[0]} has nothing to be trained on; give train.")
-        impossible = [] if attack[0] == CLEAN else impossible_attack(*attack, *model)
+        impossible = []
+        if attack[0] != CLEAN:
+            impossible += impossible_attack(*attack, *model)
+            impossible += lacking_captions(attack[0], attack[1][0], *data) if model[1].kind == "clip" else []
+            shares = [rate for rate in entry.rate if 0 < rate <= 1]
+            impossible += [
+                text for rate in shares for text in overfull(attack[0], attack[1][0], rate, data[1], model[1])
+            ]
         problems += [f"{where}: {sentence}" for sentence in impossible]
         problems += [f"[data.{data[0]}]: {sentence}" for sentence in wrong_targets(data[1], model[1], attack[1][0])]
         methods = {GIVEN: (None, None)} | {name: pair for name, pair in usable["method"].items() if pair is not None}
@@ -236,27 +258,29 @@ def _cells(entry: Product, tables: dict[str, dict[str, Any]], where: str, proble
     return cells
 
 
-def _named(key: str, name: str, tables: dict[str, dict[str, Any]], where: str, problems: list[str]) -> Any:
+def _named(key: str, name: str, tables: Tables, where: str, problems: list[str]) -> Any:
     """What a name of the product stands for; None, and a problem, where it stands for nothing.
 
     Data and models: their settings. Attacks and methods: (settings, catalog's entry), (None, None) for the controls.
     """
+    if tables.is_broken(key, name):
+        return None
+    found = tables.found[key]
     if key in ("data", "model"):
-        if name not in tables[key]:
-            problems.append(f"{where}: there is no [{key}.{name}].{_closest(name, tables[key])}")
-        return tables[key].get(name)
+        if name not in found:
+            problems.append(f"{where}: there is no [{key}.{name}].{_closest(name, found)}")
+        return found.get(name)
     if name == (CLEAN if key == "attack" else GIVEN):
         return None, None
     entries = ATTACKS if key == "attack" else DEFENSES
-    settings = tables[key].get(name)
+    settings = found.get(name)
     try:
         if settings is None:
-            found = find(name, entries)
-            settings = AttackSettings(trigger=name) if key == "attack" else MethodSettings(method=name)
-            return settings, found
+            entry = find(name, entries)
+            return (AttackSettings(trigger=name) if key == "attack" else MethodSettings(method=name)), entry
         return settings, find(settings.trigger if key == "attack" else settings.method, entries)
     except UnknownMethodError as error:
-        known = [entry.name for entry in entries] + list(tables[key]) + [CLEAN if key == "attack" else GIVEN]
+        known = [entry.name for entry in entries] + list(found) + [CLEAN if key == "attack" else GIVEN]
         problems.append(f"{where}: {error.message}{_closest(name, known)}")
         return None
 

@@ -17,7 +17,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 
 from unpoison.errors import UsageError
-from unpoison.storage import write_atomically
+from unpoison.storage import set_aside, write_atomically
 
 MARKER, KEPT = "bench.json", ("plans", "cells")
 
@@ -71,6 +71,8 @@ class Mirror:
             failed = file.exists() and name.startswith("cells/") and not _is_done(file.read_bytes())
             if not file.exists() or (failed and file.stat().st_size != size):
                 file.parent.mkdir(parents=True, exist_ok=True)
+                if failed and not _is_read(file.read_bytes()):
+                    set_aside(file)
                 write_atomically(file, self.read(name))
 
     def fetch_cell(self, folder: Path, key: str) -> None:
@@ -135,6 +137,14 @@ def _kept(folder: Path) -> list[Path]:
 def _is_kept(name: str) -> bool:
     folder, _, file = name.rpartition("/")
     return folder in KEPT and file.endswith(".json") and not file.startswith(".")
+
+
+def _is_read(body: bytes) -> bool:
+    """Whether it is an object at all: half of one is kept under another name."""
+    try:
+        return isinstance(json.loads(body), dict)
+    except ValueError:
+        return False
 
 
 def _is_done(body: bytes) -> bool:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.metadata
 import inspect
 import io
 import platform
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+import unpoison
 from unpoison import __version__
 from unpoison.attacks.triggers import PAIR_TRIGGERS
 from unpoison.benchmark.cell import Cell, CellResult, Cost, Figures
@@ -48,7 +52,23 @@ def done(cell: Cell, **more: Any) -> CellResult:
 def versions() -> dict[str, str]:
     """What figures may depend on beside the inputs."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return {"unpoison": __version__, "python": platform.python_version()} | found
+    return {"unpoison": __version__, "code": code(), "python": platform.python_version()} | found
+
+
+@cache
+def code() -> str:
+    """16 hexadecimal digits of the package's source files, as they were when this process first asked: between two
+    releases the version does not tell which code made a cell."""
+    return source_hash(Path(unpoison.__file__).parent)
+
+
+def source_hash(folder: Path) -> str:
+    """The hash of the names and contents of all Python files in ``folder`` and below."""
+    total = hashlib.blake2b(digest_size=8)
+    for file in sorted(folder.rglob("*.py")):
+        body = file.read_bytes()
+        total.update(f"{file.relative_to(folder).as_posix()}\0{len(body)}\0".encode() + body)
+    return total.hexdigest()
 
 
 def machine(cell: Cell) -> str:

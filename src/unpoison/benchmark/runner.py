@@ -5,7 +5,6 @@ Any number of runners may share a folder: each cell belongs to the one that hold
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from unpoison.benchmark.cell import Cell, CellResult
+from unpoison.benchmark.cell import DAMAGED, ITS_VICTIM, Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.store import Store
@@ -48,7 +47,8 @@ def run_grid(
 ) -> Summary:
     """Run every cell of ``grid`` that ``store`` has no result of; ``only``: these (and their victims), by their hashes.
 
-    ``execute`` computes one cell and raises nothing. ``retry``: cells that failed before run again.
+    ``execute`` computes one cell and raises nothing. ``retry``: cells that failed before run again. A result that
+    cannot be read is none: its file is set aside.
     """
     progress = progress or Silent()
     wanted = select_cells(grid, only)
@@ -70,6 +70,7 @@ def run_grid(
                 store.refresh(key)
                 if not pending.is_settled(key, store):
                     progress.log(f"[{total - len(pending.cells) + 1}/{total}] {key} {cell.names}")
+                    make_room(cell, store, progress)
                     result = finish(unfit(cell, store) or execute(cell, store.path), cell, grid, store)
                     store.save(result)
                     ran += 1
@@ -100,8 +101,8 @@ class Pending:
         )
 
     def is_settled(self, key: str, store: Store) -> bool:
-        """Whether another runner has saved a result since this one began."""
-        return store.stamp(key) != self.stamps[key]
+        """Whether another runner has saved a result since this one began; one that was set aside is none."""
+        return store.stamp(key) not in (None, self.stamps[key])
 
     def waits(self, key: str) -> bool:
         """Whether the cell's victim comes first."""
@@ -129,30 +130,42 @@ def select_cells(grid: Grid, only: Sequence[str]) -> list[Cell]:
 
 
 def to_run(cells: Sequence[Cell], store: Store, *, retry: bool) -> list[Cell]:
-    """Cells without a result; with ``retry`` those that failed too, and what was refused because its victim failed."""
-    return [cell for cell in cells if not store.has(cell.key) or (retry and store.load(cell.key).status != "done")]
+    """Cells without a result that can be read; with ``retry`` those that failed too, and what was refused because its
+    victim failed."""
+    return [cell for cell in cells if is_left(cell.key, cell.names, store, retry=retry)]
+
+
+def is_left(key: str, names: Names, store: Store, *, retry: bool = False) -> bool:
+    """Whether the next run makes the cell, again where it was made before."""
+    found = store.found(key, names)
+    return found is None or found.status == DAMAGED or (retry and found.status != "done")
+
+
+def make_room(cell: Cell, store: Store, progress: Progress) -> None:
+    """Set a result aside that cannot be read, before the cell runs again."""
+    found = store.found(cell.key, cell.names)
+    if found is not None and found.status == DAMAGED:
+        progress.log(f"  {found.reason} It is kept as {store.set_aside(cell.key).name}.")
 
 
 def unfit(cell: Cell, store: Store) -> CellResult | None:
     """The result of a repair whose victim cannot be used."""
-    if cell.is_given or not store.has(cell.given().key):
+    victim = None if cell.is_given else store.found(cell.given().key, cell.given().names)
+    if victim is None or victim.status in ("done", DAMAGED):
         return None
-    victim = store.load(cell.given().key)
-    if victim.status == "done":
-        return None
-    result = failed(cell, "refused", f"Its victim {victim.status}: {victim.reason}", victim.hint)
+    result = failed(cell, "refused", f"{ITS_VICTIM}{victim.status}: {victim.reason}", victim.hint)
     return replace(result, before=victim.before)
 
 
 def finish(result: CellResult, cell: Cell, grid: Grid, store: Store) -> CellResult:
     """The result with the command that makes it again, and when it was made."""
-    words = ("unpoison", "bench", "run", grid.path, "--cell", cell.key, "-o", store.place)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return replace(result, command=shlex.join(words), finished=now)
+    return replace(result, command=store.command(grid.path, cell.key), finished=now)
 
 
 def summary(cells: Sequence[Cell], store: Store, ran: int) -> Summary:
-    found = Counter(store.load(cell.key).status for cell in cells if store.has(cell.key))
+    results = (store.found(cell.key, cell.names) for cell in cells)
+    found = Counter(result.status for result in results if result is not None)
     return Summary(cells=len(cells), ran=ran, status=dict(found))
 
 

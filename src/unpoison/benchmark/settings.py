@@ -17,8 +17,12 @@ GIVEN = "none"
 """The method that is none: the victim as it is given, before any defense."""
 MEAN = "mean"
 """In the figures of papers: over all attacks of the paper."""
+MOST = "at-most"
+"""In the figures of papers: a bound on the ASR of each of its attacks."""
 MADE_AGAINST_DEFENSES = ("low-gap", "feature-small")
 """Triggers whose whole purpose is to get past a defense of this package."""
+KNOWN_ADAPTIVE = (*MADE_AGAINST_DEFENSES, "boundary", "aligned", "through-par")
+"""What grids call adaptive attacks: for plans that were written before a plan said which of its cells are."""
 SHOTS = "clean labelled shots"
 """What the catalog calls the images that ``shots`` gives."""
 
@@ -182,7 +186,7 @@ class Product:
 @dataclass(frozen=True, kw_only=True)
 class Reported:
     """What a paper reports of a method of the grid, in percent by the grid's names of the attacks, ``mean`` for a
-    figure over all of the paper's.
+    figure over all of the paper's, ``at-most`` for a bound on the ASR of each of them.
 
     ``setting``: its models and data in a few words; ``source``: the paper, and where in it.
     """

@@ -2,16 +2,17 @@
 
 bench.json        the schema
 plans/GRID.json   which cells a grid has
-cells/HASH.json   one result; written whole or not at all, and never again
+cells/HASH.json   one result; written whole or not at all, and never again; HASH.damaged, what could not be read
 leases/HASH.lock  locked by who works on a cell; the operating system frees it when that process ends
 shared/           poisonings, victims, their rates and scores, by hash
-work/HASH/        what a killed cell had come to; cache/ decoded images; logs/ what workers said
+work/HASH/        what a cell that was killed or failed had come to; cache/ decoded images; logs/ what workers said
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,24 +24,30 @@ from typing import Any
 import msgspec
 from filelock import FileLock, Timeout
 
-from unpoison.benchmark.cell import Cell, CellResult, Names
+from unpoison.benchmark.cell import DAMAGED, Cell, CellResult, Names
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.mirror import MARKER, Mirror
-from unpoison.benchmark.settings import Reported
+from unpoison.benchmark.settings import KNOWN_ADAPTIVE, Reported
 from unpoison.errors import ResultError, SchemaVersionError, UsageError
-from unpoison.storage import SCHEMA_VERSION, write_atomically
+from unpoison.storage import SCHEMA_VERSION, set_aside, write_atomically
 
 SCHEMA = "unpoison/bench"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A cell of a plan; ``given``: the cell of its victim, "" where it is that one."""
+    """A cell of a plan; ``given``: the cell of its victim, "" where it is that one. ``adaptive``: whether its attack
+    is made against a defense; None in plans that do not say."""
 
     key: str
     given: str
     names: Names
     kind: str
+    adaptive: bool | None = None
+
+    @property
+    def is_adaptive(self) -> bool:
+        return self.names.attack in KNOWN_ADAPTIVE if self.adaptive is None else self.adaptive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +118,10 @@ class Store:
         """What -o has to say for the same results."""
         return str(self.path) if self.mirror is None else self.mirror.url
 
+    def command(self, grid: str, key: str) -> str:
+        """What makes a cell of the grid at this path again."""
+        return shlex.join(("unpoison", "bench", "run", grid, "--cell", key, "-o", self.place))
+
     def file(self, key: str) -> Path:
         return self.path / "cells" / f"{key}.json"
 
@@ -126,19 +137,36 @@ class Store:
         return found.st_ino, found.st_mtime_ns
 
     def load(self, key: str) -> CellResult:
+        """Raises ResultError, SchemaVersionError for a file that this version cannot read."""
         return CellResult.load(self.file(key))
 
+    def found(self, key: str, names: Names) -> CellResult | None:
+        """What is kept of a cell: None without a file, for one that cannot be read a result that says why."""
+        if not self.has(key):
+            return None
+        try:
+            return self.load(key)
+        except ResultError as error:
+            hint = "The next run sets it aside and makes the cell again."
+            return CellResult(key=key, names=names, status=DAMAGED, reason=error.message, hint=hint)
+
+    def set_aside(self, key: str) -> Path:
+        """Give a cell's file a name that is no cell's; nothing is deleted."""
+        return set_aside(self.file(key))
+
     def save(self, result: CellResult) -> None:
-        """Keep a result and drop what the cell's run was going on from."""
+        """Keep a result. What the cell's run was going on from goes with a cell that needs it no more; one that took
+        too long, or crashed, may go on from there under another limit."""
         result.save(self.file(result.key))
         self._send(f"cells/{result.key}.json")
-        shutil.rmtree(self.path / "work" / result.key, ignore_errors=True)
+        if result.status in ("done", "refused"):
+            shutil.rmtree(self.path / "work" / result.key, ignore_errors=True)
 
     def keep_plan(self, grid: Grid) -> None:
         """Write which cells the grid has, unless that stands there already."""
         cells = tuple(
             Planned(key=cell.key, given="" if cell.is_given else cell.given().key, names=cell.names,
-                    kind=cell.model.kind)
+                    kind=cell.model.kind, adaptive=cell.attack is not None and cell.attack.adaptive)
             for cell in grid.cells
         )  # fmt: skip
         plan = Plan(grid=grid.name, path=grid.path, description=grid.description, not_run=grid.not_run, cells=cells,

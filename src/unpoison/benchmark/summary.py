@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from unpoison.benchmark.cell import CellResult, Names
 from unpoison.benchmark.rows import Row, attack_name, make_row
-from unpoison.benchmark.settings import CLEAN, AttackSettings
+from unpoison.benchmark.settings import CLEAN
 from unpoison.benchmark.store import Planned
 
 ENOUGH = 0.5
@@ -79,7 +77,7 @@ def summarise(kind: str, planned: Sequence[Planned], results: Mapping[str, CellR
     unmeasured = {
         result.names.attack for result in done.values() if result.after is not None and result.after.asr_excess is None
     }  # attacks of retrieval alone, and the control
-    against = {cell.names.attack for cell in cells if cell.key in results and is_adaptive(results[cell.key])}
+    against = {cell.names.attack for cell in cells if cell.is_adaptive}
     attacks = {cell.names.attack for cell in cells} - {CLEAN}
     usual = shared_runs(cells, done, attacks - against - unmeasured)
     adaptive = shared_runs(cells, done, against - unmeasured)
@@ -115,12 +113,6 @@ def shared_runs(cells: Sequence[Planned], done: Mapping[str, CellResult], attack
         few=tuple(method for method in wanted if method not in compared),
         waiting=tuple(method for method in compared if method not in ran),
     )
-
-
-def is_adaptive(result: CellResult) -> bool:
-    """Whether the cell's attack is made against a defense."""
-    attack = result.inputs.get("attack")
-    return attack is not None and msgspec.convert(attack, AttackSettings).adaptive
 
 
 def _trial(names: Names) -> Trial:

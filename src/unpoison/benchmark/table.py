@@ -6,22 +6,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unpoison.attacks.triggers import PAIR_TRIGGERS
-from unpoison.benchmark.cell import CellResult, Names
+from unpoison.benchmark.cell import ITS_VICTIM, CellResult, Names
 from unpoison.benchmark.rows import Row, Value, make_row
-from unpoison.benchmark.settings import GIVEN, MEAN, Reported
-from unpoison.benchmark.store import Plan, Store
+from unpoison.benchmark.settings import GIVEN, MEAN, MOST, Reported
+from unpoison.benchmark.store import Plan, Planned, Store
 from unpoison.benchmark.summary import Summary, summarise
+
+SHORT = 8
+"""Digits of a hash that tables show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A cell without figures, and why."""
+    """A cell without figures, and why. ``victim``: the key of the victim for whose sake it was not tried, else ""."""
 
     key: str
     names: Names
     status: str
     reason: str
     command: str
+    victim: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """A cell that failed by itself, and the repairs that were not tried for its sake."""
+
+    failure: Failure
+    held_up: tuple[Failure, ...] = ()
+
+    @property
+    def again(self) -> str:
+        """What runs it again, with what it held up, where that may come out otherwise; "" where it would not: a refusal
+        stands as long as the grid does."""
+        failure = self.failure
+        if not failure.command or (failure.status == "refused" and not failure.victim):
+            return ""
+        cells = "".join(f" --cell {entry.key[:SHORT]}" for entry in self.held_up)
+        return f"{failure.command.replace(f' --cell {failure.key}', cells or f' --cell {failure.key}')} --retry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +51,7 @@ class Comparison:
     """What a paper reports of a method under an attack, in percent in its own ``setting``, and our ASR and C-Acc.
 
     None where a paper does not say it, or our cells have not run. ``attacks``: how many of ours stand beside a mean
-    over the paper's.
+    over the paper's, or beside a bound on each of them: then ours is the worst.
     """
 
     attack: str
@@ -41,6 +63,10 @@ class Comparison:
     setting: str
     source: str
     attacks: int | None = None
+
+    @property
+    def is_bound(self) -> bool:
+        return self.attack == MOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +99,8 @@ def make_table(store: Store) -> Table:
     """The table of every grid that ran in the folder. Raises ResultError, SchemaVersionError."""
     plans = store.plans()
     planned = {cell.key: (cell, plan) for plan in plans for cell in plan.cells}
-    results: dict[str, CellResult] = {key: store.load(key) for key in planned if store.has(key)}
+    kept = {key: store.found(key, cell.names) for key, (cell, _) in planned.items()}
+    results = {key: result for key, result in kept.items() if result is not None}
     groups: dict[tuple[str, str, str, float, str], list[CellResult]] = {}
     for result in results.values():
         if result.after is not None and result.status == "done":
@@ -83,11 +110,7 @@ def make_table(store: Store) -> Table:
         make_row(sorted(found, key=lambda result: result.names.seed), planned[found[0].key][0].kind)
         for _, found in sorted(groups.items(), key=lambda item: order[item[0]])
     ]
-    failures = [
-        Failure(key=key, names=result.names, status=result.status, reason=result.reason, command=result.command)
-        for key, result in results.items()
-        if result.status != "done"
-    ]
+    failures = [_failure(result, *planned[key], store) for key, result in results.items() if result.status != "done"]
     kinds = dict.fromkeys(cell.kind for cell, _ in planned.values())
     summaries = tuple(summarise(kind, [cell for cell, _ in planned.values()], results) for kind in kinds)
     return Table(
@@ -101,6 +124,24 @@ def make_table(store: Store) -> Table:
         pictures=pictures_of(results),
         reported=compare([entry for plan in plans for entry in plan.reported], rows, summaries),
     )
+
+
+def _failure(result: CellResult, cell: Planned, plan: Plan, store: Store) -> Failure:
+    return Failure(
+        key=result.key, names=result.names, status=result.status, reason=result.reason,
+        command=result.command or store.command(plan.path, cell.key),
+        victim=cell.given if result.status == "refused" and result.reason.startswith(ITS_VICTIM) else "",
+    )  # fmt: skip
+
+
+def troubles(failures: Sequence[Failure]) -> list[Trouble]:
+    """Each failure once: repairs that were not tried stand with their victim as long as it has failed."""
+    own = {entry.key for entry in failures if not entry.victim}
+    return [
+        Trouble(failure=entry, held_up=tuple(other for other in failures if other.victim == entry.key))
+        for entry in failures
+        if entry.victim not in own
+    ]
 
 
 def pictures_of(results: Mapping[str, CellResult]) -> tuple[Picture, ...]:
@@ -119,13 +160,14 @@ def compare(
     reported: Sequence[Reported], rows: Sequence[Row], summaries: Sequence[Summary] = ()
 ) -> tuple[Comparison, ...]:
     """Each figure of a paper beside our row of that attack and method, the first where there are several; a paper's
-    mean beside that over the runs in which our methods are compared."""
+    mean beside that over the runs in which our methods are compared, its bound beside the worst attack of these."""
     ours = {(row.attack, row.method): row.values for row in reversed(rows)}
     attacks: dict[str, int] = {}
     for method in {entry.method for entry in reported}:
         compared = [row.values for summary in summaries for row in summary.rows if row.method == method]
         if compared:
             attacks[method] = len(compared)
+            ours[MOST, method] = {"asr": max((values["asr"] for values in compared), key=lambda value: value.mean)}
             ours[MEAN, method] = {name: _mean_of([values[name] for values in compared]) for name in ("asr", "c_acc")}
     return tuple(
         Comparison(
@@ -133,7 +175,7 @@ def compare(
             our_asr=ours.get((attack, entry.method), {}).get("asr"),
             our_c_acc=ours.get((attack, entry.method), {}).get("c_acc"),
             setting=entry.setting, source=entry.source,
-            attacks=attacks.get(entry.method) if attack == MEAN else None,
+            attacks=attacks.get(entry.method) if attack in (MEAN, MOST) else None,
         )
         for entry in reported
         for attack in dict.fromkeys((*entry.asr, *entry.c_acc))
@@ -150,6 +192,7 @@ def progress_of(plan: Plan, store: Store) -> dict[str, int]:
     """How many of a grid's cells have which status; "to run" are those without a result."""
     counts: dict[str, int] = {}
     for cell in plan.cells:
-        status = store.load(cell.key).status if store.has(cell.key) else "to run"
+        found = store.found(cell.key, cell.names)
+        status = "to run" if found is None else found.status
         counts[status] = counts.get(status, 0) + 1
     return counts

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,7 +74,7 @@ def run(
     with Console(options) as console:
         console.detail("importing libraries")
         from unpoison.benchmark.grid import read_grid
-        from unpoison.benchmark.mirror import Mirror, is_url
+        from unpoison.benchmark.mirror import MARKER, Mirror, is_url, local_copy
         from unpoison.benchmark.runner import run_grid, select_cells
         from unpoison.benchmark.store import Store
 
@@ -80,26 +82,29 @@ def run(
         mirror = Mirror.at(output) if output is not None and is_url(output) else None
         path = Path("runs", f"bench-{grid.stem}") if output is None or mirror is not None else Path(output)
         only = cell or []
+        place = str(path) if mirror is None else mirror.url
         if dry_run:
             from unpoison.benchmark.estimate import estimate
 
-            store = Store.read(path) if (path / "bench.json").exists() else None
-            guess = estimate(select_cells(found, only), store, retry=retry)
-            console.answer(guess, lambda out: _show_estimate(out, guess, path))
+            with local_copy(place) as folder:
+                store = Store.read(folder) if (folder / MARKER).exists() else None
+                guess = estimate(select_cells(found, only), store, retry=retry)
+            console.answer(guess, lambda out: _show_estimate(out, guess, place))
             return 0
         if ray is not None:
             from unpoison.distributed.cells import run_grid_on_ray
 
-            store = Store.open(path, mirror)
-            done = run_grid_on_ray(found, store, address=ray, only=only, retry=retry, progress=console)
+            done = run_grid_on_ray(
+                found, partial(Store.open, path, mirror), address=ray, only=only, retry=retry, progress=console
+            )
         else:
             from unpoison.benchmark.process import Worker
 
             store = Store.open(path, mirror)
             with Worker(path / "logs") as worker:
                 done = run_grid(found, store, execute=worker, only=only, retry=retry, progress=console)
-        body = {"folder": store.place, "cells": done.cells, "ran": done.ran, "status": done.status}
-        console.answer(body, lambda out: _show_summary(out, done, store.place))
+        body = {"folder": place, "cells": done.cells, "ran": done.ran, "status": done.status}
+        console.answer(body, lambda out: _show_summary(out, done, place))
     return 3 if done.failed else 0
 
 
@@ -183,11 +188,11 @@ def table(
 @contextmanager
 def _results(place: str) -> Iterator[Store]:
     """The results in a folder or, for the time of the block, at an address."""
-    from unpoison.benchmark.mirror import local_copy
+    from unpoison.benchmark.mirror import Mirror, is_url, local_copy
     from unpoison.benchmark.store import Store
 
     with local_copy(place) as path:
-        yield Store.read(path)
+        yield replace(Store.read(path), mirror=Mirror.at(place) if is_url(place) else None)
 
 
 def _folder(given: str | None) -> str:
@@ -212,14 +217,16 @@ def _write(path: Path, text: str) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}.", hint="Choose another -o file.") from error
 
 
-def _show_estimate(out: rich.console.Console, guess: Estimate, path: Path) -> None:
+def _show_estimate(out: rich.console.Console, guess: Estimate, place: str) -> None:
     from unpoison.cli.console import duration
     from unpoison.cli.tables import plain_table
 
-    out.print(f"Nothing is written in a dry run. {guess.cells} cells, {guess.done} of them done in {path}.")
-    shown = plain_table("to run", "cells", "each", "together", right=("cells", "each", "together"))
+    said = ", ".join(f"{count} {name}" for name, count in {"done": guess.done, **guess.failed}.items())
+    out.print(f"Nothing is written in a dry run. {guess.cells} cells; in {place}: {said}.")
+    shown = plain_table("to run", "cells", "each", "together", "from", right=("cells", "each", "together"))
     for entry in guess.parts:
-        shown.add_row(entry.what, str(entry.cells), duration(entry.seconds), duration(entry.cells * entry.seconds))
+        times = duration(entry.seconds), duration(entry.cells * entry.seconds)
+        shown.add_row(entry.what, str(entry.cells), *times, "like cells" if entry.measured else "a probe")
     out.print(shown)
     out.print(f"Time: about {duration(guess.seconds)} with one runner ({guess.basis})")
 
@@ -236,6 +243,7 @@ def _show_summary(out: rich.console.Console, done: Summary, place: str) -> None:
 
 
 def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], body: dict[str, Any]) -> None:
+    from unpoison.benchmark.formats import failure_lines
     from unpoison.cli.console import duration, printable
     from unpoison.cli.tables import plain_table
 
@@ -252,11 +260,8 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
                 printable(f"{entry['cell']} {entry['name']}"), duration(entry["seconds"]), str(entry["process"])
             )
         out.print(shown)
-    if body["failed"]:
-        shown = plain_table("failed", "", "reason")
-        for entry in body["failed"]:
-            shown.add_row(printable(f"{entry.key} {entry.names}"), entry.status, printable(entry.reason))
-        out.print(shown)
+    for line in failure_lines(body["failed"]):
+        out.print(printable(line), soft_wrap=True)
     if body["seconds_left"] is not None:
         out.print(f"Left: about {duration(body['seconds_left'])} with one runner")
 
@@ -270,7 +275,7 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
         again,
         cells_of,
         compared,
-        failure_text,
+        failure_lines,
         glance,
         headings,
         sections,
@@ -311,8 +316,8 @@ def _show_table(out: rich.console.Console, made: Table) -> None:
         out.print(COMPARED)
     if any(row.refused for row in made.rows):
         out.print("* not accepted by the method itself in one seed or more")
-    for entry in made.failures:
-        out.print(printable(failure_text(entry)), soft_wrap=True)
+    for line in failure_lines(made.failures):
+        out.print(printable(line), soft_wrap=True)
     if made.missing:
         out.print(f"{made.missing} of {made.cells} cells have not run.")
     for note in made.notes:

@@ -179,10 +179,21 @@ def make_shapes(n: int, *, size: int = 32, seed: int = 0) -> ShapesWorld:
     )
 
 
+def shapes_labels(n: int, *, seed: int = 0) -> Int64[np.ndarray, " n"]:
+    """The labels of :func:`make_shapes`, without a picture."""
+    chunks = [_draw_labels(np.random.default_rng([seed, chunk])) for chunk in range(-(-n // _ROWS))]
+    return np.concatenate(chunks)[:n]
+
+
+def _draw_labels(rng: np.random.Generator) -> Int64[np.ndarray, " rows"]:
+    """Of a whole chunk: what is drawn first."""
+    return rng.integers(len(SHAPES_CLASSES), size=_ROWS)
+
+
 def _draw_chunk(seed: int, chunk: int, rows: int, size: int) -> ShapesWorld:
     rng = np.random.default_rng([seed, chunk])
     # Every attribute is drawn for the whole chunk and then cut, so that a picture does not depend on ``rows``.
-    labels = rng.integers(len(SHAPES_CLASSES), size=_ROWS)[:rows]
+    labels = _draw_labels(rng)[:rows]
     colors = rng.integers(len(COLORS), size=_ROWS)[:rows]
     backgrounds = (colors + rng.integers(1, len(COLORS), size=_ROWS)[:rows]) % len(COLORS)
     extents = rng.uniform(_SMALLEST, _LARGEST, size=_ROWS).astype(np.float32)[:rows]

@@ -16,7 +16,7 @@ from unpoison.benchmark.cell import Cell, CellResult
 from unpoison.benchmark.grid import Grid
 from unpoison.benchmark.outcomes import failed
 from unpoison.benchmark.process import Worker
-from unpoison.benchmark.runner import Pending, Summary, describe, finish, select_cells, summary, unfit
+from unpoison.benchmark.runner import Pending, Summary, describe, finish, make_room, select_cells, summary, unfit
 from unpoison.benchmark.store import Store, cell_message, read_message
 from unpoison.distributed.cluster import cluster, reason_of
 from unpoison.errors import ResultError, UsageError
@@ -30,7 +30,7 @@ _AT_WORK = 500  # each holds a lock file open
 
 def run_grid_on_ray(
     grid: Grid,
-    store: Store,
+    open_store: Callable[[], Store],
     *,
     address: str,
     only: Sequence[str] = (),
@@ -41,13 +41,15 @@ def run_grid_on_ray(
 ) -> Summary:
     """:func:`unpoison.benchmark.runner.run_grid` with the cells as tasks of the Ray cluster at ``address``.
 
-    "local" starts one on this machine with ``processors`` (all by default) and ends it afterwards. ``compute``: what a
-    task does, :func:`compute_message` unless another is given. Raises MissingExtraError without Ray, UsageError where
-    no cluster answers or none of its nodes has what a cell asks for.
+    ``open_store`` is called once a cluster answers: without one no folder is made. "local" starts one on this machine
+    with ``processors`` (all by default) and ends it afterwards. ``compute``: what a task does, :func:`compute_message`
+    unless another is given. Raises MissingExtraError without Ray, UsageError where no cluster answers or none of its
+    nodes has what a cell asks for.
     """
     progress = progress or Silent()
     wanted = select_cells(grid, only)
     with cluster(address, processors) as ray:
+        store = open_store()
         store.keep_plan(grid)
         task = ray.remote(compute or compute_message)
         pending = Pending.of(wanted, store, retry=retry)
@@ -79,6 +81,7 @@ def run_grid_on_ray(
                         ran += 1
                         continue
                     progress.log(f"{key} {cell.names}")
+                    make_room(cell, store, progress)
                     asked = task.options(**resources(cell), max_retries=RETRIES, name=f"cell {key}")
                     at_work[asked.remote(cell_message(cell, store.path.resolve()))] = cell, lease
                     busy.add(key)

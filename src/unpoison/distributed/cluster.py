@@ -15,6 +15,7 @@ import torch
 from unpoison.errors import MissingExtraError, UsageError
 
 LOCAL = "local"
+CLIENT = "ray://"
 _CONNECT = 5.0
 _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -61,10 +62,17 @@ def count_workers(address: str) -> int:
 
 
 def check_answers(address: str) -> None:
-    """Raises UsageError where nothing listens at HOST:PORT; "auto" is left to Ray, "local" needs none."""
+    """Raises UsageError where nothing listens at HOST:PORT and for an address of Ray's client; "auto" is left to Ray,
+    "local" needs none."""
     if address in ("auto", LOCAL):
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith(CLIENT):
+        raise UsageError(
+            f"--ray {address}: Ray's client is not used here.",
+            hint="On a machine of the cluster give HOST:PORT as `ray start` said it (mostly port 6379), or 'auto'; "
+            "from elsewhere send the whole command there: ray job submit --address http://HOST:8265 -- unpoison ...",
+        )
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or not host:
         raise UsageError(
             f"--ray {address}: expected HOST:PORT, 'auto' or 'local'.",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from unpoison import __version__
-from unpoison.benchmark.formats import COMPARED, SPREAD
+from unpoison.benchmark.formats import COMPARED, SPREAD, paper_asr
 from unpoison.benchmark.rows import Column, Row, Value, columns_of
-from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN
+from unpoison.benchmark.settings import CLEAN, GIVEN, MEAN, MOST
 from unpoison.benchmark.summary import Summary
-from unpoison.benchmark.table import Comparison, Picture, Table
+from unpoison.benchmark.table import Comparison, Picture, Table, troubles
 from unpoison.report import charts
 from unpoison.report.html import asset, content_policy, make_environment
 from unpoison.report.text import count
@@ -44,10 +44,11 @@ class Board:
 def render_leaderboard(table: Table) -> str:
     """The whole page as text."""
     environment = make_environment()
-    environment.filters |= {"figure": figure_text, "range": range_text, "value": value_text}
+    environment.filters |= {"figure": figure_text, "range": range_text, "value": value_text, "paper_asr": paper_asr}
     script = asset(environment, "sort.js")
     return environment.get_template("leaderboard.html.j2").render(
         table=table,
+        troubles=troubles(table.failures),
         boards=[make_board(summary, table) for summary in table.summaries],
         attacks=attack_views(table),
         columns=columns_of(table.rows),
@@ -72,7 +73,7 @@ def make_board(summary: Summary, table: Table) -> Board:
     settings = dict.fromkeys((row.data, row.model) for row in rows)
     frontiers = [found for data, model in settings if (found := frontier(rows, data, model)) is not None]
     methods = {row.method for row in rows}
-    reported = [entry for entry in table.reported if entry.attack == MEAN and entry.method in methods]
+    reported = [entry for entry in table.reported if entry.attack in (MEAN, MOST) and entry.method in methods]
     return Board(title=_KINDS[summary.kind], summary=summary, reported=reported, frontiers=frontiers)
 
 
