@@ -243,6 +243,8 @@ def test_a_clip_with_classes_and_as_an_encoder(small_folder: Path, tmp_path: Pat
     assert (named.kind, named.weights.method) == ("CLIP", "class-wise inversion")
     assert {row.name for row in named.weights.classes} <= set(SHAPES_CLASSES[:4])
     assert any("made up" in warning for warning in named.warnings)
+    assert named.weights.made_up
+    assert named.weights.word in ("suspicious", "inconclusive")
     encoder = scan_model(small_folder, references=[small_folder], config=QUICK, run=Run(cache=tmp_path)).scan
     assert encoder.weights.method == "DECREE"
     assert encoder.weights.target is None

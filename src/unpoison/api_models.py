@@ -18,10 +18,10 @@ from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import CanaryConfig, measure_power, summary
 from unpoison.detection.class_search import kept_searches
 from unpoison.detection.model_files import judge_files
-from unpoison.detection.model_weights import Sizes, WeightsConfig, judge_weights, reference_sizes
+from unpoison.detection.model_weights import Reference, WeightsConfig, judge_weights, search_reference
 from unpoison.detection.probe_images import gather_images
 from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
-from unpoison.model_results import DataVerdict, ModelScan, Power, WeightsVerdict
+from unpoison.model_results import DataVerdict, ModelScan, Power, Reach, WeightsVerdict
 from unpoison.models.any_model import AnyModel, Opening, open_any_model, says
 from unpoison.models.clip_transformers import TINY
 from unpoison.models.folders import find_model_folder
@@ -177,15 +177,15 @@ def _look(
     frozen = opened.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
     warnings: list[str] = []
-    clean: list[tuple[str, Sizes]] = []
+    clean: list[Reference] = []
     most = _REFERENCE_SHARE * (left() or 0.0)
     for name in references:
         seconds = _less(left(), most)
-        sizes = _reference(name, opened, images, names, opening, config, run, seconds, clock)
-        if sizes is None:
+        reached = _reference(name, opened, images, names, opening, config, run, seconds, clock)
+        if reached is None:
             warnings.append(_UNFINISHED.format(name))
         else:
-            clean.append((str(name), sizes))
+            clean.append((str(name), reached))
 
     def judge(model: AnyModel, seconds: float | None, step: str | None = None) -> WeightsVerdict:
         return judge_weights(model, probe, clean, config.weights, run=run, seconds=seconds, step=step, clock=clock)
@@ -237,8 +237,8 @@ def _reference(
     run: Run,
     seconds: float | None,
     clock: Callable[[], float],
-) -> Sizes | None:
-    """Sizes of a clean model's triggers, None where time was too short; its files are judged like any others."""
+) -> tuple[Reach, ...] | None:
+    """What reaches a clean model's classes, None where time was too short; its files are judged like any others."""
     file = judge_files(files_of(name))
     if file.word != "accepted":
         raise UnsafeCheckpointError(f"reference {name}: {file.reason}", hint="Give another --clean-reference.")
@@ -253,7 +253,7 @@ def _reference(
         )
     frozen = found.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
-    return reference_sizes(frozen, probe, config.weights, run=run, seconds=seconds, clock=clock)
+    return search_reference(frozen, probe, config.weights, run=run, seconds=seconds, clock=clock)
 
 
 def files_of(model: str | Path) -> Path:

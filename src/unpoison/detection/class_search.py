@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from unpoison.detection.anomaly import FEWEST_CLASSES
 from unpoison.detection.inversion import (
     FEWEST_IMAGES,
     Form,
@@ -48,7 +49,6 @@ SEARCHED: tuple[Form, ...] = ("square", "patch", "additive")
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 _AT_ONCE, _KEPT_AT_ONCE = 256, 16
 _PROBED_STEPS = 4
-FEWEST_CLASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)

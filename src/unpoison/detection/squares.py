@@ -16,8 +16,7 @@ Steps
        that did is the result; where none did, the largest.
 Where we differ
     No rotation and no scaling; sides that fall are ours. A square that does not work has the largest side, and classes
-    then differ in how many images it sends: :func:`unpoison.detection.anomaly.log_sizes` counts half of the images as
-    twice the size.
+    then differ in how many images it sends (:func:`unpoison.detection.anomaly.cost`).
 """
 
 from __future__ import annotations
