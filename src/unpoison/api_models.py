@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from unpoison import __version__
@@ -17,8 +17,9 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import CanaryConfig, measure_power, summary
 from unpoison.detection.class_search import kept_searches
+from unpoison.detection.measured import measured_for
 from unpoison.detection.model_files import judge_files
-from unpoison.detection.model_weights import Reference, WeightsConfig, judge_weights, search_reference
+from unpoison.detection.model_weights import DECREE, Reference, WeightsConfig, judge_weights, search_reference
 from unpoison.detection.probe_images import gather_images
 from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
 from unpoison.model_results import DataVerdict, ModelScan, Power, Reach, WeightsVerdict
@@ -38,8 +39,13 @@ NOT_COVERED = (
     "Backdoors whose target is none of the classes that were searched, or that wait for a later fine-tuning.",
     "Models trained to hide their trigger from inversion, such as BadCLIP's.",
     "Backdoors toward several classes at once, where no class stands out from the others.",
-    "Nothing found is no proof that a model is clean.",
 )
+NOT_COVERED_BY_DECREE = (
+    "Triggers that change the whole image or depend on it: only a patch is looked for.",
+    "Encoders trained to hide from such a search (BadCLIP), and backdoors that send images to no single place.",
+    "Which class or text a trigger leads to: give --classes or labelled --data for that.",
+)
+NEVER_COVERED = ("Nothing found is no proof that a model is clean.",)
 _MADE_UP = (
     "The images were made up. Triggers are found best on images like those that the model is for: give --data SOURCE."
 )
@@ -152,7 +158,7 @@ def scan_model(
         weights=weights,
         power=powers,
         warnings=warnings,
-        not_covered=_not_covered(powers),
+        not_covered=_not_covered(weights, powers),
         seconds=clock() - begun,
         seed=run.seed,
         config=asdict(config) | {"budget": budget},
@@ -195,6 +201,10 @@ def _look(
     weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen, share, "search"))
     run.forget(kept_searches("search", len(frozen.class_names), config.weights.search))
     powers = None
+    known = measured_for(
+        opened.kind, weights.method, config.weights, made_up=probe.made_up, references=bool(weights.references)
+    )
+    weights = replace(weights, measured=known)
     if power:
         powers = measure_power(
             frozen, probe, judge, config.canaries, run=run, seconds=left(), share=share, needed=weights.seconds,
@@ -266,12 +276,22 @@ def files_of(model: str | Path) -> Path:
     return path if path.exists() else find_model_folder(model, pickles=True)
 
 
-def _not_covered(power: Power | None) -> tuple[str, ...]:
+def _not_covered(weights: WeightsVerdict, power: Power | None) -> tuple[str, ...]:
+    """What this scan cannot see, by its method; nothing where no weights were looked at."""
+    if not weights.method:
+        return ()
+    said = (*(NOT_COVERED_BY_DECREE if weights.method == DECREE else NOT_COVERED), *NEVER_COVERED)
+    if weights.measured is not None and weights.measured.weak:
+        families = ", ".join(weights.measured.weak)
+        said = (
+            f"Triggers of kinds of which fewer than nine in ten were found when it was measured: {families}.",
+            *said,
+        )
     if power is None:
-        return (*NOT_COVERED, "What this scan would have missed was not measured (--power).")
+        return (*said, "What this scan would have missed was not measured (--power).")
     missed = [canary for canary in power.learnt if not canary.found]
     own = [f"Planted to test it and missed: {canary.trigger} at a rate of {canary.rate:g}." for canary in missed]
-    return (*NOT_COVERED, *own, f"Of the backdoors that were planted to test it, {summary(power.canaries)}.")
+    return (*said, *own, f"Of the backdoors that were planted to test it, {summary(power.canaries)}.")
 
 
 __all__ = ["ModelScanConfig", "ModelScanOutcome", "scan_model"]

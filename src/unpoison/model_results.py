@@ -127,6 +127,20 @@ class AnomalyIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """How often scans like this one were wrong on models that nothing was set on. ``false_alarms`` of ``clean`` models
+    and ``found`` of ``backdoored`` ones were called suspicious or backdoored, of ``named`` the target was right;
+    ``weak``: families of triggers of which fewer than nine in ten were found."""
+
+    clean: int
+    false_alarms: int
+    backdoored: int
+    found: int
+    named: int
+    weak: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightsVerdict:
     """Whether the weights behave as if backdoored. ``method``: "class-wise inversion" or "DECREE"; "" where not looked.
 
@@ -134,7 +148,8 @@ class WeightsVerdict:
     base64; ``asr``: percent of the data's images of other classes that it sends to ``target``, with its interval;
     ``asr_floor``: the same images without it, None where the images have no labels to tell. ``covered``: percent of the
     planned search that was done. ``suspicious_from`` and ``backdoored_from`` are the cuts of the score (class-wise
-    inversion only), ``reference_classes`` what reaches the classes of the ``references``.
+    inversion only), ``reference_classes`` what reaches the classes of the ``references``. ``measured``: how often such
+    scans are wrong, None where that is not known.
     """
 
     word: WeightsWord
@@ -158,6 +173,7 @@ class WeightsVerdict:
     reference_classes: tuple[Reach, ...] = ()
     suspicious_from: float | None = None
     backdoored_from: float | None = None
+    measured: Measured | None = None
     covered: float = 0.0
     seconds: float = 0.0
 

@@ -66,7 +66,8 @@ class AnomalyConfig:
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
     """``own`` and ``beside``: of each class its deviations under the others and under the references' classes,
-    weighted; None where there are too few. ``candidate``: the place of the class with the highest ``score``, None without any."""
+    weighted; None where there are too few. ``candidate``: the place of the class with the highest ``score``, None
+    without any."""
 
     word: WeightsWord
     score: float
@@ -149,7 +150,7 @@ def index_with_interval(
     costs: Float[np.ndarray, " k"], candidate: int, floor: float, weight: float = 1.0
 ) -> AnomalyIndex:
     """The candidate's index and its 95 % percentile bootstrap over the other classes (at least two)."""
-    others, random = np.delete(costs, candidate), np.random.default_rng(0)
+    others, random = np.sort(np.delete(costs, candidate)), np.random.default_rng(0)  # of any order the same
     drawn = others[random.integers(len(others), size=(_RESAMPLED, len(others)))]
     among = np.concatenate([drawn, np.full((_RESAMPLED, 1), costs[candidate])], axis=1)
     middle = np.median(among, axis=1, keepdims=True)
