@@ -17,6 +17,7 @@ from unpoison.detection.canaries import plant
 from unpoison.detection.class_search import seconds_of_search
 from unpoison.detection.decree import decree
 from unpoison.detection.model_files import judge_files
+from unpoison.detection.model_weights import fast_logits
 from unpoison.detection.probe_images import ProbeImages, gather_images
 from unpoison.errors import ModelError
 from unpoison.models.any_model import AnyModel, Opening
@@ -100,7 +101,7 @@ def _weights(
     needed = 4 * count * probe.images[0].numel()
     if frozen.class_names:
         amount, seconds = seconds_of_search(
-            frozen.logits, probe.images, len(frozen.class_names), config.weights.search, run=run
+            fast_logits(frozen, run), probe.images, len(frozen.class_names), config.weights.search, run=run
         )
         forms = ", ".join(config.weights.search.forms)
         what = f"weights: search {len(frozen.class_names)} classes in each form ({forms})"

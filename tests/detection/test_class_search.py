@@ -168,15 +168,40 @@ def test_searching_in_turns_and_one_by_one_find_the_same() -> None:
         assert [entry.steps for entry in found] == [entry.steps for entry in turns.found[form]]
 
 
+def test_hopeless_classes_are_given_up_half_way_alike_in_both_orders() -> None:
+    suspect = model(backdoored=True)
+    config = ClassSearchConfig(
+        forms=("patch", "additive"), steps=30, turn=5, hopeless_after=8, hopeless=1.0,
+        inversion=InversionConfig(batch_size=16),
+    )  # fmt: skip
+    assert config.mark == 10
+    straight = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run())
+    turns = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run(), seconds=1e9)
+    whole = search_classes(suspect.logits, probe().images, CLASSES, replace(config, hopeless_after=30), run=Run())
+    assert straight.complete
+    assert turns.complete
+    for form, found in straight.found.items():
+        given_up = [entry.trigger.target for entry in found if not entry.finished]
+        assert 0 < len(given_up) <= CLASSES // 2
+        assert TARGET not in given_up
+        assert [entry.steps for entry in found] == [entry.steps for entry in turns.found[form]]
+        for entry, other, full in zip(found, turns.found[form], whole.found[form], strict=True):
+            assert entry.trigger.size == other.trigger.size
+            assert entry.steps == (30 if entry.finished else 10)
+            assert not entry.finished or entry.trigger.size == full.trigger.size
+
+
 def test_a_search_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
     suspect = model(backdoored=True)
-    config = ClassSearchConfig(steps=4, square_steps=4, finalists=3, first_steps=2)
+    config = ClassSearchConfig(steps=4, square_steps=4, turn=1, hopeless_after=2, finalists=3, first_steps=2)
     run = Run(folder=RunFolder.open(tmp_path / "run", {}))
     first = search_classes(suspect.logits, probe().images, CLASSES, config, run=run, step="search")
     kept = {path.stem for path in (tmp_path / "run/steps").iterdir()}
     assert kept < set(kept_searches("search", CLASSES, config))
     assert sum("first" in name for name in kept) == 1
-    assert len(kept) == 1 + 3 * 3
+    halves = {name for name in kept if name.endswith("-half")}
+    assert len(halves) == 2 * 3  # squares give up by themselves
+    assert 1 + 3 * 2 <= len(kept - halves) <= 1 + 3 * 3
 
     def never(images: Tensor) -> Tensor:
         if images.requires_grad or torch.is_grad_enabled():

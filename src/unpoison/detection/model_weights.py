@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unpoison.detection.anomaly import FEWEST_CLASSES, AnomalyConfig, Judgement, capped, judge_reach
@@ -34,15 +34,17 @@ from unpoison.detection.class_search import (
     search_classes,
 )
 from unpoison.detection.decree import DECREEConfig, DECREEFinding, decree
-from unpoison.detection.inversion import InvertedTrigger, picture_of
+from unpoison.detection.inversion import InvertedTrigger, Logits, picture_of
 from unpoison.detection.probe_images import ProbeImages
 from unpoison.detection.trigger_search import say_size
 from unpoison.errors import ConfigError
 from unpoison.evaluation.intervals import wilson
 from unpoison.model_results import ClassTrigger, Reach, WeightsVerdict, WeightsWord
 from unpoison.models.any_model import AnyModel, says
+from unpoison.models.clip_transformers import inference_dtype
 from unpoison.results import Interval, write_atomically
 from unpoison.runs import Run
+from unpoison.types import Images
 
 INVERSION, DECREE, MASK = "class-wise inversion", "DECREE", "mask"
 _SEARCHED_BY = ("class_search", "inversion", "squares", "decree", "probe_images")
@@ -79,6 +81,17 @@ def search_inputs(config: WeightsConfig) -> dict[str, Any]:
     return {"images": config.images, "search": asdict(config.search), "decree": decree, "code": code.hexdigest()}
 
 
+def fast_logits(model: AnyModel, run: Run) -> Logits:
+    """The logits of a frozen model for a search, in bfloat16 where the machine computes in it: half the time a step."""
+    dtype = inference_dtype(run.device)
+
+    def logits(images: Images) -> Float[Tensor, "b k"]:
+        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return model.logits(images).float()
+
+    return logits
+
+
 def judge_weights(
     model: AnyModel,
     probe: ProbeImages,
@@ -107,8 +120,8 @@ def judge_weights(
         found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds, clock=clock)
         return _judge_encoder(found, config, common | {"seconds": clock() - begun})
     search = search_classes(
-        model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds, clock=clock,
-        step=step,
+        fast_logits(model, run), probe.images, len(model.class_names), config.search, run=run, seconds=seconds,
+        clock=clock, step=step,
     )  # fmt: skip
     common |= {"seconds": clock() - begun, "suspicious_from": config.anomaly.suspicious,
                "backdoored_from": config.anomaly.backdoored}  # fmt: skip
@@ -145,8 +158,9 @@ def search_reference(
     else:
         count, step = len(model.class_names), f"reference-{key}"
         search = search_classes(
-            model.logits, probe.images, count, config.search, run=run, seconds=seconds, clock=clock, step=step
-        )
+            fast_logits(model, run), probe.images, count, config.search, run=run, seconds=seconds, clock=clock,
+            step=step,
+        )  # fmt: skip
         if search.cut:
             return None
         reached = tuple(_reach(entry) for entry in _every(search))
