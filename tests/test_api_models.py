@@ -341,6 +341,39 @@ def test_weights_that_cannot_be_opened_are_inconclusive_with_the_reason(tmp_path
     assert "--arch" in nameless.weights.reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config.json": {"id2label": {"0": "a", "1": "b", "7": "c"}}}, "could not be opened"),
+        ({"preprocessor_config.json": {"size": {"height": 40, "width": 40}}}, "a first pass failed"),
+        ({"preprocessor_config.json": {"size": {"height": 100_000, "width": 100_000}}}, "100,000 pixels"),
+        ({"preprocessor_config.json": {"image_std": [0.0, 0.0, 0.0]}}, "image_std"),
+    ],
+)
+def test_odd_folders_cost_the_weights_verdict_only(
+    changes: dict[str, dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8,
+        id2label=dict(enumerate("abc")),
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    ViTForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 24, "width": 24}}))
+    for name, change in changes.items():
+        body = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(body | change))
+    found = scan_model(folder, config=QUICK)
+    assert (found.scan.file.word, found.scan.weights.word, found.scan.exit_code) == ("accepted", "inconclusive", 3)
+    assert said in found.scan.weights.reason
+    assert found.scan.not_covered == ()
+    (tmp_path / "out").mkdir()
+    save_model_scan(found, tmp_path / "out")
+    assert (tmp_path / "out/model-scan.json").exists()
+
+
 def test_a_reference_of_another_kind_and_a_budget_of_nothing(classifier: Path, small_folder: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="says nothing of"):
         scan_model(classifier, references=[small_folder], config=QUICK)

@@ -21,9 +21,16 @@ from unpoison.detection.measured import measured_for
 from unpoison.detection.model_files import judge_files
 from unpoison.detection.model_weights import DECREE, Reference, WeightsConfig, judge_weights, search_reference
 from unpoison.detection.probe_images import gather_images
-from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
+from unpoison.errors import (
+    ConfigError,
+    ModelError,
+    UnpoisonError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
 from unpoison.model_results import DataVerdict, ModelScan, Power, Reach, WeightsVerdict
-from unpoison.models.any_model import AnyModel, Opening, open_any_model, says
+from unpoison.models.any_model import AnyModel, Opening, open_any_model, says, try_out
 from unpoison.models.clip_transformers import TINY
 from unpoison.models.folders import find_model_folder
 from unpoison.models.image_classifier import ImageClassifier
@@ -123,13 +130,9 @@ def scan_model(
         raise ConfigError(f"expected a budget above 0 seconds, got {budget:g}.", hint="Give 10m, for example.")
     names = list(class_names) if class_names is not None else None
     file = judge_files(files_of(model))
-    unopened = "Not looked at: " + file.reason
-    opened: AnyModel | None = None
+    opened, unopened = None, "Not looked at: " + file.reason
     if file.word == "accepted":
-        try:
-            opened = open_suspect(model, names, images, opening, run)
-        except ModelError as error:
-            unopened = f"The model could not be opened: {error.message} {error.hint}"
+        opened, unopened = try_to_open(model, names, images, opening, run)
     needed = 0.0
     if trained_on is not None and budget is not None:
         plan = plan_data(opened, trained_on, data_method, clip, run=run)
@@ -165,6 +168,26 @@ def scan_model(
         inputs={"model": "" if opened is None else opened.fingerprint, "unpoison": __version__},
     )
     return ModelScanOutcome(scan=scan, data=outcome)
+
+
+def try_to_open(
+    model: str | Path, names: Sequence[str] | None, images: LabelledImages | None, opening: Opening, run: Run
+) -> tuple[AnyModel | None, str]:
+    """The model after a first pass, or None and why: files that say what is not so cost the weights verdict only.
+
+    What is wrong with the request itself raises UsageError.
+    """
+    try:
+        opened = open_suspect(model, names, images, opening, run)
+        try_out(opened.frozen(run), opening)
+    except ModelError as error:
+        return None, f"The model could not be opened: {error.message} {error.hint}"
+    except UnpoisonError:
+        raise
+    except Exception as error:  # whatever hostile or odd files make of the libraries that read them
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return None, f"The model could not be opened ({type(error).__name__}: {reason})."
+    return opened, ""
 
 
 def _look(
@@ -254,9 +277,11 @@ def _reference(
         raise UnsafeCheckpointError(f"reference {name}: {file.reason}", hint="Give another --clean-reference.")
     same_arch = isinstance(suspect.model, ImageClassifier) and Path(name).is_file()
     try:
-        found = open_suspect(name, names, images, opening if same_arch else Opening(), run)
+        found, why = try_to_open(name, names, images, opening if same_arch else Opening(), run)
     except UsageError as error:
         raise UsageError(f"reference {name}: {error.message}", hint=error.hint) from error
+    if found is None:
+        raise UnsupportedModelError(f"reference {name}: {why}", hint="Give another --clean-reference.")
     if found.kind != suspect.kind or bool(found.class_names) != bool(suspect.class_names):
         raise UnsupportedModelError(
             f"reference {name}: a {found.kind} says nothing of a {suspect.kind}.", hint="Give a model of the same kind."
