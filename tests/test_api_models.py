@@ -40,6 +40,7 @@ from unpoison.model_results import (
     FileFinding,
     FileVerdict,
     FindingKind,
+    Measured,
     ModelScan,
     Power,
     ScannedFile,
@@ -51,7 +52,7 @@ from unpoison.models.clip_transformers import load_clip
 from unpoison.outputs_models import save_model_scan
 from unpoison.planning_models import plan_model_scan
 from unpoison.report.html import render_report
-from unpoison.report.model_views import model_verdict
+from unpoison.report.model_views import model_verdict, next_steps
 from unpoison.report.runs import read_run
 from unpoison.results import DatasetScan, Interval, PoisonEstimate
 from unpoison.runs import Run
@@ -427,3 +428,30 @@ def test_the_headline_says_what_the_exit_code_says(tmp_path: Path) -> None:
         assert ("Do not load these files with any tool" in page) == change.file.dangerous
     replace(cleared(scan), data=planted_data("poisoned")).save(tmp_path / "model-scan.json")
     assert "unpoison keep" in render_report([read_run(tmp_path)])
+
+
+def test_steps_clean_the_data_and_repair_the_weights() -> None:
+    scan = replace(planted_scan(), data=planted_data("poisoned"))
+    said = {"command": ["unpoison", "scan", "model", "w.pth", "--arch", "wrn-16-1", "--data", "photos"]}
+    steps = next_steps(replace(scan, power=None, weights=replace(scan.weights, references=())), "scan", said)
+    lines = [step.line for step in steps]
+    assert lines[0].startswith("unpoison keep scan/data")
+    assert any(line.startswith("unpoison purify pad-ft") for line in lines)
+    assert "unpoison scan model w.pth --arch wrn-16-1 --data photos --power" in lines
+    assert "unpoison scan model w.pth --arch wrn-16-1 --data photos --clean-reference MODEL" in lines
+    made_up = next_steps(replace(scan, weights=replace(scan.weights, made_up=True)), "scan", {})
+    assert "unpoison scan model m --data SOURCE" in [step.line for step in made_up]
+
+
+def test_the_answer_says_its_cuts_and_how_often_it_is_wrong(tmp_path: Path) -> None:
+    scan = planted_scan()
+    weights = replace(scan.weights, suspicious_from=2.2, backdoored_from=3.0, asr_floor=None)
+    for measured, said in (
+        (None, "has not been measured yet"),
+        (Measured(clean=20, false_alarms=1, backdoored=30, found=27, named=26), "of 20 clean models 1 were called"),
+    ):
+        replace(scan, weights=replace(weights, measured=measured)).save(tmp_path / "model-scan.json")
+        page = render_report([read_run(tmp_path)])
+        assert said in page
+        assert "suspicious from 2.2, backdoored from 3.0" in page
+        assert "the images have no labels of their own" in page

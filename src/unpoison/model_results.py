@@ -18,11 +18,12 @@ DANGEROUS: frozenset[str] = frozenset({"code", "remote code", "archive bomb", "l
 
 @dataclass(frozen=True, kw_only=True)
 class FileFinding:
-    """One reason to refuse a model's files. ``file`` is relative to the model."""
+    """One reason to refuse a model's files. ``file`` is relative to the model; ``hint``: what to do about it."""
 
     file: str
     kind: FindingKind
     reason: str
+    hint: str = ""
 
     @property
     def dangerous(self) -> bool:

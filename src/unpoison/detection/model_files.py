@@ -203,11 +203,13 @@ def _check_json(path: Path, name: str) -> list[FileFinding]:
     try:
         check_config(path)
     except UnsafeCheckpointError as error:
-        return [FileFinding(file=name, kind="remote code", reason=error.message.removeprefix(f"{path}: "))]
+        reason = error.message.removeprefix(f"{path}: ")
+        return [FileFinding(file=name, kind="remote code", reason=reason, hint=error.hint)]
     except ModelError as error:
         # Not every .json of a folder is read by a loader, and a list is one too: only configs have to be objects.
         if Path(name).name.endswith(("config.json", "unpoison.json", ".index.json")):
-            return [FileFinding(file=name, kind="unusable", reason=error.message.removeprefix(f"{path}: "))]
+            reason = error.message.removeprefix(f"{path}: ")
+            return [FileFinding(file=name, kind="unusable", reason=reason, hint=error.hint)]
     return []
 
 
