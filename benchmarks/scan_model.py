@@ -165,7 +165,7 @@ def row_of(cell: Cell, mode: str, inputs: dict[str, Any], found: ModelScan) -> d
         "target": cell.target, "inputs": inputs, "file": found.file.word, "sha256": found.file.sha256,
         "word": weights.word, "score": weights.score, "named": weights.target_name, "form": weights.form,
         "size": weights.size, "reason": weights.reason,
-        "asr": None if weights.asr is None else weights.asr.value, "references": len(weights.references),
+        "asr": None if weights.asr is None else weights.asr.value, "references": len(inputs.get("references", ())),
         "covered": weights.covered, "made_up": weights.made_up, "seconds": found.seconds,
         "classes": [[row.name, row.form, row.size, row.success] for row in weights.classes],
         "reference_classes": [[row.form, row.size, row.success] for row in weights.reference_classes],

@@ -170,6 +170,20 @@ def test_every_clip_of_the_zoo_is_a_victim_of_the_grid(zoo: ModuleType) -> None:
     assert {(entry.family, entry.seed) for entry in zoo.plan_zoo(("clip",))} <= there
 
 
+def test_a_clip_that_the_grid_refused_is_counted_as_refused(
+    zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SimpleNamespace(has=lambda key: True, load=lambda key: SimpleNamespace(status="refused"))
+    monkeypatch.setattr(zoo, "Store", SimpleNamespace(read=lambda bench: store))
+    cell = SimpleNamespace(key="k", data=SimpleNamespace(target="horse"))
+    monkeypatch.setattr(zoo, "cell_of", lambda *_: cell)
+    entry = next(entry for entry in zoo.plan_zoo(("clip",)) if entry.family == "wanet-strong")
+    zoo.note_clip(entry, None, tmp_path / "bench", tmp_path / "zoo")
+    assert zoo.find_zoo(tmp_path / "zoo") == []
+    ((_, body),) = zoo.find_made(tmp_path / "zoo").values()
+    assert (body["accepted"], body["target_name"]) == (False, "horse")
+
+
 def test_zoo_json_of_a_clip_has_its_cells_rate_and_target(zoo: ModuleType) -> None:
     figures = SimpleNamespace(c_acc=SimpleNamespace(value=80.0), asr=SimpleNamespace(value=99.0))
     found = SimpleNamespace(

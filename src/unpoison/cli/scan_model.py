@@ -174,6 +174,7 @@ def model(
             model, data=data, classes=classes, clean_reference=clean_reference, trained_on=trained_on, pairs=pairs,
             data_method=data_method, clip=None if clip == "tiny" else clip, config=config,
             caption_column=caption_column, **vars_of(opening), **vars_of(reading), limit=options.limit,
+            seed=options.seed or None,
         )  # fmt: skip
         inputs = {
             "unpoison": __version__, "verb": "scan model", "model": model, "files": hash_files(files_of(model)),
