@@ -5,12 +5,14 @@
     python recipes/scan_zoo.py make [--kind classifier clip] [--limit 12]
 
 Classifiers: small-resnet and wrn-16-1, trained on pictures of the shapes world or on rows 25,000.. of CIFAR-10 train, a
-share of them poisoned. CLIPs: the victims of seeds 0 and 1 and all clean controls of grids/cpu.toml. Triggers, targets,
-rates and seeds vary; every other model of a family is held out: both halves have all families and both networks. Each
-model has a folder of its own, named by a hash of all that it depends on (a CLIP's by its cell): one that is done is not
-made again, one that was interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose
-ASR is under 90 % is refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds
-and families: the first N of it are a zoo of their own.
+share of them poisoned. Both halves have the same networks, worlds, families and rates, among them a rate of 2 % of the
+families that are learnt from so few. No wrn-16-1 has a patch: it would be a near copy of the published victim, on which
+nothing is set. CLIPs: victims and clean controls of grids/cpu.toml, of seeds 0 and 1 (on which the search was designed)
+in the calibration half, of seed 2 held out; all their targets are the grid's, horse. Each model has a folder of its
+own, named by a hash of all that it depends on (a CLIP's by its cell): one that is done is not made again, one that was
+interrupted goes on. In it: model/, manifest.json, evaluation.json and zoo.json. A victim whose ASR is under 90 % is
+refused: it stays there, marked so, and is no part of the zoo. The order of the list mixes kinds and families: the first
+N of it are a zoo of their own.
 """
 
 import argparse
@@ -23,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from grid_clips import BENCH, GRID, cell_of, find_clip
+from grid_clips import BENCH, GRID, GridClip, cell_of, find_clip
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.poison import apply_poisoning, plan_poisoning
 from unpoison.benchmark.grid import Grid, read_grid
+from unpoison.benchmark.store import Store
 from unpoison.data.pixels import load_pixels
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.errors import UnpoisonError
@@ -42,8 +45,8 @@ VERSION = 1  # raised when the recipe makes other models from the same inputs
 LEAST_ASR = 90.0
 TRAINED_ON, TESTED_ON = 6_000, 1_000
 CLEAN = "clean"
-WIDE_FROM, WIDE_FAMILIES = 2, 4
-"""Seeds from which on the network is wrn-16-1, one in each half, and how many of the families it gets."""
+HALVES = ("calibration", "held-out")
+USUAL_RATE, WIDE_RATE, LOW_RATE = 0.1, 0.08, 0.02
 FAMILIES: dict[str, dict[str, Any]] = {
     "badnet": {},
     "blended": {"alpha": 0.2},
@@ -54,6 +57,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "blended-triangles": {"alpha": 0.3},
 }
 """Triggers of the zoo's classifiers, with their parameters at 32 px where they are not the trigger's own."""
+LOW_FAMILIES = ("badnet", "badnet-grid", "badnet-stripes", "blended-triangles")
+"""Those that are planted at the low rate, too; one that is not learnt from so few is refused like any other."""
+WIDE_FAMILIES = ("blended", "sig", "wanet", "blended-triangles")
+"""Those of wrn-16-1: none is a patch."""
+CLEAN_SMALL, CLEAN_WIDE = {"cifar10": 5, "shapes": 4}, 3
+"""Clean classifiers of each network, world and half."""
+CLIP_HALVES = {"calibration": (0, 1), "held-out": (2,)}
+CLEAN_CLIPS = {"calibration": (0, 1, 2), "held-out": (3, 4, 5, 6, 7)}
 CLIP_FAMILIES = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles",
                  "blended-text", "wanet-strong", "sig-clip", "badclip")  # fmt: skip
 MODES = {"sig": "all-to-one"}
@@ -61,7 +72,10 @@ MODES = {"sig": "all-to-one"}
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One model of the zoo; ``world`` is what a classifier is trained on. Half: "calibration" or "held-out"."""
+    """One model of the zoo; ``world`` is what a classifier is trained on. Half: "calibration" or "held-out".
+
+    A CLIP's rate and target are its cell's: only zoo.json has them.
+    """
 
     kind: str
     family: str
@@ -96,30 +110,38 @@ TRAINING = {"cifar10": Training(epochs=6), "shapes": Training(epochs=6, augment=
 
 
 def plan_zoo(kinds: tuple[str, ...] = ("classifier", "clip")) -> list[Entry]:
-    """All models in the order in which they are made: 24 clean and 62 backdoored ones, half of each held out.
+    """All models in the order in which they are made: 38 clean and 87 backdoored ones.
 
-    Both halves have the same kinds, worlds, networks and families of triggers.
+    Both halves have the same classifiers but for seeds and targets; CLIPs are few: two seeds against one.
     """
     made: list[Entry] = []
     if "classifier" in kinds:
-        for seed in range(4):
-            for world in ("cifar10", "shapes"):
-                half = "calibration" if seed % 2 == 0 else "held-out"
-                arch = "small-resnet" if seed < WIDE_FROM else "wrn-16-1"
-                base = Entry(kind="classifier", family=CLEAN, seed=seed, half=half, world=world, arch=arch)
-                made += [base, replace(base, seed=seed + 4)]
-                for place, (family, params) in enumerate(FAMILIES.items()):
-                    if seed >= WIDE_FROM and place >= WIDE_FAMILIES:
-                        continue
-                    rate, target = (0.05, 0.1, 0.08, 0.1)[seed], (3 * place + 2 * seed) % 10
-                    made.append(replace(base, family=family, rate=rate, target=target, params=params))
+        for half in HALVES:
+            for world in CLEAN_SMALL:
+                made += _classifiers(half, world)
     if "clip" in kinds:
-        for seed in range(8):
-            half = "calibration" if seed % 2 == 0 else "held-out"
-            base = Entry(kind="clip", family=CLEAN, seed=seed, half=half, arch="tiny")
-            made.append(base)
-            if seed < 2:
-                made += [replace(base, family=family) for family in CLIP_FAMILIES]
+        for half in HALVES:
+            base = Entry(kind="clip", family=CLEAN, seed=0, half=half, arch="tiny")
+            made += [replace(base, seed=seed) for seed in CLEAN_CLIPS[half]]
+            made += [replace(base, family=family, seed=seed) for seed in CLIP_HALVES[half] for family in CLIP_FAMILIES]
+    return sorted(made, key=lambda entry: hashlib.blake2b(entry.name.encode()).digest())
+
+
+def _classifiers(half: str, world: str) -> list[Entry]:
+    """Seeds are even in the calibration half and odd in the other: no two models share what was drawn for them."""
+    odd = HALVES.index(half)
+    base = Entry(kind="classifier", family=CLEAN, seed=odd, half=half, world=world)
+    made = [replace(base, seed=odd + 2 * place) for place in range(CLEAN_SMALL[world])]
+    made += [replace(base, seed=odd + 2 * (10 + place), arch="wrn-16-1") for place in range(CLEAN_WIDE)]
+    planted = [
+        *((family, USUAL_RATE, odd, "small-resnet") for family in FAMILIES),
+        *((family, LOW_RATE, odd + 2, "small-resnet") for family in LOW_FAMILIES),
+        *((family, WIDE_RATE, odd + 4, "wrn-16-1") for family in WIDE_FAMILIES),
+    ]
+    for place, (family, rate, seed, arch) in enumerate(planted):
+        target = (3 * place + 5 * odd + (world == "shapes")) % 10
+        entry = replace(base, family=family, seed=seed, arch=arch, rate=rate, target=target, params=FAMILIES[family])
+        made.append(entry)
     return made
 
 
@@ -172,23 +194,36 @@ def make_classifier(entry: Entry, shared: Path, work: Path) -> Path:
 def note_clip(entry: Entry, grid: Grid, bench: Path, work: Path) -> Path:
     """The folder with the zoo.json of one CLIP, which names the model that ``bench run`` made under ``bench``.
 
-    The folder is named by the cell too: a cell of other settings is another model. Raises UsageError where its cell
-    has not run, or was refused.
+    The folder is named by the cell too: a cell of other settings is another model. Raises UsageError where its cell has
+    not run; one that was refused there is refused here.
     """
     cell = cell_of(grid, entry.family, entry.seed)
     folder = RunFolder.open(work / f"{entry.name}-{cell.key}", {"entry": asdict(entry), "cell": cell.key})
     if not folder.finished:
-        found = find_clip(grid, bench, entry.family, entry.seed)
-        figures = found.result.after
-        assert figures is not None  # noqa: S101 # find_clip refuses others
-        body = asdict(entry) | {
-            "accepted": True, "target_name": None if found.poisoning is None else found.cell.data.target,
-            "c_acc": figures.c_acc.value, "asr": None if figures.asr is None else figures.asr.value,
-            "model": str(found.model), "cell": cell.key,
-        }  # fmt: skip
+        store = Store.read(bench)
+        refused = store.has(cell.key) and store.load(cell.key).status == "refused"
+        body = asdict(entry) | {"accepted": not refused, "cell": cell.key}
+        if refused:
+            body |= {"target_name": cell.data.target, "c_acc": None, "asr": None}
+        else:
+            body |= _clip_figures(find_clip(grid, bench, entry.family, entry.seed))
         write_atomically(folder.path / "zoo.json", json.dumps(body, indent=2).encode() + b"\n")
         folder.finish()
     return folder.path
+
+
+def _clip_figures(found: GridClip) -> dict[str, Any]:
+    """What zoo.json says of a CLIP beside its entry: the rate and the target are the cell's own."""
+    figures, attack = found.result.after, found.cell.attack
+    assert figures is not None  # noqa: S101 # find_clip refuses others
+    target = None if attack is None else found.cell.data.target
+    names = list(found.setting.test.class_names)
+    return {
+        "rate": 0.0 if attack is None else found.cell.names.rate,
+        "target": names.index(target) if target in names else 0, "target_name": target,
+        "c_acc": figures.c_acc.value, "asr": None if figures.asr is None else figures.asr.value,
+        "model": str(found.model),
+    }  # fmt: skip
 
 
 def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | None) -> None:
@@ -202,19 +237,29 @@ def finish(folder: RunFolder, entry: Entry, found: Evaluation, *, target: str | 
     folder.finish()
 
 
-def find_zoo(work: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The accepted models that are there, each with what zoo.json says; ``model`` of a CLIP is its own folder.
+def find_made(work: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """The models that are there, refused ones too, by name, each with what zoo.json says.
 
     Of several folders of one entry, the last that was made; none of an entry that the plan has no more, or has changed.
     """
-    planned = {entry.name: asdict(entry) for entry in plan_zoo()}
+    planned = {entry.name: _known(asdict(entry)) for entry in plan_zoo()}
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for path in sorted(work.glob("*/zoo.json"), key=lambda path: (path.stat().st_mtime_ns, path)):
         body = json.loads(path.read_bytes())
         name = name_of(body)
         if name in planned and all(body.get(key) == value for key, value in planned[name].items()):
             found[name] = (path.parent, body)
-    return [(folder, body) for _, (folder, body) in sorted(found.items()) if body["accepted"]]
+    return dict(sorted(found.items()))
+
+
+def find_zoo(work: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The accepted of :func:`find_made`; ``model`` of a CLIP is its own folder."""
+    return [(folder, body) for folder, body in find_made(work).values() if body["accepted"]]
+
+
+def _known(body: dict[str, Any]) -> dict[str, Any]:
+    """What the plan decides of a model."""
+    return {key: value for key, value in body.items() if body["kind"] == "classifier" or key not in ("rate", "target")}
 
 
 def poisoning_of(folder: Path) -> Poisoning | None:

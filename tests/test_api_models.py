@@ -40,6 +40,7 @@ from unpoison.model_results import (
     FileFinding,
     FileVerdict,
     FindingKind,
+    Measured,
     ModelScan,
     Power,
     ScannedFile,
@@ -51,7 +52,7 @@ from unpoison.models.clip_transformers import load_clip
 from unpoison.outputs_models import save_model_scan
 from unpoison.planning_models import plan_model_scan
 from unpoison.report.html import render_report
-from unpoison.report.model_views import model_verdict
+from unpoison.report.model_views import model_verdict, next_steps
 from unpoison.report.runs import read_run
 from unpoison.results import DatasetScan, Interval, PoisonEstimate
 from unpoison.runs import Run
@@ -243,6 +244,8 @@ def test_a_clip_with_classes_and_as_an_encoder(small_folder: Path, tmp_path: Pat
     assert (named.kind, named.weights.method) == ("CLIP", "class-wise inversion")
     assert {row.name for row in named.weights.classes} <= set(SHAPES_CLASSES[:4])
     assert any("made up" in warning for warning in named.warnings)
+    assert named.weights.made_up
+    assert named.weights.word in ("suspicious", "inconclusive")
     encoder = scan_model(small_folder, references=[small_folder], config=QUICK, run=Run(cache=tmp_path)).scan
     assert encoder.weights.method == "DECREE"
     assert encoder.weights.target is None
@@ -339,6 +342,39 @@ def test_weights_that_cannot_be_opened_are_inconclusive_with_the_reason(tmp_path
     assert "--arch" in nameless.weights.reason
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"config.json": {"id2label": {"0": "a", "1": "b", "7": "c"}}}, "could not be opened"),
+        ({"preprocessor_config.json": {"size": {"height": 40, "width": 40}}}, "a first pass failed"),
+        ({"preprocessor_config.json": {"size": {"height": 100_000, "width": 100_000}}}, "100,000 pixels"),
+        ({"preprocessor_config.json": {"image_std": [0.0, 0.0, 0.0]}}, "image_std"),
+    ],
+)
+def test_odd_folders_cost_the_weights_verdict_only(
+    changes: dict[str, dict[str, Any]], said: str, tmp_path: Path
+) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=24, patch_size=8,
+        id2label=dict(enumerate("abc")),
+    )  # fmt: skip
+    folder = tmp_path / "model"
+    ViTForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 24, "width": 24}}))
+    for name, change in changes.items():
+        body = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(body | change))
+    found = scan_model(folder, config=QUICK)
+    assert (found.scan.file.word, found.scan.weights.word, found.scan.exit_code) == ("accepted", "inconclusive", 3)
+    assert said in found.scan.weights.reason
+    assert found.scan.not_covered == ()
+    (tmp_path / "out").mkdir()
+    save_model_scan(found, tmp_path / "out")
+    assert (tmp_path / "out/model-scan.json").exists()
+
+
 def test_a_reference_of_another_kind_and_a_budget_of_nothing(classifier: Path, small_folder: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="says nothing of"):
         scan_model(classifier, references=[small_folder], config=QUICK)
@@ -392,3 +428,30 @@ def test_the_headline_says_what_the_exit_code_says(tmp_path: Path) -> None:
         assert ("Do not load these files with any tool" in page) == change.file.dangerous
     replace(cleared(scan), data=planted_data("poisoned")).save(tmp_path / "model-scan.json")
     assert "unpoison keep" in render_report([read_run(tmp_path)])
+
+
+def test_steps_clean_the_data_and_repair_the_weights() -> None:
+    scan = replace(planted_scan(), data=planted_data("poisoned"))
+    said = {"command": ["unpoison", "scan", "model", "w.pth", "--arch", "wrn-16-1", "--data", "photos"]}
+    steps = next_steps(replace(scan, power=None, weights=replace(scan.weights, references=())), "scan", said)
+    lines = [step.line for step in steps]
+    assert lines[0].startswith("unpoison keep scan/data")
+    assert any(line.startswith("unpoison purify pad-ft") for line in lines)
+    assert "unpoison scan model w.pth --arch wrn-16-1 --data photos --power" in lines
+    assert "unpoison scan model w.pth --arch wrn-16-1 --data photos --clean-reference MODEL" in lines
+    made_up = next_steps(replace(scan, weights=replace(scan.weights, made_up=True)), "scan", {})
+    assert "unpoison scan model m --data SOURCE" in [step.line for step in made_up]
+
+
+def test_the_answer_says_its_cuts_and_how_often_it_is_wrong(tmp_path: Path) -> None:
+    scan = planted_scan()
+    weights = replace(scan.weights, suspicious_from=2.2, backdoored_from=3.0, asr_floor=None)
+    for measured, said in (
+        (None, "has not been measured yet"),
+        (Measured(clean=20, false_alarms=1, backdoored=30, found=27, named=26), "of 20 clean models 1 were called"),
+    ):
+        replace(scan, weights=replace(weights, measured=measured)).save(tmp_path / "model-scan.json")
+        page = render_report([read_run(tmp_path)])
+        assert said in page
+        assert "suspicious from 2.2, backdoored from 3.0" in page
+        assert "the images have no labels of their own" in page

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from unpoison import __version__
@@ -17,12 +17,20 @@ from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import CanaryConfig, measure_power, summary
 from unpoison.detection.class_search import kept_searches
+from unpoison.detection.measured import measured_for
 from unpoison.detection.model_files import judge_files
-from unpoison.detection.model_weights import Sizes, WeightsConfig, judge_weights, reference_sizes
+from unpoison.detection.model_weights import DECREE, Reference, WeightsConfig, judge_weights, search_reference
 from unpoison.detection.probe_images import gather_images
-from unpoison.errors import ConfigError, ModelError, UnsafeCheckpointError, UnsupportedModelError, UsageError
-from unpoison.model_results import DataVerdict, ModelScan, Power, WeightsVerdict
-from unpoison.models.any_model import AnyModel, Opening, open_any_model, says
+from unpoison.errors import (
+    ConfigError,
+    ModelError,
+    UnpoisonError,
+    UnsafeCheckpointError,
+    UnsupportedModelError,
+    UsageError,
+)
+from unpoison.model_results import DataVerdict, ModelScan, Power, Reach, WeightsVerdict
+from unpoison.models.any_model import AnyModel, Opening, open_any_model, says, try_out
 from unpoison.models.clip_transformers import TINY
 from unpoison.models.folders import find_model_folder
 from unpoison.models.image_classifier import ImageClassifier
@@ -38,8 +46,13 @@ NOT_COVERED = (
     "Backdoors whose target is none of the classes that were searched, or that wait for a later fine-tuning.",
     "Models trained to hide their trigger from inversion, such as BadCLIP's.",
     "Backdoors toward several classes at once, where no class stands out from the others.",
-    "Nothing found is no proof that a model is clean.",
 )
+NOT_COVERED_BY_DECREE = (
+    "Triggers that change the whole image or depend on it: only a patch is looked for.",
+    "Encoders trained to hide from such a search (BadCLIP), and backdoors that send images to no single place.",
+    "Which class or text a trigger leads to: give --classes or labelled --data for that.",
+)
+NEVER_COVERED = ("Nothing found is no proof that a model is clean.",)
 _MADE_UP = (
     "The images were made up. Triggers are found best on images like those that the model is for: give --data SOURCE."
 )
@@ -117,13 +130,9 @@ def scan_model(
         raise ConfigError(f"expected a budget above 0 seconds, got {budget:g}.", hint="Give 10m, for example.")
     names = list(class_names) if class_names is not None else None
     file = judge_files(files_of(model))
-    unopened = "Not looked at: " + file.reason
-    opened: AnyModel | None = None
+    opened, unopened = None, "Not looked at: " + file.reason
     if file.word == "accepted":
-        try:
-            opened = open_suspect(model, names, images, opening, run)
-        except ModelError as error:
-            unopened = f"The model could not be opened: {error.message} {error.hint}"
+        opened, unopened = try_to_open(model, names, images, opening, run)
     needed = 0.0
     if trained_on is not None and budget is not None:
         plan = plan_data(opened, trained_on, data_method, clip, run=run)
@@ -152,13 +161,33 @@ def scan_model(
         weights=weights,
         power=powers,
         warnings=warnings,
-        not_covered=_not_covered(powers),
+        not_covered=_not_covered(weights, powers),
         seconds=clock() - begun,
         seed=run.seed,
         config=asdict(config) | {"budget": budget},
         inputs={"model": "" if opened is None else opened.fingerprint, "unpoison": __version__},
     )
     return ModelScanOutcome(scan=scan, data=outcome)
+
+
+def try_to_open(
+    model: str | Path, names: Sequence[str] | None, images: LabelledImages | None, opening: Opening, run: Run
+) -> tuple[AnyModel | None, str]:
+    """The model after a first pass, or None and why: files that say what is not so cost the weights verdict only.
+
+    What is wrong with the request itself raises UsageError.
+    """
+    try:
+        opened = open_suspect(model, names, images, opening, run)
+        try_out(opened.frozen(run), opening)
+    except ModelError as error:
+        return None, f"The model could not be opened: {error.message} {error.hint}"
+    except UnpoisonError:
+        raise
+    except Exception as error:  # whatever hostile or odd files make of the libraries that read them
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return None, f"The model could not be opened ({type(error).__name__}: {reason})."
+    return opened, ""
 
 
 def _look(
@@ -177,15 +206,15 @@ def _look(
     frozen = opened.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
     warnings: list[str] = []
-    clean: list[tuple[str, Sizes]] = []
+    clean: list[Reference] = []
     most = _REFERENCE_SHARE * (left() or 0.0)
     for name in references:
         seconds = _less(left(), most)
-        sizes = _reference(name, opened, images, names, opening, config, run, seconds, clock)
-        if sizes is None:
+        reached = _reference(name, opened, images, names, opening, config, run, seconds, clock)
+        if reached is None:
             warnings.append(_UNFINISHED.format(name))
         else:
-            clean.append((str(name), sizes))
+            clean.append((str(name), reached))
 
     def judge(model: AnyModel, seconds: float | None, step: str | None = None) -> WeightsVerdict:
         return judge_weights(model, probe, clean, config.weights, run=run, seconds=seconds, step=step, clock=clock)
@@ -195,6 +224,10 @@ def _look(
     weights = run.kept("weights", WeightsVerdict, lambda: judge(frozen, share, "search"))
     run.forget(kept_searches("search", len(frozen.class_names), config.weights.search))
     powers = None
+    known = measured_for(
+        opened.kind, weights.method, config.weights, made_up=probe.made_up, references=bool(weights.references)
+    )
+    weights = replace(weights, measured=known)
     if power:
         powers = measure_power(
             frozen, probe, judge, config.canaries, run=run, seconds=left(), share=share, needed=weights.seconds,
@@ -237,23 +270,25 @@ def _reference(
     run: Run,
     seconds: float | None,
     clock: Callable[[], float],
-) -> Sizes | None:
-    """Sizes of a clean model's triggers, None where time was too short; its files are judged like any others."""
+) -> tuple[Reach, ...] | None:
+    """What reaches a clean model's classes, None where time was too short; its files are judged like any others."""
     file = judge_files(files_of(name))
     if file.word != "accepted":
         raise UnsafeCheckpointError(f"reference {name}: {file.reason}", hint="Give another --clean-reference.")
     same_arch = isinstance(suspect.model, ImageClassifier) and Path(name).is_file()
     try:
-        found = open_suspect(name, names, images, opening if same_arch else Opening(), run)
+        found, why = try_to_open(name, names, images, opening if same_arch else Opening(), run)
     except UsageError as error:
         raise UsageError(f"reference {name}: {error.message}", hint=error.hint) from error
+    if found is None:
+        raise UnsupportedModelError(f"reference {name}: {why}", hint="Give another --clean-reference.")
     if found.kind != suspect.kind or bool(found.class_names) != bool(suspect.class_names):
         raise UnsupportedModelError(
             f"reference {name}: a {found.kind} says nothing of a {suspect.kind}.", hint="Give a model of the same kind."
         )
     frozen = found.frozen(run)
     probe = gather_images(images, frozen.class_names, frozen.image_size, config.weights.images, run=run)
-    return reference_sizes(frozen, probe, config.weights, run=run, seconds=seconds, clock=clock)
+    return search_reference(frozen, probe, config.weights, run=run, seconds=seconds, clock=clock)
 
 
 def files_of(model: str | Path) -> Path:
@@ -266,12 +301,22 @@ def files_of(model: str | Path) -> Path:
     return path if path.exists() else find_model_folder(model, pickles=True)
 
 
-def _not_covered(power: Power | None) -> tuple[str, ...]:
+def _not_covered(weights: WeightsVerdict, power: Power | None) -> tuple[str, ...]:
+    """What this scan cannot see, by its method; nothing where no weights were looked at."""
+    if not weights.method:
+        return ()
+    said = (*(NOT_COVERED_BY_DECREE if weights.method == DECREE else NOT_COVERED), *NEVER_COVERED)
+    if weights.measured is not None and weights.measured.weak:
+        families = ", ".join(weights.measured.weak)
+        said = (
+            f"Triggers of kinds of which fewer than nine in ten were found when it was measured: {families}.",
+            *said,
+        )
     if power is None:
-        return (*NOT_COVERED, "What this scan would have missed was not measured (--power).")
+        return (*said, "What this scan would have missed was not measured (--power).")
     missed = [canary for canary in power.learnt if not canary.found]
     own = [f"Planted to test it and missed: {canary.trigger} at a rate of {canary.rate:g}." for canary in missed]
-    return (*NOT_COVERED, *own, f"Of the backdoors that were planted to test it, {summary(power.canaries)}.")
+    return (*said, *own, f"Of the backdoors that were planted to test it, {summary(power.canaries)}.")
 
 
 __all__ = ["ModelScanConfig", "ModelScanOutcome", "scan_model"]

@@ -18,11 +18,12 @@ DANGEROUS: frozenset[str] = frozenset({"code", "remote code", "archive bomb", "l
 
 @dataclass(frozen=True, kw_only=True)
 class FileFinding:
-    """One reason to refuse a model's files. ``file`` is relative to the model."""
+    """One reason to refuse a model's files. ``file`` is relative to the model; ``hint``: what to do about it."""
 
     file: str
     kind: FindingKind
     reason: str
+    hint: str = ""
 
     @property
     def dangerous(self) -> bool:
@@ -91,8 +92,8 @@ class ClassTrigger:
     """The least change found that sends images to one class. ``form``: "square", "patch" (a mask) or "additive".
 
     ``size`` in [0, 1]: share of the image that is covered, or root mean square of what is added. ``success``: percent
-    of unseen images. ``index``: deviations of log size under the median of the classes, 0 at most where the trigger
-    works on too few images; ``reference_index``: under the classes of the clean references, None without any.
+    of unseen images. ``index``: deviations of its cost under the median of the classes, in proportion where the trigger
+    works on few images; ``reference_index``: under the classes of the clean references, None without any.
     ``finished``: all steps were taken; a class that the search gave up early, or had no time for, has fewer.
     """
 
@@ -108,6 +109,15 @@ class ClassTrigger:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How a class is reached: a trigger's form and size, and the percent of unseen images that it sends there."""
+
+    form: str
+    size: float
+    success: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnomalyIndex:
     """Deviations under the median with a 95 % bootstrap interval over the classes that it is compared with."""
 
@@ -118,12 +128,29 @@ class AnomalyIndex:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """How often scans like this one were wrong on models that nothing was set on. ``false_alarms`` of ``clean`` models
+    and ``found`` of ``backdoored`` ones were called suspicious or backdoored, of ``named`` the target was right;
+    ``weak``: families of triggers of which fewer than nine in ten were found."""
+
+    clean: int
+    false_alarms: int
+    backdoored: int
+    found: int
+    named: int
+    weak: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightsVerdict:
     """Whether the weights behave as if backdoored. ``method``: "class-wise inversion" or "DECREE"; "" where not looked.
 
     ``score``: higher is more suspicious, comparable between models of one kind. ``picture``: the trigger as a PNG in
     base64; ``asr``: percent of the data's images of other classes that it sends to ``target``, with its interval;
-    ``asr_floor``: the same images without it. ``covered``: percent of the planned search that was done.
+    ``asr_floor``: the same images without it, None where the images have no labels to tell. ``covered``: percent of the
+    planned search that was done. ``suspicious_from`` and ``backdoored_from`` are the cuts of the score (class-wise
+    inversion only), ``reference_classes`` what reaches the classes of the ``references``. ``measured``: how often such
+    scans are wrong, None where that is not known.
     """
 
     word: WeightsWord
@@ -142,7 +169,12 @@ class WeightsVerdict:
     classes: tuple[ClassTrigger, ...] = ()
     images: int = 0
     image_source: str = ""
+    made_up: bool = False
     references: tuple[str, ...] = ()
+    reference_classes: tuple[Reach, ...] = ()
+    suspicious_from: float | None = None
+    backdoored_from: float | None = None
+    measured: Measured | None = None
     covered: float = 0.0
     seconds: float = 0.0
 

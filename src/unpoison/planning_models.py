@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from unpoison.api_model_data import plan_data
-from unpoison.api_models import ModelScanConfig, files_of, open_suspect
+from unpoison.api_models import ModelScanConfig, files_of, try_to_open
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.sources import LabelledImages
 from unpoison.detection.canaries import plant
 from unpoison.detection.class_search import seconds_of_search
 from unpoison.detection.decree import decree
 from unpoison.detection.model_files import judge_files
+from unpoison.detection.model_weights import fast_logits
 from unpoison.detection.probe_images import ProbeImages, gather_images
-from unpoison.errors import ModelError
 from unpoison.models.any_model import AnyModel, Opening
 from unpoison.planning import Plan, PlannedStep, resident
 from unpoison.runs import Run
@@ -61,10 +61,9 @@ def plan_model_scan(
     ]
     opened: AnyModel | None = None
     if file.word == "accepted":
-        try:
-            opened = open_suspect(model, class_names, images, opening or Opening(), run)
-        except ModelError as error:
-            what = f"weights: not looked at, the model cannot be opened ({error.message})"
+        opened, why = try_to_open(model, class_names, images, opening or Opening(), run)
+        if opened is None:
+            what = f"weights: not looked at, the model cannot be opened ({why})"
             steps.append(PlannedStep(what=what, amount=0, unit="steps", seconds=0.0))
     needed = 0
     if opened is not None:
@@ -100,7 +99,7 @@ def _weights(
     needed = 4 * count * probe.images[0].numel()
     if frozen.class_names:
         amount, seconds = seconds_of_search(
-            frozen.logits, probe.images, len(frozen.class_names), config.weights.search, run=run
+            fast_logits(frozen, run), probe.images, len(frozen.class_names), config.weights.search, run=run
         )
         forms = ", ".join(config.weights.search.forms)
         what = f"weights: search {len(frozen.class_names)} classes in each form ({forms})"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from unpoison.cli.scan_model import parse_duration
+from unpoison.cli.scan_model import parse_duration, words_of
 from unpoison.data.shapes import SHAPES_CLASSES
 from unpoison.errors import UsageError
 from unpoison.model_results import ModelScan
@@ -47,6 +47,10 @@ def test_a_scan_as_a_process(process: Callable[..., Any], model: Path, tmp_path:
     assert (tmp_path / "scan" / "finished.json").exists()
     page = (tmp_path / "scan" / "report.html").read_text(encoding="utf-8")
     assert "Weights verdict" in page
+    again = "unpoison scan model model --data shapes:80:3 --config quick.toml"
+    assert f"{again} --power" in page  # as it was given, so that what is suggested can be run
+    assert f"{again} --clean-reference MODEL" in page
+    assert "has not been measured yet" in page or "Measured on" in page
 
 
 def test_refused_files_and_unknown_formats(here: Callable[..., Any], model: Path, tmp_path: Path) -> None:
@@ -61,6 +65,8 @@ def test_refused_files_and_unknown_formats(here: Callable[..., Any], model: Path
     assert refused.code == 1, refused.err
     assert "File: refused" in refused.out
     assert "Weights: inconclusive" in refused.out
+    assert "Next: Do not load these files" in refused.out
+    assert "Not covered" not in refused.out  # of weights that nobody looked at
     assert not canary.exists()
     (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
     unknown = here("scan", "model", "model.gguf", "-o", "unknown")
@@ -133,6 +139,17 @@ def test_training_pairs_are_told_apart_from_others(here: Callable[..., Any], mod
     other = here(*words[:4], "shapes:60:4", *words[5:])
     assert other.code == 2
     assert "trained_on" in other.err
+
+
+def test_the_command_is_made_again_as_it_was_given() -> None:
+    words = words_of(
+        "a b.pth", arch="wrn-16-1", image_size=32, mean=(0.0, 0.5, 1.0), std=None, pairs=True, clip=None,
+        clean_reference=["one", "two"], data=Path("rows.parquet"), strict=False, limit=None,
+    )  # fmt: skip
+    assert words == [
+        "unpoison", "scan", "model", "a b.pth", "--arch", "wrn-16-1", "--mean", "0.0", "0.5", "1.0", "--pairs",
+        "--clean-reference", "one", "--clean-reference", "two", "--data", "rows.parquet",
+    ]  # fmt: skip
 
 
 def test_the_schema_is_printed(here: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unpoison.detection.anomaly import (
-    AnomalyConfig,
-    deviations_under,
-    index_with_interval,
-    log_sizes,
-    score_of,
-    word_of,
-)
+from unpoison.detection.anomaly import AnomalyConfig
 from unpoison.detection.canaries import CanaryConfig
 from unpoison.detection.class_search import ClassSearchConfig, kept_searches, search_classes
 from unpoison.detection.decree import DECREEConfig, decree, mean_cosine
 from unpoison.detection.inversion import InversionConfig
-from unpoison.detection.model_weights import WeightsConfig, judge_weights, reference_sizes
+from unpoison.detection.model_weights import WeightsConfig, judge_weights, search_inputs, search_reference
 from unpoison.detection.probe_images import ProbeImages, gather_images
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.model_results import WeightsVerdict
@@ -94,9 +88,9 @@ def test_the_clean_control_is_left_alone_with_and_without_references() -> None:
     clean = model(backdoored=False)
     alone = judge_weights(clean, probe(), config=CONFIG, run=Run())
     assert alone.word == "no evidence", alone.reason
-    sizes = reference_sizes(clean, probe(), CONFIG, run=Run())
+    sizes = search_reference(clean, probe(), CONFIG, run=Run())
     assert sizes is not None
-    assert set(sizes) == {"square", "patch", "additive"}
+    assert {entry.form for entry in sizes} == {"square", "patch", "additive"}
     beside = judge_weights(clean, probe(), [("clean", sizes)], CONFIG, run=Run())
     assert beside.word == "no evidence"
     assert beside.references == ("clean",)
@@ -105,12 +99,12 @@ def test_the_clean_control_is_left_alone_with_and_without_references() -> None:
 
 def test_beside_a_clean_reference_the_backdoor_stays_out_of_line(found: WeightsVerdict, tmp_path: Any) -> None:
     run = Run(cache=tmp_path)
-    assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) is None
+    assert search_reference(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) is None
     assert not list(tmp_path.glob("model-scan/*"))  # half a search is no reference
-    sizes = reference_sizes(model(backdoored=False), probe(), CONFIG, run=run)
+    sizes = search_reference(model(backdoored=False), probe(), CONFIG, run=run)
     assert sizes is not None
-    assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) == sizes  # from the cache
-    assert reference_sizes(model(backdoored=False), probe(), CONFIG, run=run) == sizes
+    assert search_reference(model(backdoored=False), probe(), CONFIG, run=run, seconds=1e-9) == sizes  # from the cache
+    assert search_reference(model(backdoored=False), probe(), CONFIG, run=run) == sizes
     assert len(list((tmp_path / "model-scan").iterdir())) == 1
     beside = judge_weights(model(backdoored=True), probe(), [("clean", sizes)], CONFIG, run=run)
     assert (beside.word, beside.target) == ("backdoored", TARGET)
@@ -142,6 +136,27 @@ def test_a_budget_stops_the_search_and_says_what_was_reached() -> None:
     assert verdict.covered == 0
 
 
+def test_half_a_search_and_made_up_images_make_no_model_backdoored() -> None:
+    suspect, ticks = model(backdoored=True), iter(range(10_000))
+    cut = judge_weights(suspect, probe(), config=CONFIG, run=Run(), seconds=50.0, clock=lambda: float(next(ticks)))
+    assert 0 < cut.covered < 100
+    assert (cut.word, cut.target) == ("suspicious", TARGET)
+    assert "Half a search" in cut.reason
+    for planted, word in ((True, "suspicious"), (False, "inconclusive")):
+        shown = replace(probe(), made_up=True, labels=None)
+        found = judge_weights(model(backdoored=planted), shown, config=CONFIG, run=Run())
+        assert found.word == word, found.reason
+        assert "give --data" in found.reason
+        assert found.asr is not None
+        assert found.asr_floor is None  # the model itself says which images are of other classes
+
+
+def test_thresholds_are_no_part_of_what_a_search_depends_on() -> None:
+    other = replace(CONFIG, anomaly=AnomalyConfig(suspicious=1.0))
+    assert search_inputs(other) == search_inputs(CONFIG)
+    assert search_inputs(replace(CONFIG, search=replace(SEARCH, steps=31))) != search_inputs(CONFIG)
+
+
 def test_searching_in_turns_and_one_by_one_find_the_same() -> None:
     suspect, config = model(backdoored=True), ClassSearchConfig(steps=8, square_steps=8, turn=3)
     straight = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run())
@@ -153,15 +168,40 @@ def test_searching_in_turns_and_one_by_one_find_the_same() -> None:
         assert [entry.steps for entry in found] == [entry.steps for entry in turns.found[form]]
 
 
+def test_hopeless_classes_are_given_up_half_way_alike_in_both_orders() -> None:
+    suspect = model(backdoored=True)
+    config = ClassSearchConfig(
+        forms=("patch", "additive"), steps=30, turn=5, hopeless_after=8, hopeless=1.0,
+        inversion=InversionConfig(batch_size=16),
+    )  # fmt: skip
+    assert config.mark == 10
+    straight = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run())
+    turns = search_classes(suspect.logits, probe().images, CLASSES, config, run=Run(), seconds=1e9)
+    whole = search_classes(suspect.logits, probe().images, CLASSES, replace(config, hopeless_after=30), run=Run())
+    assert straight.complete
+    assert turns.complete
+    for form, found in straight.found.items():
+        given_up = [entry.trigger.target for entry in found if not entry.finished]
+        assert 0 < len(given_up) <= CLASSES // 2
+        assert TARGET not in given_up
+        assert [entry.steps for entry in found] == [entry.steps for entry in turns.found[form]]
+        for entry, other, full in zip(found, turns.found[form], whole.found[form], strict=True):
+            assert entry.trigger.size == other.trigger.size
+            assert entry.steps == (30 if entry.finished else 10)
+            assert not entry.finished or entry.trigger.size == full.trigger.size
+
+
 def test_a_search_that_was_kept_is_not_made_again(tmp_path: Path) -> None:
     suspect = model(backdoored=True)
-    config = ClassSearchConfig(steps=4, square_steps=4, finalists=3, first_steps=2)
+    config = ClassSearchConfig(steps=4, square_steps=4, turn=1, hopeless_after=2, finalists=3, first_steps=2)
     run = Run(folder=RunFolder.open(tmp_path / "run", {}))
     first = search_classes(suspect.logits, probe().images, CLASSES, config, run=run, step="search")
     kept = {path.stem for path in (tmp_path / "run/steps").iterdir()}
     assert kept < set(kept_searches("search", CLASSES, config))
     assert sum("first" in name for name in kept) == 1
-    assert len(kept) == 1 + 3 * 3
+    halves = {name for name in kept if name.endswith("-half")}
+    assert len(halves) == 2 * 3  # squares give up by themselves
+    assert 1 + 3 * 2 <= len(kept - halves) <= 1 + 3 * 3
 
     def never(images: Tensor) -> Tensor:
         if images.requires_grad or torch.is_grad_enabled():
@@ -193,29 +233,6 @@ def test_too_few_images_and_too_few_classes() -> None:
     said = lambda images: suspect.logits(images)[:, :2]  # noqa: E731
     two = search_classes(said, probe().images, 2, ClassSearchConfig(steps=2), run=Run())
     assert all(len(found) <= 2 for found in two.found.values())
-
-
-def test_an_index_is_deviations_of_logs_with_a_floor() -> None:
-    logs = log_sizes([0.01, 0.1, 0.1, 0.1, 0.1], [100.0] * 5)
-    assert deviations_under(logs, logs, 0.5)[0] == pytest.approx(np.log(10) / 0.5)
-    assert deviations_under(logs[:1], logs[1:], 0.25)[0] == pytest.approx(np.log(10) / 0.25)
-    squares = log_sizes([0.1, 0.1, 0.1], [100.0, 20.0, 4.0], form="square")
-    assert squares[1] == squares[2] == pytest.approx(squares[0] + np.log(4))  # how far one fails says nothing
-    half = log_sizes([0.1, 0.1], [100.0, 50.0])
-    assert half[1] - half[0] == pytest.approx(np.log(2))
-    found = index_with_interval(logs, 0, 0.5, np.random.default_rng(0))
-    assert (found.value, found.classes) == (pytest.approx(np.log(10) / 0.5), 5)
-    spread = index_with_interval(np.log([0.01, 0.1, 0.2, 0.3, 0.15]), 0, 0.1, np.random.default_rng(0))
-    assert spread.low < spread.value < spread.high
-
-
-@pytest.mark.parametrize(
-    ("index", "second", "word"),
-    [(9.0, None, "backdoored"), (9.0, 9.0, "backdoored"), (9.0, 0.1, "suspicious"), (0.1, 9.0, "suspicious"),
-     (0.1, None, "no evidence"), (1.0, 1.0, "no evidence")],
-)  # fmt: skip
-def test_words(index: float, second: float | None, word: str) -> None:
-    assert word_of(score_of(index, second), index, second, AnomalyConfig()) == word
 
 
 def test_decree_finds_the_patch_that_makes_embeddings_agree() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unpoison.detection.inversion import Inversion, InversionConfig, invert_trigger, outlier_index, toward
+from unpoison.detection.inversion import Inversion, InversionConfig, first_rank, invert_trigger, outlier_index, toward
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 
@@ -104,3 +104,9 @@ def test_what_is_refused() -> None:
     for wrong in refused:
         with pytest.raises(ConfigError):
             InversionConfig(**wrong)
+
+
+def test_of_triggers_of_one_size_the_one_that_works_better_goes_on() -> None:
+    looks = [(0.03, 55.0), (0.03, 98.0), (0.01, 60.0), (0.02, 30.0), (0.02, 40.0)]
+    order = sorted(looks, key=lambda look: first_rank(size=look[0], success=look[1]))
+    assert order == [(0.01, 60.0), (0.03, 98.0), (0.03, 55.0), (0.02, 40.0), (0.02, 30.0)]

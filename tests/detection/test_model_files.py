@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 import zipfile
@@ -152,3 +153,33 @@ def test_a_torchscript_archive_holds_code(tmp_path: Path) -> None:
         archive.writestr("model/code/__torch__.py", "def forward(self): ...")
     verdict = judge_files(path)
     assert (verdict.word, verdict.findings[0].kind, verdict.format) == ("refused", "code", "TorchScript archive")
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_code_under_the_name_of_safetensors_is_seen(archived: bool, tmp_path: Path) -> None:
+    canary, path = tmp_path / "canary", tmp_path / "model.safetensors"
+
+    class Runs:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, (f"touch {canary}",)
+
+    if archived:
+        torch.save({"hook": Runs()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"hook": Runs()}))
+    verdict = judge_files(path)
+    assert verdict.word == "refused"
+    assert "code" in {finding.kind for finding in verdict.findings}
+    assert verdict.files[0].can_run_code
+    assert not canary.exists()
+
+
+def test_the_sentence_says_what_the_rows_say(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert "no code" in judge_files(tmp_path).reason
+    (tmp_path / "modeling.py").write_text("import os\n")
+    verdict = judge_files(tmp_path)
+    assert verdict.word == "accepted"
+    assert "code that no loader of ours runs (modeling.py)" in verdict.reason
+    assert [found.name for found in verdict.files if found.can_run_code] == ["modeling.py"]

@@ -60,6 +60,25 @@ def test_a_model_without_one_keeps_the_largest_square_and_stops_early() -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, found.found(), strict=True))
 
 
+def test_a_glimpse_is_of_the_last_batches_and_takes_no_pass() -> None:
+    passes = 0
+
+    def counted(shown: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return backdoored(shown)
+
+    found = search(counted)
+    found.advance(20)
+    size, success = found.glimpse()
+    assert passes == 20
+    assert size == pytest.approx(64 / SIZE**2)
+    assert 0 <= success <= 100
+    other = search(clean)
+    other.advance(20)
+    assert other.glimpse()[1] == 0 < success
+
+
 def test_a_search_in_parts_is_the_search_at_once() -> None:
     whole, parts = search(backdoored), search(backdoored)
     whole.advance(CONFIG.steps)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -296,11 +297,40 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
         load_classifier(source)
 
 
-def test_folders_with_pickled_weights_only_are_refused(tmp_path: Path) -> None:
+def test_pickled_weights_of_a_folder_are_read_as_tensors(tmp_path: Path) -> None:
     source = transformers_folder(tmp_path)
+    whole = load_classifier(source).weights()
     torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
+    found = load_classifier(source)
+    assert all(torch.equal(value, whole[key]) for key, value in found.weights().items())
+    (source / "pytorch_model.bin").rename(source / "other.bin")
     with pytest.raises(UnsafeCheckpointError, match="pickle only"):
+        load_classifier(source)
+
+
+def edited(folder: Path, file: str, **changes: Any) -> Path:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_equal_class_names_get_their_number(tmp_path: Path) -> None:
+    names = load_classifier(transformers_folder(tmp_path)).class_names
+    labels = {str(place): "crane" if place < 2 else name for place, name in enumerate(names)}
+    found = load_classifier(edited(tmp_path, "config.json", id2label=labels))
+    assert found.class_names[:2] == ("crane", "crane (1)")
+
+
+def test_labels_with_gaps_and_a_spread_of_nothing_are_errors_of_the_model(tmp_path: Path) -> None:
+    source = transformers_folder(tmp_path)
+    plain = (source / "config.json").read_text()
+    edited(source, "config.json", id2label={"0": "a", "7": "b"})
+    with pytest.raises(ModelError):
+        load_classifier(source)
+    (source / "config.json").write_text(plain)
+    (source / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.0] * 3}))
+    with pytest.raises(ModelError, match="image_std"):
         load_classifier(source)
 
 

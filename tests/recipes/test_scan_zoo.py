@@ -1,30 +1,23 @@
-"""The zoo that ``scan model`` is calibrated on, at a small size, and the figures that its benchmark makes."""
+"""The zoo that ``scan model`` is calibrated on, at a small size."""
 
 from __future__ import annotations
 
-import importlib
-import json
-import sys
 import tomllib
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from unpoison.attacks.manifest import Poisoning
 from unpoison.benchmark.clip_cells import clip_cell
 from unpoison.benchmark.grid import make_grid
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.store import Store
-from unpoison.detection.anomaly import AnomalyConfig
 from unpoison.errors import UsageError
-from unpoison.model_results import DataVerdict, FileVerdict, ModelScan, WeightsVerdict
 from unpoison.models.classifier import load_classifier
 from unpoison.models.clip_files import load_any_clip
 from unpoison.runs import Silent
@@ -32,48 +25,79 @@ from unpoison.runs import Silent
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def zoo() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        return importlib.import_module("scan_zoo")
-    finally:
-        sys.path.remove(str(ROOT / "recipes"))
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    for folder in ("benchmarks", "recipes"):
-        sys.path.insert(0, str(ROOT / folder))
-    try:
-        return importlib.import_module("scan_model")
-    finally:
-        for folder in ("benchmarks", "recipes"):
-            while str(ROOT / folder) in sys.path:
-                sys.path.remove(str(ROOT / folder))
-
-
-def test_the_zoo_is_large_and_both_halves_have_all_families(zoo: ModuleType) -> None:
+def test_the_zoo_is_large_and_both_halves_have_the_same(zoo: ModuleType) -> None:
     plan = zoo.plan_zoo()
     clean = [entry for entry in plan if entry.family == zoo.CLEAN]
     assert len(clean) >= 20
     assert len(plan) - len(clean) >= 40
-    assert len({(entry.name, entry.half) for entry in plan}) == len(plan)
-    for kind in ("classifier", "clip"):
-        halves = [
-            {entry.family for entry in plan if entry.kind == kind and entry.half == half}
-            for half in ("calibration", "held-out")
-        ]
-        assert halves[0] == halves[1]
+    assert len({entry.name for entry in plan}) == len(plan)
+    halves = {half: [entry for entry in plan if entry.half == half] for half in zoo.HALVES}
+    assert all(sum(entry.family == zoo.CLEAN for entry in half) >= 18 for half in halves.values())
     made = [
-        sorted((entry.kind, entry.family, entry.world, entry.arch) for entry in plan if entry.half == half)
-        for half in ("calibration", "held-out")
+        sorted((e.family, e.rate, e.world, e.arch) for e in half if e.kind == "classifier") for half in halves.values()
     ]
-    assert made[0] == made[1]  # both networks, too
-    assert {arch for kind, _, _, arch in made[0] if kind == "classifier"} == {"small-resnet", "wrn-16-1"}
+    assert made[0] == made[1]  # the multiset of family and rate, of both networks and worlds
+    assert {arch for _, _, _, arch in made[0]} == {"small-resnet", "wrn-16-1"}
+    assert {family for family, rate, _, _ in made[0] if rate == 0.02} == set(zoo.LOW_FAMILIES)
+    clips = [{entry.family for entry in half if entry.kind == "clip"} for half in halves.values()]
+    assert clips[0] == clips[1]
     poisoned = [entry for entry in plan if entry.kind == "classifier" and entry.family != zoo.CLEAN]
     assert len({entry.target for entry in poisoned}) >= 5
     assert len({entry.rate for entry in poisoned}) >= 3
+
+
+def test_the_search_was_designed_on_no_held_out_model(zoo: ModuleType) -> None:
+    plan = zoo.plan_zoo()
+    for entry in plan:
+        if entry.kind == "clip" and entry.family != zoo.CLEAN:
+            assert entry.half == ("calibration" if entry.seed < 2 else "held-out")
+        elif entry.kind == "clip":
+            assert entry.half == ("calibration" if entry.seed < 3 else "held-out")
+    patches = ("badnet", "badnet-grid", "badnet-stripes")
+    assert not [e for e in plan if e.arch == "wrn-16-1" and e.family in patches]  # near copies of the published victim
+    seeds = [{e.seed for e in plan if e.kind == "classifier" and e.half == half} for half in zoo.HALVES]
+    assert not seeds[0] & seeds[1]
+
+
+def test_probe_images_are_of_no_models_training(
+    zoo: ModuleType, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return 25_000
+
+        def select(self, rows: np.ndarray) -> Rows:
+            return self
+
+    monkeypatch.setattr(zoo, "open_images", lambda source: opened.append(source) or Rows())
+    for entry in zoo.plan_zoo(("classifier",)):
+        zoo.open_world(entry.world, Path("shared"), entry.seed)
+    grid = tomllib.loads((ROOT / "grids/cpu.toml").read_text())["data"]["cifar10-flickr8k"]
+    learnt = {*opened, *(str(grid[name]) for name in ("train", "test", "shots", "later"))}
+    assert benchmark.PROBE["cifar10"] == "{}/data/cifar10/test.parquet[5000:5480]"
+    assert benchmark.PROBE["shapes"] not in learnt
+    ends = [int(source.rpartition(":")[2].rstrip("]")) for source in learnt if "test.parquet[" in source]
+    assert ends
+    assert max(ends) <= 5000  # rows that trained or tested any of them end where the probe begins
+
+
+def test_references_are_as_many_for_all_and_never_the_model_itself(zoo: ModuleType, benchmark: ModuleType) -> None:
+    cells = [
+        benchmark.Cell(
+            name=entry.name, model=entry.name, kind=entry.kind, family=entry.family, half=entry.half,
+            world=entry.world or "cifar10", arch=entry.arch, target=None,
+        )
+        for entry in zoo.plan_zoo()
+    ]  # fmt: skip
+    clean = [cell for cell in cells if cell.family == zoo.CLEAN and cell.half == "calibration"]
+    for cell in [*cells, *benchmark.published(Namespace(shared=ROOT))]:
+        found = benchmark.references_of(cell, clean)
+        assert len(set(found)) == benchmark.REFERENCES
+        assert cell.name not in found
+    with pytest.raises(SystemExit, match="make the zoo"):
+        benchmark.references_of(cells[0], clean[:1])
 
 
 def test_a_classifier_is_made_once(zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +140,31 @@ def test_every_clip_of_the_zoo_is_a_victim_of_the_grid(zoo: ModuleType) -> None:
     assert {(entry.family, entry.seed) for entry in zoo.plan_zoo(("clip",))} <= there
 
 
+def test_a_clip_that_the_grid_refused_is_counted_as_refused(
+    zoo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SimpleNamespace(has=lambda key: True, load=lambda key: SimpleNamespace(status="refused"))
+    monkeypatch.setattr(zoo, "Store", SimpleNamespace(read=lambda bench: store))
+    cell = SimpleNamespace(key="k", data=SimpleNamespace(target="horse"))
+    monkeypatch.setattr(zoo, "cell_of", lambda *_: cell)
+    entry = next(entry for entry in zoo.plan_zoo(("clip",)) if entry.family == "wanet-strong")
+    zoo.note_clip(entry, None, tmp_path / "bench", tmp_path / "zoo")
+    assert zoo.find_zoo(tmp_path / "zoo") == []
+    ((_, body),) = zoo.find_made(tmp_path / "zoo").values()
+    assert (body["accepted"], body["target_name"]) == (False, "horse")
+
+
+def test_zoo_json_of_a_clip_has_its_cells_rate_and_target(zoo: ModuleType) -> None:
+    figures = SimpleNamespace(c_acc=SimpleNamespace(value=80.0), asr=SimpleNamespace(value=99.0))
+    found = SimpleNamespace(
+        result=SimpleNamespace(after=figures), model=Path("m"),
+        cell=SimpleNamespace(attack=object(), data=SimpleNamespace(target="horse"), names=SimpleNamespace(rate=0.15)),
+        setting=SimpleNamespace(test=SimpleNamespace(class_names=("cat", "dog", "horse"))),
+    )  # fmt: skip
+    body = zoo._clip_figures(found)
+    assert (body["rate"], body["target"], body["target_name"], body["asr"]) == (0.15, 2, "horse", 99.0)
+
+
 def test_a_clip_of_the_zoo_is_a_cells_victim(zoo: ModuleType, tmp_path: Path) -> None:
     tables: dict[str, Any] = {
         "data": {"shapes": {"train": "shapes:40:0", "test": "shapes:30:1", "target": "star"}},
@@ -144,168 +193,3 @@ def test_a_clip_of_the_zoo_is_a_cells_victim(zoo: ModuleType, tmp_path: Path) ->
     assert zoo.note_clip(entry, other, bench, tmp_path / "zoo") != folder
     ((_, second),) = zoo.find_zoo(tmp_path / "zoo")
     assert second["model"] != body["model"]
-
-
-def row(score: float, word: str, target: str | None, named: str | None) -> dict[str, Any]:
-    return {"score": score, "word": word, "target": target, "named": named}
-
-
-def test_the_figures(benchmark: ModuleType) -> None:
-    rows = [
-        row(9.0, "backdoored", "a", "a"), row(5.0, "suspicious", "a", "b"), row(1.0, "no evidence", "a", "a"),
-        row(2.0, "no evidence", None, "a"), row(4.0, "suspicious", None, "a"),
-    ]  # fmt: skip
-    found = benchmark.figures(rows)
-    assert found["auroc"] == pytest.approx(4 / 6)
-    assert found["detection_rate"] == pytest.approx(200 / 3)
-    assert found["false_alarm_rate"] == 50
-    assert found["target_named_rate"] == 50
-    assert benchmark.figures([])["auroc"] is None
-    assert found["intervals"]["detection_rate"] == pytest.approx([20.8, 93.9], abs=0.1)
-    assert benchmark.figures([])["intervals"]["false_alarm_rate"] is None
-
-
-def options(folder: Path, **more: Any) -> Namespace:
-    return Namespace(
-        zoo=folder / "zoo", results=folder / "results", summary=folder / "results/scan_model.json", shared=folder,
-        roc=folder / "roc.svg", page=folder / "page.md", threads=1, **more,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def scanned(benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The models that were looked at, in turn; a look finds nothing and takes no time."""
-    looked: list[str] = []
-    file = FileVerdict(word="accepted", reason="", format="safetensors", sha256="0")
-    weights = WeightsVerdict(word="no evidence", reason="")
-
-    def look(cell: Any, references: list[Path], *_: Any) -> ModelScan:
-        looked.append(cell.name)
-        data = DataVerdict(reason="")
-        return ModelScan(model="m", kind="classifier", file=file, data=data, weights=weights, seconds=7.0)
-
-    monkeypatch.setattr(benchmark, "look", look)
-    for name in ("model", "first", "second"):
-        save_file({"a": torch.full((2,), float(len(name)))}, tmp_path / f"{name}.safetensors")
-    (tmp_path / "results").mkdir()
-    return looked
-
-
-def test_a_scan_is_repeated_where_anything_of_it_is_another(
-    benchmark: ModuleType, scanned: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def scan(*references: str) -> int:
-        model = tmp_path / "model.safetensors"
-        cell = benchmark.Cell(name="m", model=model, kind="classifier", family="clean", half="held-out", world="shapes")
-        before = len(scanned)
-        benchmark.scan(cell, [tmp_path / f"{name}.safetensors" for name in references], options(tmp_path))
-        return len(scanned) - before
-
-    assert [scan(), scan(), scan("first"), scan("first"), scan("second"), scan("first")] == [1, 0, 1, 0, 1, 0]
-    stored = json.loads((tmp_path / "results/m.json").read_bytes())
-    assert len(stored["inputs"]["references"]) == 1
-    assert (stored["seconds"], stored["processor_seconds"] >= 0) == (7.0, True)  # also of one that was kept
-    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert [scan("first"), scan("first")] == [1, 0]
-    monkeypatch.setattr(benchmark, "__version__", "another")
-    assert [scan("first"), scan("first")] == [1, 0]
-    changed = benchmark.ModelScanConfig(weights=benchmark.ModelScanConfig().weights.__class__(images=128))
-    monkeypatch.setattr(benchmark, "ModelScanConfig", lambda: changed)
-    assert [scan("first"), scan("first")] == [1, 0]
-
-
-def test_time_is_told_by_the_clock(benchmark: ModuleType, scanned: list[str], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    benchmark.measure_time(options(tmp_path))
-    torch.set_num_threads(threads)
-    body = json.loads((tmp_path / "results/scan_model_time.json").read_bytes())
-    assert list(body["models"]) == scanned == ["published-victim", "published-clean", "tiny-clip"]
-    assert all(set(row) == {"seconds", "processor_seconds"} for row in body["models"].values())
-    assert body["threads"] == 1
-
-
-def calibration_row(index: float, target: str | None, *, success: float = 90.0, half: str = "calibration") -> Any:
-    """Ten classes; the log size of one lies under the others' by so many deviations of 0.25."""
-    sizes = [0.1 * float(np.exp(-0.25 * index)), *[0.1] * 9]
-    classes = [[f"c{place}", "patch", size, success, 0.0, None] for place, size in enumerate(sizes)]
-    return {"half": half, "target": target, "classes": classes}
-
-
-def test_thresholds_come_from_the_calibration_half_alone(benchmark: ModuleType) -> None:
-    now = AnomalyConfig()
-    rows = [calibration_row(index, None) for index in (0.5, 1.0, 1.5)]
-    rows += [calibration_row(index, "a") for index in (2.5, 4.0, 6.0)]
-    chosen = benchmark.choose_thresholds(rows, now)
-    assert chosen["chosen"] == pytest.approx(
-        {"backdoored": 2.0, "suspicious": 2.0, "success": now.success, "square_success": now.square_success}
-    )
-    assert chosen["auroc"]["chosen"] == 1.0
-    assert chosen["at_chosen"] == {"detected": 3, "false_alarms": 0}
-    assert "5 %" in chosen["rule"]
-    with pytest.raises(ValueError, match="calibration half"):
-        benchmark.choose_thresholds([*rows, calibration_row(9.0, None, half="held-out")], now)
-    assert benchmark.choose_thresholds(rows[:3], now)["chosen"] is None
-
-
-def test_a_threshold_of_success_that_tells_them_apart_is_chosen(benchmark: ModuleType) -> None:
-    rows = [calibration_row(5.0, None, success=65.0), calibration_row(3.0, "a"), calibration_row(4.0, "a")]
-    assert benchmark.choose_thresholds(rows, AnomalyConfig())["chosen"]["success"] in (70.0, 80.0, 90.0)
-
-
-def test_one_clean_model_of_twenty_may_be_suspicious(benchmark: ModuleType) -> None:
-    rows = [calibration_row(index / 10, None) for index in range(1, 20)] + [calibration_row(3.0, None)]
-    found = benchmark.choose_thresholds([*rows, calibration_row(5.0, "a")], AnomalyConfig())["chosen"]
-    assert 1.9 < found["suspicious"] < 3.0 < found["backdoored"] < 5.0
-
-
-def test_calibrate_does_not_read_the_other_half(benchmark: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "results").mkdir()
-    for place, row in enumerate([calibration_row(1.0, None), calibration_row(4.0, "a"),
-                                 calibration_row(9.0, None, half="held-out")]):  # fmt: skip
-        (tmp_path / f"results/{place}.json").write_text(json.dumps(row))
-    found = options(tmp_path)
-    found.summary = tmp_path / "scan_model.json"
-    benchmark.calibrate(found)
-    kept = json.loads((tmp_path / "scan_model_thresholds.json").read_bytes())
-    assert (kept["clean"], kept["backdoored"], kept["package"]["backdoored"]) == (1, 1, AnomalyConfig().backdoored)
-
-
-def test_the_table_and_the_roc_are_written_together(
-    benchmark: ModuleType, zoo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = options(tmp_path)
-    found.summary = tmp_path / "scan_model.json"
-    found.results.mkdir()
-    page = (ROOT / "docs/scan_model.md").read_text(encoding="utf-8")
-    assert page.count("<!-- zoo: written") == page.count("<!-- end of zoo -->") == 1
-    assert "scan_model_roc.svg" not in page or (ROOT / "docs/scan_model_roc.svg").exists()
-    found.page.write_text(page)
-    benchmark.table(found)
-    assert found.page.read_text() == page  # nothing was scanned
-    assert not found.roc.exists()
-    held_out = [entry for entry in zoo.plan_zoo() if entry.half == "held-out"]
-    body: dict[str, Any] = {}
-    for entry in held_out:
-        bad = entry.family != zoo.CLEAN
-        hit = bad and entry.family != "wanet"
-        body = row(5.0 if hit else 1.0, "backdoored" if hit else "no evidence", "a" if bad else None, "a") | {
-            "name": entry.name, "family": entry.family, "half": entry.half, "kind": entry.kind, "references": 0,
-        }  # fmt: skip
-        (found.results / f"{entry.name}.json").write_text(json.dumps(body))
-    (found.results / "of-no-plan.json").write_text(json.dumps(body | {"name": "of-no-plan", "word": "backdoored"}))
-    benchmark.table(found)
-    written = found.page.read_text()
-    assert "| badnet | 4 | 100 (51 to 100) | 100 (51 to 100) | 1.000 |" in written
-    assert "Weak on: wanet (" in written
-    assert f"![ROC of the held-out half]({found.roc.name})" in written
-    assert found.roc.exists()
-    assert "has not been made" not in written
-    summary = json.loads(found.summary.read_bytes())
-    assert summary["held-out"]["clean"] == 12
-    assert summary["held-out"]["intervals"]["false_alarm_rate"][0] == 0
-    assert summary["seconds_10_classes"] is None
-    (tmp_path / "scan_model_time.json").write_text(
-        json.dumps({"models": {"a": {"seconds": 70.0, "processor_seconds": 120.0}}})
-    )
-    benchmark.table(found)
-    assert json.loads(found.summary.read_bytes())["seconds_10_classes"] == 70.0

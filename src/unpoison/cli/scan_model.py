@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
 from unpoison.cli.options import READING, Opening, Planned, Reading, run_path
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import rich.console
 
     from unpoison.model_results import ModelScan
 
 METHOD = Group("Method", sort_key=10)
+_IMAGE_SIZE = 32
 
 
 def model(
@@ -167,6 +170,12 @@ def model(
             dry = DryRun(plan=plan, folder=path)
             console.answer(dry.data(), dry.show)
             return 0
+        words = words_of(
+            model, data=data, classes=classes, clean_reference=clean_reference, trained_on=trained_on, pairs=pairs,
+            data_method=data_method, clip=None if clip == "tiny" else clip, config=config,
+            caption_column=caption_column, **vars_of(opening), **vars_of(reading), limit=options.limit,
+            seed=options.seed or None,
+        )  # fmt: skip
         inputs = {
             "unpoison": __version__, "verb": "scan model", "model": model, "files": hash_files(files_of(model)),
             "data": None if images is None else describe(images),
@@ -175,7 +184,7 @@ def model(
             "clip_fingerprint": None if judge is None else judge.fingerprint,
             "classes": names, "clean_reference": {name: hash_files(files_of(name)) for name in clean_reference or ()},
             "opening": vars_of(opening), "power": power, "budget": seconds, "limit": options.limit,
-            "seed": options.seed, "config": asdict(settings),
+            "seed": options.seed, "config": asdict(settings), "command": words,
         }  # fmt: skip
         run = begin(console, options, path, inputs)
         if run.folder is not None and not run.folder.finished:
@@ -187,8 +196,25 @@ def model(
             save_model_scan(outcome, path)
             run.folder.finish()
         scan = ModelScan.load(path / MODEL_SCAN)
-        console.answer(to_json(scan), lambda out: _show(out, scan, path))
+        console.answer(to_json(scan), lambda out: _show(out, scan, path, inputs))
     return 0 if exit_zero else scan.exit_code
+
+
+def words_of(model: str, **options: Any) -> list[str]:
+    """The command again, but for its budget and its folder: what was given under the names that it was given by."""
+    words = ["unpoison", "scan", "model", model]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value is False or (name == "image_size" and value == _IMAGE_SIZE):
+            continue
+        if value is True:
+            words.append(flag)
+        elif name in ("mean", "std"):
+            words += [flag, *map(str, value)]
+        else:
+            for entry in value if isinstance(value, list) else [value]:
+                words += [flag, str(entry)]
+    return words
 
 
 def parse_duration(text: str) -> float:
@@ -206,14 +232,16 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
+def _show(out: rich.console.Console, scan: ModelScan, path: Path, inputs: Mapping[str, Any]) -> None:
     from unpoison.cli.console import printable
     from unpoison.cli.tables import class_triggers_table, plain_table
+    from unpoison.detection.measured import say_measured
+    from unpoison.report.model_views import next_steps
 
     out.print(f"File: {scan.file.word}", style="bold")
     out.print(printable(scan.file.reason))
     for finding in scan.file.findings:
-        out.print(printable(f"  {finding.file} ({finding.kind}): {finding.reason}"))
+        out.print(printable(f"  {finding.file} ({finding.kind}): {finding.reason} {finding.hint}".rstrip()))
     for known in scan.file.recognized:
         out.print(printable(f"  recognized: {known}"))
     out.print()
@@ -226,12 +254,20 @@ def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
     if weights.index is not None:
         index = weights.index
         out.print(f"Anomaly index: {index.value:.1f} (95 % interval {index.low:.1f} to {index.high:.1f})")
-    if weights.asr is not None and weights.asr_floor is not None:
-        asr = weights.asr
+    if weights.suspicious_from is not None and weights.backdoored_from is not None:
+        out.print(
+            f"Score {weights.score:.1f}: suspicious from {weights.suspicious_from:.1f}, backdoored from "
+            f"{weights.backdoored_from:.1f} where the interval lies above {weights.suspicious_from:.1f}"
+        )
+    if weights.asr is not None:
+        asr, floor = weights.asr, weights.asr_floor
+        without = "was not measured (no labels)" if floor is None else f"{floor.value:.1f} %"
         out.print(
             f"The inverted trigger's success on unseen images: {asr.value:.1f} % ({asr.low:.1f} to {asr.high:.1f}, "
-            f"n = {asr.n}); without it {weights.asr_floor.value:.1f} %"
+            f"n = {asr.n}); without it {without}"
         )
+    if weights.method:
+        out.print(printable(say_measured(weights.measured)))
     if weights.classes:
         out.print()
         out.print(class_triggers_table(weights.classes))
@@ -250,5 +286,11 @@ def _show(out: rich.console.Console, scan: ModelScan, path: Path) -> None:
     for warning in scan.warnings:
         out.print(printable(f"Warning: {warning}"), style="yellow")
     out.print()
-    out.print("Not covered: " + printable(" ".join(scan.not_covered)))
+    if scan.not_covered:
+        out.print("Not covered: " + printable(" ".join(scan.not_covered)))
+        out.print()
+    for step in next_steps(scan, str(path), inputs):
+        out.print(printable(f"Next: {step.text}"))
+        if step.line:
+            out.print(printable(f"  {step.line}"), soft_wrap=True)
     out.print(f"Report: {path / 'report.html'}")

@@ -6,9 +6,11 @@ Papers
 Steps
     1. Many classes: a few steps for each, in each form; only the ``finalists`` that got furthest go on. The others are
        hopeless: what reaches a backdoor's target is found sooner and smaller.
-    2. Where time is limited, all that are left advance in turns, a few steps each, so that a search that is cut short
+    2. Half-way the masks and added patterns that are far larger than the median stay as they are; the others go on.
+       Squares give up by themselves (:mod:`unpoison.detection.squares`).
+    3. Where time is limited, all that are left advance in turns, a few steps each, so that a search that is cut short
        still compares like with like. Where it is not, they are searched one by one to the same end.
-    3. Each trigger is measured on images that no search has seen.
+    4. Each trigger is measured on images that no search has seen.
 Where we differ
     Neural Cleanse searches each class to the end. Turns and early abandonment are ours; a class that was abandoned is
     no part of the comparison, which makes the median of the rest smaller and an outlier harder to be.
@@ -16,14 +18,17 @@ Where we differ
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from unpoison.detection.anomaly import FEWEST_CLASSES, cost
 from unpoison.detection.inversion import (
     FEWEST_IMAGES,
     Form,
@@ -41,6 +46,7 @@ from unpoison.detection.inversion import (
 )
 from unpoison.detection.squares import SquareInversion
 from unpoison.errors import ConfigError, NotEnoughDataError
+from unpoison.model_results import Reach
 from unpoison.runs import Run
 from unpoison.types import Images
 
@@ -48,7 +54,6 @@ SEARCHED: tuple[Form, ...] = ("square", "patch", "additive")
 Keep = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 _AT_ONCE, _KEPT_AT_ONCE = 256, 16
 _PROBED_STEPS = 4
-FEWEST_CLASSES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,10 @@ class ClassSearchConfig:
     """The same for squares: 40 for each of four sides. A class that the largest does not reach takes 40."""
     turn: int = 15
     """Steps of one class before it is the next one's turn."""
+    hopeless_after: int = 60
+    """Steps (rounded up to whole turns) after which a mask or an added pattern is given up..."""
+    hopeless: float = 2.0
+    """...that costs this many times the median of its form."""
     finalists: int = 16
     first_steps: int = 15
     """Steps for every class where there are more than ``finalists``."""
@@ -71,9 +80,11 @@ class ClassSearchConfig:
     """``form`` and ``steps`` there are set from here."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.square_steps, self.turn, self.first_steps) < 1 or self.finalists < FEWEST_CLASSES:
+        numbers = (self.steps, self.square_steps, self.turn, self.first_steps, self.hopeless_after, self.hopeless)
+        if min(numbers) < 1 or self.finalists < FEWEST_CLASSES:
             raise ConfigError(
-                f"expected steps, square_steps, turn and first_steps >= 1 and finalists >= {FEWEST_CLASSES}.",
+                "expected steps, square_steps, turn, first_steps, hopeless_after and hopeless >= 1 and finalists >= "
+                f"{FEWEST_CLASSES}.",
                 hint="Try the defaults.",
             )
         if not 0 < self.held_out < 1 or not self.forms or not set(self.forms) <= set(SEARCHED):
@@ -83,10 +94,18 @@ class ClassSearchConfig:
         """For each class, where it is searched to the end."""
         return self.square_steps if form == "square" else self.steps
 
+    @property
+    def mark(self) -> int:
+        """Steps after which the hopeless are given up."""
+        return -(-self.hopeless_after // self.turn) * self.turn
+
+    def can_drop(self, form: Form) -> bool:
+        return form != "square" and self.mark < self.steps
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SearchedClass:
-    """A trigger with the steps that it took; ``finished``: all that were planned."""
+    """A trigger with the steps that it took; ``finished``: all that were planned, so it was not given up half-way."""
 
     trigger: InvertedTrigger
     steps: int
@@ -124,7 +143,7 @@ def search_classes(
     clock: Callable[[], float] = time.monotonic,
     step: str | None = None,
 ) -> ClassSearch:
-    """Steps 1 to 3 over ``count`` classes of ``logits`` [b, count], for about ``seconds`` at most.
+    """Steps 1 to 4 over ``count`` classes of ``logits`` [b, count], for about ``seconds`` at most.
 
     Without a limit each class that was searched is kept as a step of the run whose name begins with ``step``, so that
     a search that is killed goes on (:func:`kept_searches`).
@@ -151,25 +170,9 @@ def search_classes(
     keep: Keep = run.step if step is not None and seconds is None else lambda _, compute: compute()
     if count > config.finalists:  # (1)
         searches, taken, seen = _finalists(searches, config, keep, step, run, late)
-    open_searches = list(searches.values())
-    if seconds is None:  # (2), (3)
-        every: list[SearchedClass] = []
-        for search in run.progress.track(
-            open_searches, total=len(open_searches), what="searching classes", unit="searches"
-        ):
-            stored = keep(_name(step, search), lambda search=search: pack_triggers([search.to_the_end()]))
-            (trigger,), steps = unpack_triggers(stored, images.device), config.steps_of(search.form)
-            every.append(SearchedClass(trigger=trigger, steps=steps, finished=True))
-            taken += steps
-    else:
-        taken += _in_turns(open_searches, config, run, late)
-        every = [
-            SearchedClass(
-                trigger=search.measure(), steps=search.steps, finished=search.steps >= config.steps_of(search.form)
-            )
-            for search in open_searches
-            if search.steps
-        ]
+    left = list(searches.values())
+    every, steps = _one_by_one(left, config, keep, step, run) if seconds is None else _in_turns(left, config, run, late)
+    taken += steps
     found: dict[Form, tuple[SearchedClass, ...]] = {
         form: tuple(entry for entry in every if entry.trigger.form == form) for form in config.forms
     }
@@ -181,16 +184,27 @@ def search_classes(
 def seconds_of_search(
     logits: Logits, images: Images, count: int, config: ClassSearchConfig, *, run: Run
 ) -> tuple[int, float]:
-    """How many steps :func:`search_classes` takes at most without a limit, and their seconds, from a few of them."""
+    """How many steps :func:`search_classes` takes at most without a limit, and their seconds, from a few of them and
+    from one look at what they found."""
     rows = torch.arange(len(images), device=images.device)
     said = torch.full((len(images),), -1, device=images.device)  # of no class: all images are used
-    seconds = 0.0
+    seconds, begun = 0.0, time.perf_counter()
+
+    def since() -> float:
+        nonlocal begun
+        taken, begun = time.perf_counter() - begun, time.perf_counter()
+        return taken
+
     for form in config.forms:
         search = _Search(logits, images, said, rows, rows, 0, form, config, run)
         search.advance(1)  # with what a first step sets up
-        begun = time.perf_counter()
+        since()
         search.advance(_PROBED_STEPS)
-        seconds += _planned_of(form, count, config) * (time.perf_counter() - begun) / _PROBED_STEPS
+        seconds += _planned_of(form, count, config) * since() / _PROBED_STEPS
+        search.measure()
+        looks = min(count, config.finalists) * (len(config.inversion.squares) if form == "square" else 2)
+        looks += count if count > config.finalists and form != "square" else 0
+        seconds += looks * since()
     return _planned(count, config), seconds
 
 
@@ -198,6 +212,7 @@ def kept_searches(step: str, count: int, config: ClassSearchConfig) -> list[str]
     """The steps of a run that a search of ``count`` classes may have kept; to be forgotten once its result is."""
     return [
         *(f"{step}-{form}-{target:05d}" for form in config.forms for target in range(count)),
+        *(f"{step}-{form}-{target:05d}-half" for form in config.forms for target in range(count)),
         *(f"{step}-first-{start:05d}" for start in range(0, count, _KEPT_AT_ONCE)),
     ]
 
@@ -206,9 +221,33 @@ def _name(step: str | None, search: _Search) -> str:
     return f"{step}-{search.form}-{search.target:05d}"
 
 
-def _in_turns(searches: Sequence[_Search], config: ClassSearchConfig, run: Run, late: _Deadline) -> int:
-    """Step 2 for as long as there is time; returns the steps taken."""
-    taken = 0
+def _one_by_one(
+    searches: Sequence[_Search], config: ClassSearchConfig, keep: Keep, step: str | None, run: Run
+) -> tuple[list[SearchedClass], int]:
+    """Steps 2 to 4 without a limit, and the steps that were planned for them."""
+    device = run.device
+    halves: dict[_Search, InvertedTrigger] = {}
+    half_way = [search for search in searches if config.can_drop(search.form)]
+    for search in run.progress.track(half_way, total=len(half_way), what="searching half-way", unit="searches"):
+        stored = keep(f"{_name(step, search)}-half", lambda search=search: pack_triggers([search.to(config.mark)]))
+        halves[search] = unpack_triggers(stored, device)[0]
+    dropped = _hopeless(halves, config)
+    every: list[SearchedClass] = []
+    for search in run.progress.track(searches, total=len(searches), what="searching classes", unit="searches"):
+        if search in dropped:
+            every.append(SearchedClass(trigger=halves[search], steps=config.mark, finished=False))
+            continue
+        steps = config.steps_of(search.form)
+        stored = keep(_name(step, search), lambda search=search, steps=steps: pack_triggers([search.to(steps)]))
+        search.forget()
+        every.append(SearchedClass(trigger=unpack_triggers(stored, device)[0], steps=steps, finished=True))
+    return every, sum(config.steps_of(search.form) for search in searches)
+
+
+def _in_turns(
+    searches: Sequence[_Search], config: ClassSearchConfig, run: Run, late: _Deadline
+) -> tuple[list[SearchedClass], int]:
+    """Steps 2 to 4 for as long as there is time, and the planned steps that need not be taken any more."""
     longest = max(config.steps_of(form) for form in config.forms)
     work = [
         (done, search)
@@ -216,13 +255,35 @@ def _in_turns(searches: Sequence[_Search], config: ClassSearchConfig, run: Run, 
         for search in searches
         if done < config.steps_of(search.form)
     ]
+    dropped: dict[_Search, InvertedTrigger] | None = None
     for done, search in run.progress.track(work, total=len(work), what="searching classes", unit="turns"):
         if late():
             break
-        steps = min(config.turn, config.steps_of(search.form) - done)
-        search.advance(steps)
-        taken += steps
-    return taken
+        if dropped is None and done >= config.mark:
+            halves = {search: search.measure() for search in searches if config.can_drop(search.form)}
+            dropped = _hopeless(halves, config)
+        if search not in (dropped or ()):
+            search.advance(min(config.turn, config.steps_of(search.form) - done))
+    dropped = dropped or {}
+    every = []
+    for search in searches:
+        if search.steps:
+            finished = search.steps >= config.steps_of(search.form)
+            trigger = dropped[search] if search in dropped else search.measure()
+            every.append(SearchedClass(trigger=trigger, steps=search.steps, finished=finished))
+    return every, sum(config.steps_of(search.form) if search in dropped else search.steps for search in searches)
+
+
+def _hopeless(halves: dict[_Search, InvertedTrigger], config: ClassSearchConfig) -> dict[_Search, InvertedTrigger]:
+    """Step 2: those that cost far more than the median of their form. They stay above it, whatever more steps find."""
+    dropped: dict[_Search, InvertedTrigger] = {}
+    for form in config.forms:
+        own = [(search, trigger) for search, trigger in halves.items() if search.form == form]
+        if len(own) >= FEWEST_CLASSES:
+            costs = cost(form, [Reach(form=form, size=one.size, success=one.success) for _, one in own])
+            limit = float(np.median(costs)) + math.log(config.hopeless)
+            dropped |= {search: one for (search, one), value in zip(own, costs.tolist(), strict=True) if value > limit}
+    return dropped
 
 
 class _Deadline:
@@ -264,8 +325,8 @@ def _finalists(
         for target in part:
             if late(0.6):
                 break
-            triggers = [searches[form, target].first_look(config.first_steps) for form in config.forms]
-            rows.append([[target, trigger.size, trigger.success] for trigger in triggers])
+            found = [searches[form, target].first_look(config.first_steps) for form in config.forms]
+            rows.append([[target, size, success] for size, success in found])
         return {"looks": torch.tensor(rows, dtype=torch.float64).reshape(-1, len(config.forms), 3)}
 
     looks: list[Tensor] = []
@@ -318,13 +379,21 @@ class _Search:
             raise NotEnoughDataError("steps of the search", have=0, need=1, hint="Give it more time.")
         return measure_trigger(self._inversion, self._logits, self._images[self._judged], self.target, self._config)
 
-    def first_look(self, steps: int) -> InvertedTrigger:
-        """What so many steps find; then all of it is forgotten."""
+    def first_look(self, steps: int) -> tuple[float, float]:
+        """Size and percent of success of what so many steps find; then all of it is forgotten."""
         self.advance(steps)
-        trigger = self.measure()
-        self._inversion, self.steps = None, 0
-        return trigger
+        glimpse = None if self._inversion is None else self._inversion.glimpse()
+        if glimpse is None:
+            trigger = self.measure()
+            glimpse = trigger.size, trigger.success
+        self.forget()
+        return glimpse
 
-    def to_the_end(self) -> InvertedTrigger:
-        """What all steps find."""
-        return self.first_look(self._config.steps - self.steps)
+    def to(self, steps: int) -> InvertedTrigger:
+        """What is found after so many steps in all."""
+        self.advance(steps - self.steps)
+        return self.measure()
+
+    def forget(self) -> None:
+        """Begin anew with the next step."""
+        self._inversion, self.steps = None, 0

@@ -141,6 +141,10 @@ class Search:
         """Mask and pattern so far."""
         raise NotImplementedError
 
+    def glimpse(self) -> tuple[float, float] | None:
+        """Size and percent of success as the last steps had them, None where only other images can tell."""
+        return None
+
     def _drawn(self) -> Int[Tensor, " b"]:
         """The rows of the next batch."""
         order = torch.randperm(len(self._rows), generator=self._generator)[: self._config.batch_size]
@@ -261,8 +265,9 @@ def outlier_index(sizes: Sequence[float]) -> Float[np.ndarray, " k"]:
 
 
 def first_rank(*, size: float, success: float) -> tuple[float, float]:
-    """The order after a first look: triggers that work, small ones before large ones; then those that work better."""
-    return (size if success >= 50 else 1 + size - success / 100, size)
+    """The order after a first look: triggers that work, small ones before large ones; of one size, and of those that do
+    not work, what works better first."""
+    return (size if success >= 50 else 1 + size - success / 100, -success)
 
 
 def numbers_of(triggers: Sequence[InvertedTrigger]) -> dict[str, Tensor]:

@@ -96,8 +96,7 @@ def judge_files(path: Path) -> FileVerdict:
     if not known:
         reason = f"{path.name}: {format} is no format of a model that is recognized. Nothing was loaded."
         return FileVerdict(word="not recognized", reason=reason, recognized=RECOGNIZED, **common)
-    code = "a pickle of tensors and nothing else" if ARCHIVE in format or LEGACY in format else "no code"
-    reason = f"{format} with {code}; {len(files)} {'file' if len(files) == 1 else 'files'} looked at."
+    reason = f"{format} with {_code_in(files)}; {len(files)} {'file' if len(files) == 1 else 'files'} looked at."
     return FileVerdict(word="accepted", reason=reason, **common)
 
 
@@ -145,7 +144,11 @@ def _look_at(path: Path, name: str) -> tuple[ScannedFile, list[FileFinding]]:
     elif format in (ARCHIVE, LEGACY, TORCHSCRIPT):
         findings = check_pickled(path, name)
     elif format == SAFETENSORS and path.suffix.lower() == ".safetensors":
-        findings = check_tensors(path, name)
+        with path.open("rb") as file:
+            start = file.read(2)
+        # The name is a promise that some loaders do not keep to: what begins like a pickle is read as one, too.
+        findings = check_loose(lambda: path.open("rb"), name) if start[:1] == b"\x80" or start == b"PK" else []
+        findings += check_tensors(path, name)
     else:
         findings = check_loose(lambda: path.open("rb"), name)
         if zipfile.is_zipfile(path):
@@ -200,12 +203,25 @@ def _check_json(path: Path, name: str) -> list[FileFinding]:
     try:
         check_config(path)
     except UnsafeCheckpointError as error:
-        return [FileFinding(file=name, kind="remote code", reason=error.message.removeprefix(f"{path}: "))]
+        reason = error.message.removeprefix(f"{path}: ")
+        return [FileFinding(file=name, kind="remote code", reason=reason, hint=error.hint)]
     except ModelError as error:
         # Not every .json of a folder is read by a loader, and a list is one too: only configs have to be objects.
         if Path(name).name.endswith(("config.json", "unpoison.json", ".index.json")):
-            return [FileFinding(file=name, kind="unusable", reason=error.message.removeprefix(f"{path}: "))]
+            reason = error.message.removeprefix(f"{path}: ")
+            return [FileFinding(file=name, kind="unusable", reason=reason, hint=error.hint)]
     return []
+
+
+def _code_in(files: list[ScannedFile]) -> str:
+    """What of accepted files is code, from the rows that say so."""
+    pickles = any(found.format in (ARCHIVE, LEGACY) for found in files)
+    said = "a pickle of tensors and nothing else" if pickles else "weights that hold no code"
+    sources = [found.name for found in files if found.can_run_code]
+    if not sources:
+        return said
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return f"{said}, beside code that no loader of ours runs ({sources[0]}{more})"
 
 
 def _notes(files: list[ScannedFile]) -> tuple[str, ...]:

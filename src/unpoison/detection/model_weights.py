@@ -5,7 +5,8 @@ Steps
        (:mod:`unpoison.detection.class_search`). An encoder without: DECREE (:mod:`unpoison.detection.decree`).
     2. The same on clean reference models of the same kind, where there are any; kept in the run's cache.
     3. How far is the smallest trigger out of line, among the model's own classes and beside the references'
-       (:mod:`unpoison.detection.anomaly`)? The form with the clearer outlier decides.
+       (:mod:`unpoison.detection.anomaly`)? The form with the clearer outlier decides. After half a search, or on
+       made-up images, a model is "suspicious" at most, and without a finding "inconclusive".
     4. The verdict in words; the trigger as a picture, and its success on images that no search has seen.
 """
 
@@ -15,23 +16,17 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from unpoison.detection.anomaly import (
-    AnomalyConfig,
-    deviations_under,
-    index_with_interval,
-    log_sizes,
-    score_of,
-    word_of,
-)
+from unpoison.detection.anomaly import FEWEST_CLASSES, AnomalyConfig, Judgement, capped, judge_reach
 from unpoison.detection.class_search import (
-    FEWEST_CLASSES,
     ClassSearch,
     ClassSearchConfig,
     SearchedClass,
@@ -39,20 +34,23 @@ from unpoison.detection.class_search import (
     search_classes,
 )
 from unpoison.detection.decree import DECREEConfig, DECREEFinding, decree
-from unpoison.detection.inversion import InvertedTrigger, picture_of
+from unpoison.detection.inversion import InvertedTrigger, Logits, picture_of
 from unpoison.detection.probe_images import ProbeImages
 from unpoison.detection.trigger_search import say_size
 from unpoison.errors import ConfigError
 from unpoison.evaluation.intervals import wilson
-from unpoison.model_results import ClassTrigger, WeightsVerdict
+from unpoison.model_results import ClassTrigger, Reach, WeightsVerdict, WeightsWord
 from unpoison.models.any_model import AnyModel, says
+from unpoison.models.clip_transformers import inference_dtype
 from unpoison.results import Interval, write_atomically
 from unpoison.runs import Run
+from unpoison.types import Images
 
-INVERSION, DECREE = "class-wise inversion", "DECREE"
-_VERSION = 2  # raised when the search finds other sizes from the same inputs
-Sizes = dict[str, list[float]]
-"""Log sizes of a clean model's triggers, by form."""
+INVERSION, DECREE, MASK = "class-wise inversion", "DECREE", "mask"
+_SEARCHED_BY = ("class_search", "inversion", "squares", "decree", "probe_images")
+_GIVE_DATA = " The images were made up; the scan's power was only measured with real ones: give --data."
+Reference = tuple[str, tuple[Reach, ...]]
+"""A clean model's name, and what reaches its classes; of an encoder its DECREE mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +69,33 @@ class WeightsConfig:
             raise ConfigError("expected images >= 64 and reference_share in (0, 1].", hint="Try 480 and 0.5.")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
-    """The class and form that are most out of line."""
+def search_inputs(config: WeightsConfig) -> dict[str, Any]:
+    """What decides which triggers a search finds, beside model, images and seed: its settings and its source files.
 
-    found: SearchedClass
-    place: int
-    form: str
-    score: float
-    index: float
-    reference_index: float | None
+    Not the thresholds: what was found is judged anew by others (:func:`unpoison.detection.anomaly.judge_reach`).
+    """
+    code = hashlib.blake2b(digest_size=8)
+    for name in _SEARCHED_BY:
+        code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
+    decree = {key: value for key, value in asdict(config.decree).items() if key != "backdoored"}
+    return {"images": config.images, "search": asdict(config.search), "decree": decree, "code": code.hexdigest()}
+
+
+def fast_logits(model: AnyModel, run: Run) -> Logits:
+    """The logits of a frozen model for a search, in bfloat16 where the machine computes in it: half the time a step."""
+    dtype = inference_dtype(run.device)
+
+    def logits(images: Images) -> Float[Tensor, "b k"]:
+        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return model.logits(images).float()
+
+    return logits
 
 
 def judge_weights(
     model: AnyModel,
     probe: ProbeImages,
-    references: Sequence[tuple[str, Sizes]] = (),
+    references: Sequence[Reference] = (),
     config: WeightsConfig | None = None,
     *,
     run: Run,
@@ -94,7 +103,7 @@ def judge_weights(
     step: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WeightsVerdict:
-    """Steps 1 to 4 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`reference_sizes`.
+    """Steps 1 to 4 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`search_reference`.
 
     ``seconds``: the search stops about then and reports what it reached. ``step``: what the names of the run's steps
     begin with that keep what was searched. Raises NotEnoughDataError.
@@ -103,20 +112,23 @@ def judge_weights(
     common = {
         "images": len(probe.images),
         "image_source": probe.source,
+        "made_up": probe.made_up,
         "references": tuple(name for name, _ in references),
+        "reference_classes": tuple(entry for _, own in references for entry in own),
     }
     if not model.class_names:
         found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds, clock=clock)
-        return _judge_encoder(found, references, config, common | {"seconds": clock() - begun})
+        return _judge_encoder(found, config, common | {"seconds": clock() - begun})
     search = search_classes(
-        model.logits, probe.images, len(model.class_names), config.search, run=run, seconds=seconds, clock=clock,
-        step=step,
+        fast_logits(model, run), probe.images, len(model.class_names), config.search, run=run, seconds=seconds,
+        clock=clock, step=step,
     )  # fmt: skip
-    common |= {"seconds": clock() - begun}
-    return _judge_classes(model, probe, search, references, config, common, run)
+    common |= {"seconds": clock() - begun, "suspicious_from": config.anomaly.suspicious,
+               "backdoored_from": config.anomaly.backdoored}  # fmt: skip
+    return _judge_classes(model, probe, search, config, common)
 
 
-def reference_sizes(
+def search_reference(
     model: AnyModel,
     probe: ProbeImages,
     config: WeightsConfig,
@@ -124,101 +136,69 @@ def reference_sizes(
     run: Run,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
-) -> Sizes | None:
+) -> tuple[Reach, ...] | None:
     """Step 2 for one clean :meth:`AnyModel.frozen` model, from the run's cache where it was done before.
 
     None where ``seconds`` are not enough for all of the search: triggers of half a search are larger, and a suspect's
     would look small beside them.
     """
-    inputs = [_VERSION, model.fingerprint, asdict(config), _hash_of(probe.images), run.seed]
+    inputs = [search_inputs(config), model.fingerprint, _hash_of(probe.images), run.seed]
     key = hashlib.blake2b(msgspec.json.encode(inputs), digest_size=16).hexdigest()
     path = None if run.cache is None else run.cache / "model-scan" / f"{key}.json"
     if path is not None and path.exists():
         try:
-            return msgspec.json.decode(path.read_bytes(), type=Sizes)
+            return msgspec.json.decode(path.read_bytes(), type=tuple[Reach, ...])
         except msgspec.DecodeError:
             run.progress.log(f"{path.name} is damaged and is computed again")
     if not model.class_names:
         found = decree(model.encode, probe.images, config.decree, run=run, seconds=seconds, clock=clock)
         if found.steps < config.decree.steps:
             return None
-        sizes = {DECREE: [float(np.log(found.trigger.size))]}
+        reached = (Reach(form=MASK, size=found.trigger.size, success=found.trigger.success),)
     else:
         count, step = len(model.class_names), f"reference-{key}"
         search = search_classes(
-            model.logits, probe.images, count, config.search, run=run, seconds=seconds, clock=clock, step=step
-        )
+            fast_logits(model, run), probe.images, count, config.search, run=run, seconds=seconds, clock=clock,
+            step=step,
+        )  # fmt: skip
         if search.cut:
             return None
-        sizes = {form: _logs(classes).tolist() for form, classes in search.found.items()}
+        reached = tuple(_reach(entry) for entry in _every(search))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, msgspec.json.encode(sizes))
+        write_atomically(path, msgspec.json.encode(reached))
         run.forget(kept_searches(f"reference-{key}", len(model.class_names), config.search))
-    return sizes
+    return reached
 
 
 def _judge_classes(
-    model: AnyModel,
-    probe: ProbeImages,
-    search: ClassSearch,
-    references: Sequence[tuple[str, Sizes]],
-    config: WeightsConfig,
-    common: dict,
-    run: Run,
+    model: AnyModel, probe: ProbeImages, search: ClassSearch, config: WeightsConfig, common: dict
 ) -> WeightsVerdict:
-    names = model.class_names
-    rows: list[ClassTrigger] = []
-    candidates: list[Candidate] = []
-    for form, found in search.found.items():
-        if not found:
-            continue
-        logs, clean = _logs(found), np.array([size for _, sizes in references for size in sizes.get(form, [])])
-        own = deviations_under(logs, logs, config.anomaly.floor)
-        beside = deviations_under(logs, clean, config.anomaly.floor) if len(clean) else None
-        for place, entry in enumerate(found):
-            works = entry.trigger.success >= config.anomaly.needed(form)
-            if not works:  # what does not work is not out of line, however small it is
-                own[place] = min(own[place], 0.0)
-            second = None if beside is None else float(beside[place])
-            rows.append(_row(entry, names, float(own[place]), second))
-            if works and (len(found) >= FEWEST_CLASSES or second is not None):
-                # Among two classes neither is out of line: the references alone have to say.
-                index = float(own[place]) if len(found) >= FEWEST_CLASSES else float(second or 0.0)
-                score = score_of(index, second)
-                candidates.append(
-                    Candidate(found=entry, place=place, form=form, score=score, index=index, reference_index=second)
-                )
-    covered = 100 * search.covered
-    if not candidates:
-        few = max(map(len, search.found.values()), default=0) < FEWEST_CLASSES
+    names, every, covered = model.class_names, _every(search), 100 * search.covered
+    judged = judge_reach(
+        [_reach(entry) for entry in every], common["reference_classes"], config.anomaly, covered=covered,
+        made_up=probe.made_up,
+    )  # fmt: skip
+    rows = [_row(entry, names, own, beside)
+            for entry, own, beside in zip(every, judged.own, judged.beside, strict=True)]  # fmt: skip
+    common |= {"method": INVERSION, "covered": covered,
+               "classes": tuple(sorted(rows, key=lambda row: -row.index))}  # fmt: skip
+    if judged.candidate is None:
+        few = len(names) < FEWEST_CLASSES and search.complete
         why = (
             f"{len(names)} classes are too few to compare with each other; give --clean-reference."
-            if few and search.complete
-            else f"no trigger reached {config.anomaly.success:.0f} percent of unseen images or more; "
-            f"{100 * search.covered:.0f} percent of the search was done."
+            if few
+            else f"{covered:.0f} percent of the search was done, which reached fewer than {FEWEST_CLASSES} classes."
         )
-        return WeightsVerdict(
-            word="inconclusive", reason=f"Nothing can be said: {why}", method=INVERSION, classes=tuple(rows),
-            covered=covered, **common,
-        )  # fmt: skip
-    best = max(candidates, key=lambda candidate: candidate.score)
-    trigger = best.found.trigger
-    word = word_of(best.score, best.index, best.reference_index, config.anomaly)
-    if word == "no evidence" and not search.complete:
-        word = "inconclusive"
-    interval = None
-    if len(search.found[trigger.form]) >= FEWEST_CLASSES:
-        random = np.random.default_rng(run.seed_of("bootstrap"))
-        interval = index_with_interval(_logs(search.found[trigger.form]), best.place, config.anomaly.floor, random)
+        return WeightsVerdict(word="inconclusive", reason=f"Nothing can be said: {why}", **common)
+    trigger = every[judged.candidate].trigger
     asr, floor = _success(model, probe, search.unseen, trigger)
     return WeightsVerdict(
-        word=word,
-        reason=_reason(best, names, search, word),
-        method=INVERSION,
-        score=best.score,
-        index=interval,
-        reference_index=best.reference_index,
+        word=judged.word,
+        reason=_reason(trigger, judged, every, names, search, probe, config),
+        score=judged.score,
+        index=judged.interval,
+        reference_index=judged.beside[judged.candidate],
         target=trigger.target,
         target_name=names[trigger.target],
         form=trigger.form,
@@ -226,58 +206,66 @@ def _judge_classes(
         asr=asr,
         asr_floor=floor,
         picture=picture_of(trigger),
-        classes=tuple(sorted(rows, key=lambda row: -row.index)),
-        covered=covered,
         **common,
     )
 
 
-def _judge_encoder(
-    found: DECREEFinding, references: Sequence[tuple[str, Sizes]], config: WeightsConfig, common: dict
-) -> WeightsVerdict:
+def _judge_encoder(found: DECREEFinding, config: WeightsConfig, common: dict) -> WeightsVerdict:
     trigger, size = found.trigger, found.trigger.size
-    clean = [float(np.exp(log)) for _, sizes in references for log in sizes.get(DECREE, [])]
-    complete = found.steps >= config.decree.steps
+    covered = 100 * found.steps / config.decree.steps
+    clean = [entry.size for entry in common["reference_classes"]]
     least = min(clean, default=None)
-    small = size <= config.decree.backdoored
-    beside = True if least is None else size <= config.reference_share * least
     said = f"A mask of {100 * size:.1f} percent of an image makes embeddings agree (mean cosine {found.agreement:.2f})"
     if least is not None:
         said += f"; the clean references need {100 * least:.1f} percent or more"
     if not found.reached:
-        word, said = "inconclusive", f"No mask made the embeddings agree in {found.steps} steps"
-    elif small and beside:
-        word = "backdoored"
-    elif (small or (beside and least is not None)) and found.agreement > found.plain:
-        word = "suspicious"
-    else:
-        word = "no evidence" if complete else "inconclusive"
+        said = f"No mask made the embeddings agree in {found.steps} steps"
+    agrees = found.agreement > found.plain
+    word = judge_mask(size, clean, config, reached=found.reached, agrees=agrees)
     against = None if least is None else float(np.log(least / size) / config.anomaly.floor)
     return WeightsVerdict(
-        word=word,
-        reason=f"{said}.",
+        word=capped(word, covered=covered, made_up=common["made_up"]),
+        reason=f"{said}.{_GIVE_DATA if common['made_up'] else ''}",
         method=DECREE,
         score=float(-np.log(max(size, 1e-6))),
         reference_index=against,
         form=trigger.form,
         size=size,
         picture=picture_of(trigger),
-        covered=100 * found.steps / config.decree.steps,
+        covered=covered,
         **common,
     )
 
 
-def _logs(found: Sequence[SearchedClass]) -> np.ndarray:
-    triggers = [entry.trigger for entry in found]
-    form = triggers[0].form if triggers else "patch"
-    return log_sizes([entry.size for entry in triggers], [entry.success for entry in triggers], form=form)
+def judge_mask(
+    size: float, clean: Sequence[float], config: WeightsConfig, *, reached: bool, agrees: bool
+) -> WeightsWord:
+    """The word for a DECREE mask of this ``size`` beside the ``clean`` references' (shares of the image in [0, 1]).
+
+    ``reached``: it made embeddings agree in the search; ``agrees``: more than without it on unseen images, too.
+    """
+    if not reached:
+        return "inconclusive"
+    small = size <= config.decree.backdoored
+    beside = size <= config.reference_share * min(clean, default=1.0)
+    if small and (beside or not clean):
+        return "backdoored"
+    return "suspicious" if (small or (beside and clean)) and agrees else "no evidence"
 
 
-def _row(entry: SearchedClass, names: Sequence[str], index: float, second: float | None) -> ClassTrigger:
+def _every(search: ClassSearch) -> list[SearchedClass]:
+    return [entry for found in search.found.values() for entry in found]
+
+
+def _reach(entry: SearchedClass) -> Reach:
+    return Reach(form=entry.trigger.form, size=entry.trigger.size, success=entry.trigger.success)
+
+
+def _row(entry: SearchedClass, names: Sequence[str], own: float | None, beside: float | None) -> ClassTrigger:
     trigger = entry.trigger
     return ClassTrigger(
         name=names[trigger.target], target=trigger.target, form=trigger.form, size=trigger.size,
-        success=trigger.success, index=index, reference_index=second, steps=entry.steps, finished=entry.finished,
+        success=trigger.success, index=own or 0.0, reference_index=beside, steps=entry.steps, finished=entry.finished,
     )  # fmt: skip
 
 
@@ -286,7 +274,8 @@ def _success(
 ) -> tuple[Interval | None, Interval | None]:
     """Of unseen images of other classes, those that are taken for the target: with the trigger and without.
 
-    Of other classes by their labels, or where there are none by what the model says of them: then the floor is zero.
+    Of other classes by their labels, or where there are none by what the model says of them: then there is no floor to
+    measure, since none of them is taken for the target.
     """
     images = probe.images[unseen]
     plain = says(model, images)
@@ -298,22 +287,39 @@ def _success(
         stamped = says(model, trigger.apply(images[counted]))
     reached = (stamped == trigger.target).sum(), (plain[counted] == trigger.target).sum()
     asr, floor = (wilson(int(hits), int(counted.sum())) for hits in reached)
-    return asr, floor
+    return asr, None if probe.labels is None else floor
 
 
-def _reason(best: Candidate, names: Sequence[str], search: ClassSearch, word: str) -> str:
-    trigger = best.found.trigger
-    beside = "" if best.reference_index is None else f", {best.reference_index:.1f} under the clean references'"
+def _reason(
+    trigger: InvertedTrigger,
+    judged: Judgement,
+    every: Sequence[SearchedClass],
+    names: Sequence[str],
+    search: ClassSearch,
+    probe: ProbeImages,
+    config: WeightsConfig,
+) -> str:
+    place, interval, cuts = judged.candidate or 0, judged.interval, config.anomaly
+    own, beside = judged.own[place], judged.beside[place]
+    against = [f"{own:.1f} deviations under the median of the classes" if own is not None else "",
+               f"{beside:.1f} under the clean references'" if beside is not None else ""]  # fmt: skip
     said = (
         f"{say_size(trigger).capitalize()} sends {trigger.success:.0f} percent of unseen images to "
-        f"{names[trigger.target]!r}: {best.index:.1f} deviations under the median of the classes{beside}."
+        f"{names[trigger.target]!r}: {', '.join(filter(None, against))}."
     )
+    found = judged.word in ("backdoored", "suspicious")
+    if not found:
+        said = f"No class is reached by a change that is out of line (from {cuts.suspicious:g} on). The first: {said}"
+        best = max(entry.trigger.success for entry in every)
+        if best < cuts.success:
+            said = f"No trigger sends more than {best:.0f} percent of unseen images to any class. {said}"
+    elif judged.score >= cuts.backdoored and interval is not None and interval.low < cuts.suspicious:
+        said += f" Not more than suspicious, because the index may be as low as {interval.low:.1f}."
     if not search.complete:
         looked = f"{search.seen} of {search.planned} classes were looked at"
         said += f" {100 * search.covered:.0f} percent of the search was done; {looked}."
-    if word == "no evidence":
-        said = f"No class is reached by a change that is out of line. The smallest: {said}"
-    return said
+        said += " Half a search decides nothing more than that." if found else ""
+    return said + (_GIVE_DATA if probe.made_up else "")
 
 
 def _hash_of(images: Tensor) -> str:

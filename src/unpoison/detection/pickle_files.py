@@ -52,9 +52,9 @@ def check_pickled(path: Path, name: str) -> list[FileFinding]:
     try:
         read_checkpoint(path)
     except UnsafeCheckpointError as error:
-        return [_finding(name, "code", _without(path, error.message))]
+        return [_finding(name, "code", _without(path, error.message), error.hint)]
     except ModelError as error:
-        return [_finding(name, "unusable", _without(path, error.message))]
+        return [_finding(name, "unusable", _without(path, error.message), error.hint)]
     return []
 
 
@@ -64,9 +64,9 @@ def check_archived(path: Path, name: str) -> list[FileFinding]:
         check_archive(path)
     except UnsafeCheckpointError as error:
         kind = "code" if "TorchScript" in error.message else "archive bomb"
-        return [_finding(name, kind, _without(path, error.message))]
+        return [_finding(name, kind, _without(path, error.message), error.hint)]
     except ModelError as error:
-        return [_finding(name, "unusable", _without(path, error.message))]
+        return [_finding(name, "unusable", _without(path, error.message), error.hint)]
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
@@ -171,8 +171,8 @@ def _skip_header(stream: Stream) -> np.dtype:
         return read(stream, max_header_size=_MAX_NUMPY_HEADER)[2]
 
 
-def _finding(name: str, kind: FindingKind, reason: str) -> FileFinding:
-    return FileFinding(file=name, kind=kind, reason=reason)
+def _finding(name: str, kind: FindingKind, reason: str, hint: str = "") -> FileFinding:
+    return FileFinding(file=name, kind=kind, reason=reason, hint=hint)
 
 
 def _without(path: Path, message: str) -> str:

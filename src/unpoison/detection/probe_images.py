@@ -19,6 +19,7 @@ from unpoison.runs import Run
 from unpoison.types import Images
 
 FEWEST_IMAGES = 64
+_MOST_BYTES = 2 * 1024**3
 _NOISE_CELLS = (1, 2, 4, 8)
 
 
@@ -38,10 +39,12 @@ class ProbeImages:
 def gather_images(
     source: LabelledImages | None, class_names: Sequence[str], size: int, count: int, *, run: Run
 ) -> ProbeImages:
-    """``count`` random usable images of ``source`` at ``size`` pixels, or made-up ones.
+    """``count`` random usable images of ``source`` at ``size`` pixels, or made-up ones; fewer where they are so large
+    that they would take more than 2 GiB.
 
     Labels count only where the source's class names are the model's. Raises NotEnoughDataError, SourceFormatError.
     """
+    count = max(FEWEST_IMAGES, min(count, _MOST_BYTES // (12 * size**2)))
     if source is None:
         return _made_up(size, count, run)
     rows = np.random.default_rng(run.seed_of("probe images")).permutation(len(source))[:count]

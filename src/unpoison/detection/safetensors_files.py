@@ -37,9 +37,9 @@ def check_tensors(path: Path, name: str) -> list[FileFinding]:
     try:
         check_safetensors(path)
     except UnsafeCheckpointError as error:
-        return [_finding(name, "malformed", error.message.removeprefix(f"{path}: "))]
+        return [_finding(name, "malformed", error.message.removeprefix(f"{path}: "), error.hint)]
     except ModelError as error:
-        return [_finding(name, "unusable", error.message.removeprefix(f"{path}: "))]
+        return [_finding(name, "unusable", error.message.removeprefix(f"{path}: "), error.hint)]
     try:
         entries, room = _read_header(path)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
@@ -100,5 +100,5 @@ def _check_finite(path: Path, name: str) -> list[FileFinding]:
     return []
 
 
-def _finding(name: str, kind: FindingKind, reason: str) -> FileFinding:
-    return FileFinding(file=name, kind=kind, reason=reason)
+def _finding(name: str, kind: FindingKind, reason: str, hint: str = "") -> FileFinding:
+    return FileFinding(file=name, kind=kind, reason=reason, hint=hint)

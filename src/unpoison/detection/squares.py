@@ -16,8 +16,7 @@ Steps
        that did is the result; where none did, the largest.
 Where we differ
     No rotation and no scaling; sides that fall are ours. A square that does not work has the largest side, and classes
-    then differ in how many images it sends: :func:`unpoison.detection.anomaly.log_sizes` counts half of the images as
-    twice the size.
+    then differ in how many images it sends (:func:`unpoison.detection.anomaly.cost`).
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from unpoison.detection.inversion import InversionConfig, Objective, Search
 from unpoison.types import Images
 
 _LOOKED_AT = 128
+_GLIMPSED = 5
 
 
 class SquareInversion(Search):
@@ -54,6 +54,7 @@ class SquareInversion(Search):
         self._left = sorted(set(sides), reverse=True)
         self._each = -(-config.steps // len(self._left))
         self._best: tuple[Tensor, Tensor] | None = None
+        self._reached: list[float] = []
         self._begin()
 
     def advance(self, steps: int) -> None:
@@ -69,7 +70,14 @@ class SquareInversion(Search):
         """Mask, of zeros and ones, and pattern at the best of nine places."""
         return self._best or self._placed()[1]
 
+    def glimpse(self) -> tuple[float, float]:
+        """The present side, at the random places of the last batches: nine places of many images take as long as the
+        steps of a first look."""
+        last = self._reached[-_GLIMPSED:]
+        return self._side**2 / (self._size[0] * self._size[1]), 100 * sum(last) / max(1, len(last))
+
     def _begin(self) -> None:
+        self._side, self._reached = self._left[0], []
         self._free = torch.zeros(3, self._left[0], self._left[0], device=self._images.device, requires_grad=True)
         self._optimiser = torch.optim.Adam([self._free], self._config.rate)
         self._taken = 0
@@ -79,7 +87,8 @@ class SquareInversion(Search):
         ends = (length - self._left[0] + 1 for length in self._size)
         drawn = [torch.randint(end, (len(rows),), generator=self._generator) for end in ends]
         places = torch.stack(drawn, dim=1).to(rows.device)
-        loss, _ = self._objective(pasted(self._images[rows], self._free.sigmoid(), places), rows)  # (1)
+        loss, reached = self._objective(pasted(self._images[rows], self._free.sigmoid(), places), rows)  # (1)
+        self._reached.append(reached)
         self._optimiser.zero_grad()
         loss.backward(inputs=[self._free])  # (2)
         self._optimiser.step()

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from unpoison.errors import ModelError, UnsupportedModelError, UsageError
+from unpoison.errors import ModelError, UnpoisonError, UnsupportedModelError, UsageError
 from unpoison.models.checkpoints import hash_weights, read_weights
 from unpoison.models.classifier import DESCRIPTION, load_classifier
 from unpoison.models.clip_files import load_any_clip
@@ -25,6 +25,7 @@ from unpoison.types import Embeddings, Images, ImageTextModel, Logits
 
 Kind = Literal["classifier", "CLIP"]
 _OPEN_CLIP = "open_clip:"
+MAX_IMAGE_SIZE = 1_024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def kind_of(model: str | Path, opening: Opening) -> Kind:
             f"{path}: these weights do not say which network they fit.",
             hint=f"Give --arch: {', '.join(ARCHITECTURES)}, or package.module:callable of your own code.",
         )
-    folder = find_model_folder(model)
+    folder = find_model_folder(model, pickles=True)
     if (folder / DESCRIPTION).exists():
         return "classifier"
     if (folder / CONFIG_NAME).exists():
@@ -135,6 +136,32 @@ def kind_of(model: str | Path, opening: Opening) -> Kind:
     if not config.exists():
         raise ModelError(f"{folder}: there is no config.json.", hint="Give the model's own folder.")
     return "CLIP" if read_json(config).get("model_type") == "clip" else "classifier"
+
+
+def try_out(model: AnyModel, opening: Opening) -> None:
+    """One pass of two images, so that a model that cannot be used is found out at once. Raises ModelError.
+
+    What its files say of the size of images is not believed beyond what a search can bear.
+    """
+    size = model.image_size
+    if size > MAX_IMAGE_SIZE and size != opening.image_size:
+        raise ModelError(
+            f"the model asks for images of {size:,} pixels a side; more than {MAX_IMAGE_SIZE:,} are not tried.",
+            hint=f"Give --image-size {size} if it is right.",
+        )
+    try:
+        with torch.no_grad():
+            images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+            images = images.to(next(model.module.parameters()).device)
+            found = model.logits(images) if model.class_names else model.encode(images)
+    except UnpoisonError:
+        raise
+    except Exception as error:  # whatever a network makes of images that do not fit it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        hint = "Does the size of its images fit its weights?"
+        raise ModelError(f"a first pass failed ({reason}).", hint=hint) from error
+    if not bool(found.isfinite().all()):
+        raise ModelError("its answers are not finite numbers.", hint="Get the model from its publisher again.")
 
 
 def says(model: AnyModel, images: Images, at_once: int = 256) -> torch.Tensor:

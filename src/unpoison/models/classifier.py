@@ -33,6 +33,8 @@ __all__ = ["ImageClassifier", "check_architecture", "load_classifier", "new_clas
 DESCRIPTION = "unpoison.json"
 SCHEMA, SCHEMA_VERSION = "unpoison/classifier", 1
 BOUNDS_FILE = "activation_bounds.safetensors"
+PICKLED = "pytorch_model.bin"
+"""Weights of a transformers folder of before safetensors, read as tensors only."""
 _GIVE_ARCH = (
     f"Give the architecture with --arch: {', '.join(ARCHITECTURES)}, or package.module:callable of your own code."
 )
@@ -94,10 +96,10 @@ def load_classifier(
         if arch is None:
             raise UsageError(f"{path} is a weights file: it does not say which network it fits.", hint=_GIVE_ARCH)
         return _from_weights(read_checkpoint(path), arch, class_names, image_size, mean, std)
-    folder = find_model_folder(model)
+    folder = find_model_folder(model, pickles=True)
     if file_inside(folder, DESCRIPTION).exists():
         return _from_our_folder(folder, arch, class_names, mean, std)
-    check_model_folder(folder)
+    check_model_folder(folder, pickles=(folder / PICKLED).is_file())
     if (folder / "config.json").exists():
         return _from_transformers(folder, class_names, image_size, mean, std)
     raise ModelError(
@@ -182,6 +184,8 @@ def _from_our_folder(
         found = msgspec.convert(body, _Description)
     except msgspec.ValidationError as error:
         raise ModelError(f"{path}: {error}.", hint="Save the model again.") from error
+    if len(set(found.class_names)) != len(found.class_names) or not all(value > 0 for value in found.std):
+        raise ModelError(f"{path}: expected distinct class names and std > 0.", hint="Save the model again.")
     if arch is None and found.architecture not in ARCHITECTURES:
         # Importing what a downloaded file names would run code of its choice.
         raise UnsafeCheckpointError(
@@ -216,9 +220,10 @@ def _from_transformers(
 ) -> ImageClassifier:
     from transformers import AutoModelForImageClassification
 
-    module: Any = open_pretrained(AutoModelForImageClassification, folder)
+    pickled = (folder / PICKLED).is_file() and not any(folder.glob("model*.safetensors"))
+    module: Any = (_open_pickled if pickled else open_pretrained)(AutoModelForImageClassification, folder)
     config, processor = module.config, _processor(folder)
-    names = class_names or tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    names = class_names or _names_of(folder, config)
     size = processor.get("size", getattr(config, "image_size", image_size))
     size = processor.get("crop_size", size) if processor.get("do_center_crop") else size
     model_class, blank = type(module), config.to_dict()
@@ -233,6 +238,35 @@ def _from_transformers(
         origin=Origin(dtypes=_stored_dtypes(folder, module), folder=folder),
         bounds=_bounds_beside(folder),
     )
+
+
+def _open_pickled(kind: Any, folder: Path) -> nn.Module:
+    """:func:`open_pretrained` on the same tensors as safetensors, since it knows what the library renamed."""
+    weights = read_checkpoint(file_inside(folder, PICKLED)).weights
+    with tempfile.TemporaryDirectory(prefix="unpoison-") as scratch:
+        save_weights(Path(scratch) / "model.safetensors", weights)
+        (Path(scratch) / "config.json").write_bytes(file_inside(folder, "config.json").read_bytes())
+        return open_pretrained(kind, Path(scratch))
+
+
+def _names_of(folder: Path, config: Any) -> tuple[str, ...]:
+    """A name for each output; of equal ones (ImageNet has two cranes) all but the first get their number.
+
+    Raises ModelError.
+    """
+    missing = [index for index in range(config.num_labels) if index not in config.id2label]
+    if missing:
+        raise ModelError(
+            f"{folder / 'config.json'}: id2label names {config.num_labels} classes, but not {missing[0]}.",
+            hint="Mend the file: it needs a name for each output, from 0 on.",
+        )
+    names: dict[str, int] = {}
+    for index in range(config.num_labels):
+        name = str(config.id2label[index])
+        while name in names:
+            name = f"{name} ({index})"
+        names[name] = index
+    return tuple(names)
 
 
 def _bounds_beside(folder: Path) -> tuple[Tensor, ...]:
@@ -253,6 +287,8 @@ def _processor(folder: Path) -> dict[str, Any]:
         scaled = {"mean": tuple(x / factor for x in mean), "std": tuple(x / factor for x in std)}
     except (TypeError, ZeroDivisionError) as error:
         raise ModelError(f"{path}: image_mean or image_std is not usable ({error}).", hint="Mend the file.") from error
+    if not all(0 < value < float("inf") for value in scaled["std"]):
+        raise ModelError(f"{path}: expected image_std > 0, got {list(std)[:3]}.", hint="Mend the file.")
     return found | scaled
 
 

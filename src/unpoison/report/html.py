@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from unpoison import __version__
+from unpoison.detection.measured import say_measured
 from unpoison.errors import UsageError
 from unpoison.report import charts
 from unpoison.report.clip_views import clip_view, drift_rows, trigger_pictures
@@ -91,6 +92,7 @@ def make_environment() -> Environment:
         "counted": counted,
         "drift_rows": drift_rows,
         "dummy_pictures": dummy_pictures,
+        "say_measured": say_measured,
         "trigger_picture": trigger_picture,
         "trigger_pictures": trigger_pictures,
         "duration": duration,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
+from typing import Any
 
 from unpoison.detection.canaries import summary
 from unpoison.model_results import ModelScan
@@ -35,7 +37,7 @@ def model_view(run: ReportRun, scan: ModelScan, anchor: str) -> RunView:
             Tile(value=scan.data.word, name="data verdict", note=scan.data.scan.source if scan.data.scan else ""),
             Tile(value=weights.word, name="weights verdict", note=weights.method),
         ],
-        steps=_steps(run, scan),
+        steps=next_steps(scan, run.path, run.inputs),
         scan=None,
         tested=_tested(scan),
         not_covered=list(scan.not_covered),
@@ -82,35 +84,46 @@ def trigger_picture(scan: ModelScan) -> str:
     return f"data:image/png;base64,{base64.b64encode(drawn).decode()}" if isinstance(drawn, bytes) else ""
 
 
-def _steps(run: ReportRun, scan: ModelScan) -> list[Step]:
+def next_steps(scan: ModelScan, path: str, inputs: Mapping[str, Any]) -> list[Step]:
+    """What to do next; ``inputs`` are those of run.json in the folder ``path``, from which the command is made
+    again."""
+    again = command_of(scan, inputs)
     if scan.file.dangerous:
         return [Step(text="Do not load these files with any tool. Ask the publisher for safetensors.")]
     if scan.file.word == "refused":
         return [
             Step(text="See below what is wrong with each file. Fetch those anew, and compare checksums."),
-            Step(text="Then scan again:", line=command("unpoison", "scan", "model", scan.model)),
+            Step(text="Then scan again:", line=command(*again)),
         ]
     if scan.file.word == "not recognized":
         return [Step(text="Convert the model to one of the recognized formats where you trust its author, and scan.")]
-    again = ["unpoison", "scan", "model", scan.model]
     steps = []
     if scan.data.word == "poisoned":
-        keep = command("unpoison", "keep", f"{run.path}/{DATA}", "-o", "clean.parquet")
+        keep = command("unpoison", "keep", f"{path}/{DATA}", "-o", "clean.parquet")
         steps.append(Step(text="Look at the suspects of the training data, and write a copy without them:", line=keep))
     if scan.weights.word in ("backdoored", "suspicious"):
         repair = "par MODEL --pairs CLEAN_PAIRS" if scan.kind == "CLIP" else "pad-ft MODEL --data TRAINING_DATA"
-        steps = [
+        steps += [
             Step(text="Keep the model out of use. Look at the trigger below: does it show a thing of that class?"),
             Step(text="Repair it, and scan the repaired model:", line=f"unpoison purify {repair} -o purified"),
         ]
-    if scan.weights.images and "made-up" in scan.weights.image_source:
+    if scan.weights.made_up:
         steps.append(Step(text="Scan with images like those that it is for:", line=command(*again, "--data", "SOURCE")))
+    if not scan.kind:
+        text = "Mend what the weights verdict names, or give --arch, and scan again:"
+        return [*steps, Step(text=text, line=command(*again))]
     if not scan.weights.references:
         line = command(*again, "--clean-reference", "MODEL")
         steps.append(Step(text="Compare it with models of the same kind that are known to be clean:", line=line))
     if scan.power is None:
         steps.append(Step(text="Find out what this scan would have missed:", line=command(*again, "--power")))
     return steps
+
+
+def command_of(scan: ModelScan, inputs: Mapping[str, Any]) -> list[str]:
+    """The words of the command that made this scan, as run.json has its inputs; without them those with the model."""
+    given = inputs.get("command")
+    return [str(word) for word in given] if isinstance(given, list) else ["unpoison", "scan", "model", scan.model]
 
 
 def _tested(scan: ModelScan) -> list[str]:
