@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from unpoison.benchmark.estimate import Estimate
     from unpoison.benchmark.runner import Summary
     from unpoison.benchmark.store import Plan, Store
-    from unpoison.benchmark.table import Table
 
 Format = Literal["markdown", "csv", "latex", "json", "html"]
-_IN_A_TERMINAL = ("c_acc_before", "c_acc", "asr_before", "asr", "asr_floor", "asr_excess", "ra", "rebound", "seconds")
 _ENDINGS: dict[str, Format] = {".html": "html", ".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
 
 
@@ -160,6 +158,7 @@ def table(
     with Console(options) as console:
         from unpoison.benchmark.formats import FORMATS, as_json
         from unpoison.benchmark.table import make_table
+        from unpoison.cli.bench_table import show_table
 
         chosen = format or (None if output is None else _ENDINGS.get(output.suffix.lower()))
         if output is not None and chosen is None:
@@ -181,7 +180,7 @@ def table(
             text = FORMATS[chosen](made)
             console.answer(None, lambda out: out.print(text, soft_wrap=True, end=""))
         else:
-            console.answer(as_json(made).encode(), lambda out: _show_table(out, made))
+            console.answer(as_json(made).encode(), lambda out: show_table(out, made))
     return 0
 
 
@@ -264,67 +263,3 @@ def _show_status(out: rich.console.Console, store: Store, plans: list[Plan], bod
         out.print(printable(line), soft_wrap=True)
     if body["seconds_left"] is not None:
         out.print(f"Left: about {duration(body['seconds_left'])} with one runner")
-
-
-def _show_table(out: rich.console.Console, made: Table) -> None:
-    from unpoison.benchmark.formats import (
-        COMPARED,
-        COMPARISON,
-        GLANCE,
-        SPREAD,
-        again,
-        cells_of,
-        compared,
-        failure_lines,
-        glance,
-        headings,
-        sections,
-        short_keys,
-    )
-    from unpoison.benchmark.rows import columns_of
-    from unpoison.cli.console import printable
-    from unpoison.cli.tables import plain_table
-
-    for heading, rows in sections(made):
-        columns = [column for column in columns_of(rows) if column.name in _IN_A_TERMINAL]
-        titles = [*headings(columns), "cells"]
-        shown = plain_table(*titles, right=tuple(titles[2:-1]))
-        for row in rows:
-            texts = [_stacked(printable(text)) for text in cells_of(row, columns)]
-            shown.add_row(*texts, "\n".join(short_keys(row)))
-        out.print(printable(heading))
-        out.print(shown)
-        out.print()
-    if made.rows:
-        out.print(SPREAD)
-        for line in again(made.rows):
-            out.print(printable(line), soft_wrap=True)
-    for summary in made.summaries:
-        out.print()
-        out.print(printable(f"Methods at a glance, {summary.kind}. {summary.over}"))
-        if summary.methods:
-            shown = plain_table(*GLANCE, right=GLANCE[1:])
-            for entry in summary.methods:
-                shown.add_row(*map(printable, glance(entry)))
-            out.print(shown)
-    if made.reported:
-        shown = plain_table(*COMPARISON, right=COMPARISON[2:6])
-        for entry in made.reported:
-            shown.add_row(*(_stacked(printable(text)) for text in compared(entry)))
-        out.print()
-        out.print(shown)
-        out.print(COMPARED)
-    if any(row.refused for row in made.rows):
-        out.print("* not accepted by the method itself in one seed or more")
-    for line in failure_lines(made.failures):
-        out.print(printable(line), soft_wrap=True)
-    if made.missing:
-        out.print(f"{made.missing} of {made.cells} cells have not run.")
-    for note in made.notes:
-        out.print(printable(note))
-
-
-def _stacked(text: str) -> str:
-    """``95.0 (91.0 to 97.3)`` on two lines, the interval without what makes it wide."""
-    value, bracket, interval = text.partition(" (")
-    return f"{value}\n{interval.rstrip(')').replace(' to ', '..')}" if bracket else text
