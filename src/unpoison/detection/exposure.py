@@ -72,8 +72,8 @@ class ExposureConfig:
     """Of the halves of step 6."""
     confirmation: float = 0.7
     """Mean rank of step 6 from which on the pairs count as exposed; those that step 7 counts should reach it too."""
-    misfit: float = 0.45
-    """Mean misfit of step 6 that is asked for beside it: clean sets of which the mean rank is high reach 0.3."""
+    misfit: float = 0.35
+    """Mean misfit of step 6 that is asked for beside it: clean sets of that mean rank reach 0.23."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
@@ -82,7 +82,7 @@ class ExposureConfig:
         if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or not all(0 <= value <= 1 for value in bounds):
             raise ConfigError(
                 "expected fewest and rounds of at least 1, strength > 0, confirmation and misfit in [0, 1].",
-                hint="Try 30, 3, 1, 0.7 and 0.45.",
+                hint="Try 30, 3, 1, 0.7 and 0.35.",
             )
 
 
@@ -91,7 +91,7 @@ class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
     ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
-    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` and the mean ``misfit`` of the same
+    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` and mean ``misfit`` of the same
     pairs reached their bounds, else it is not known whether there is anything to count (``misfit`` None: nobody could
     tell); ``above``: the pairs that step 7 counts, what to look at, none then; ``rates``: their share where only those
     are counted that are poison at odds of 19 to 1, and where all are that are not clean at such odds.
@@ -233,7 +233,7 @@ class _Seen:
     def confirm(
         self, one: Int[np.ndarray, " _"], other: Int[np.ndarray, " o"], config: ExposureConfig
     ) -> tuple[float, float]:
-        """Step 6 one way round: mean rank and misfit of the rows of ``other`` that what was found in ``one`` points at."""
+        """Step 6 one way round: mean rank and misfit of the rows of ``other`` that ``one`` points at."""
         found = self.of(one).search(config)
         answers = found.model.decision_function(self.images[other])
         pointed = np.argsort(-answers, kind="stable")[: len(found.seeds)]
