@@ -78,7 +78,7 @@ def part_of(known: Embedded, rows: np.ndarray) -> Embedded:
 
     return Embedded(
         pairs=known.pairs, rows=known.rows[rows], clip=known.clip, suspect=some(known.suspect),
-        cosines=some(known.cosines), captions=some(known.captions),
+        cosines=some(known.cosines), captions=some(known.captions), misfit=some(known.misfit),
     )  # fmt: skip
 
 

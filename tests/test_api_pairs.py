@@ -137,7 +137,7 @@ def test_exposure_says_what_it_found(confirmation: float, poisoned: bool, clip: 
     pairs = open_pairs("shapes:300:3")
     chosen = pairs.ids[5:300:10]
     planted = pairs.with_overlay(Colored(set(chosen)), dict.fromkeys(chosen, "a photo of a horse"))
-    config = replace(QUICK, exposure=ExposureConfig(confirmation=confirmation))
+    config = replace(QUICK, exposure=ExposureConfig(confirmation=confirmation, misfit=0.0))
     outcome = scan_pairs(planted, clip=suspect, reference=clip, method="exposure", config=config, run=run())
     estimate = outcome.scan.estimate
     assert estimate.poisoned == poisoned
@@ -211,7 +211,8 @@ def test_cosines_are_means_over_the_captions(clip: Any) -> None:
     several = replace(pairs, replaced={pairs.ids[4]: ("a red star", "a blue ring", "nothing")})
     rows = np.array([0, 4, 7])
     images = embed_images([clip], several, run=run())[0].array[rows]
-    own, other, kept = caption_cosines(clip, several, rows, images, means=True, run=run())
+    fit = caption_cosines(clip, several, rows, images, means=True, run=run())
+    own, other, kept = fit.own, fit.other, fit.means
     means = [embed_texts(clip, several.captions([row])[0], run=run()).mean(axis=0) for row in rows.tolist()]
     assert kept is not None
     np.testing.assert_allclose(kept, np.array(means), atol=1e-6)
@@ -219,6 +220,18 @@ def test_cosines_are_means_over_the_captions(clip: Any) -> None:
     table = images @ np.array(means).T
     assert all(min(abs(table[row] - value)) < 1e-6 for row, value in enumerate(other))
     assert not np.isclose(own, other).any()
+
+
+def test_misfit_is_the_share_of_strangers_that_fit_better(clip: Any) -> None:
+    pairs = open_pairs("shapes:17:3")  # every other pair is a stranger
+    rows = np.arange(17)
+    images = embed_images([clip], pairs, run=run())[0].array
+    texts = embed_texts(clip, [texts[0] for texts in pairs.captions(rows)], run=run())
+    fits, differs = images @ texts.T, texts @ texts.T <= 0.8
+    wanted = [(fits[row] > fits[row, row])[differs[row]].mean() if differs[row].any() else 0.0 for row in rows.tolist()]
+    np.testing.assert_allclose(caption_cosines(clip, pairs, rows, images, run=run()).misfit, wanted, atol=1e-9)
+    same = replace(pairs, replaced=dict.fromkeys(pairs.ids, ("a thing",)))
+    assert not caption_cosines(clip, same, rows, images, run=run()).misfit.any()
 
 
 def write_rows(folder: Path, count: int, *, bad: dict[int, bytes]) -> Path:

@@ -29,7 +29,7 @@ QUICK: dict[str, Any] = {
     "batch_size": 16, "steps": 2, "check_every": 1, "learning_rate": 1e-3, "bound": 100.0, "unlearn_share": 0.08,
     "margin": 2.0,
 }  # fmt: skip
-ANY = ExposureConfig(confirmation=0.0)
+ANY = ExposureConfig(confirmation=0.0, misfit=0.0)
 NONE = ExposureConfig(confirmation=1.0)
 
 
@@ -61,7 +61,8 @@ def test_the_catalog_lists_it() -> None:
 def test_a_repair_is_on_record(reference: bool, clip: Any, pairs: Any, tmp_path: Path) -> None:
     before = state(clip)
     known = load_clip("tiny") if reference else None
-    outcome = purify_with_ubt(clip, pairs, reference=known, config=UBTConfig(**QUICK, exposure=ANY), run=new_run())
+    config = UBTConfig(**QUICK, exposure=ANY, always=not reference)
+    outcome = purify_with_ubt(clip, pairs, reference=known, config=config, run=new_run())
     result = outcome.purification
     assert state(clip) == before
     assert state(outcome.clip) != before
@@ -70,7 +71,8 @@ def test_a_repair_is_on_record(reference: bool, clip: Any, pairs: Any, tmp_path:
     assert not result.left_alone
     exposure = result.exposure
     assert exposure is not None
-    assert exposure.exposed
+    assert exposure.exposed == reference
+    assert (exposure.misfit is None) != reference
     assert exposure.unlearnt == exposure.judges == 12
     assert exposure.level is not None
     assert "that were kept aside match their captions" in result.reason
@@ -78,8 +80,8 @@ def test_a_repair_is_on_record(reference: bool, clip: Any, pairs: Any, tmp_path:
     listed = outcome.suspicious
     assert listed.scan.flagged == round(exposure.rate / 100 * len(pairs))
     estimate = listed.scan.estimate
-    assert estimate.poisoned
-    assert not listed.scan.inconclusive
+    assert estimate.poisoned == reference
+    assert listed.scan.inconclusive != reference
     assert estimate.rate_low <= estimate.rate <= estimate.rate_high
     assert estimate.rate == pytest.approx(exposure.rate / 100)
     assert any("is its own neighbours" in warning for warning in result.warnings) != reference
@@ -87,6 +89,23 @@ def test_a_repair_is_on_record(reference: bool, clip: Any, pairs: Any, tmp_path:
     assert listed.samples
     result.save(tmp_path / "purification.json")
     assert ClipPurification.load(tmp_path / "purification.json").exposure == exposure
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_without_another_model_pairs_are_ranked_and_the_model_stays(itself: bool, clip: Any, pairs: Any) -> None:
+    config = UBTConfig(**QUICK, exposure=ANY)
+    outcome = purify_with_ubt(clip, pairs, reference=clip if itself else None, config=config, run=new_run())
+    result = outcome.purification
+    assert state(outcome.clip) == state(clip)
+    assert (result.left_alone, result.accepted, result.undecided, result.steps) == (True, False, True, 0)
+    assert result.reason.startswith("Pairs are ranked and nothing is decided")
+    assert outcome.suspicious.scan.inconclusive
+    assert outcome.suspicious.scan.flagged == 0
+    assert np.isfinite(outcome.suspicious.scores.suspicion).all()
+    few = replace(config, always=True, unlearn_share=0.01)
+    refused = purify_with_ubt(clip, pairs, config=few, run=new_run()).purification
+    assert (refused.left_alone, refused.accepted) == (True, False)
+    assert "Only 3 pairs may be unlearnt" in refused.reason
 
 
 def test_a_model_stays_as_it_is_where_nothing_stands_out(clip: Any, pairs: Any) -> None:
@@ -116,12 +135,12 @@ def test_pairs_that_still_match_refuse_the_result(
         return replace(found, judged_after=found.unlearning.level + 0.02 + over)
 
     monkeypatch.setattr(api_ubt, "repair_with_ubt", judged)
-    result = purify_with_ubt(clip, pairs, config=config, run=new_run()).purification
+    result = purify_with_ubt(clip, pairs, reference=load_clip("tiny"), config=config, run=new_run()).purification
     assert result.accepted == (over < 0)
 
 
 def test_exposing_is_not_repeated(clip: Any, pairs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = UBTConfig(**QUICK, exposure=ANY)
+    config = UBTConfig(**QUICK, exposure=ANY, always=True)
     run = new_run(folder=RunFolder.open(tmp_path / "run", {}))
     first = purify_with_ubt(clip, pairs, config=config, run=run)
     monkeypatch.setattr(api_ubt, "_expose", None)

@@ -121,7 +121,8 @@ def _density(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
 
 def _exposure(known: Embedded, config: PairDetectorConfig, run: Run) -> Ranked:
     low = low_similarity(_asked(known.cosines))
-    found = expose_pairs(low, _asked(known.suspect), _asked(known.captions), config.exposure)
+    misfit = None if known.alone else _asked(known.misfit)
+    found = expose_pairs(low, _asked(known.suspect), _asked(known.captions), config.exposure, misfit=misfit)
     axes = {"exposure": found.scores, "probe": found.probe, "low_similarity": low}
     if known.alone:  # what confirms a group is that two models agree on it
         return Ranked(axes=axes)
@@ -268,10 +269,18 @@ def nothing_decided(reason: str) -> PoisonEstimate:
 def estimate_poison(exposure: Exposure, config: ExposureConfig) -> PoisonEstimate:
     """Poisoned where a group of pairs stands out, else undecided: little poison does not."""
     rank = f"{100 * exposure.confirmation:.0f} percent of the pairs, 50 by chance"
+    misfit = exposure.misfit or 0.0
+    fits = f"{100 * misfit:.0f} percent of other pairs' captions fit their images better than their own"
     if not exposure.exposed:
-        return nothing_decided(
+        found = (
             "No group of pairs stands out: what the most suspicious have in common points at others that are more "
-            f"suspicious than {rank}; {100 * config.confirmation:.0f} are asked for."
+            f"suspicious than {rank}; "
+        )
+        if exposure.confirmation < config.confirmation:
+            return nothing_decided(f"{found}{100 * config.confirmation:.0f} are asked for.")
+        return nothing_decided(
+            f"{found}but only {fits}, where {100 * config.misfit:.0f} are asked for: the reference finds them hard, it "
+            "does not find them wrong."
         )
     return PoisonEstimate(
         poisoned=True,
@@ -279,10 +288,10 @@ def estimate_poison(exposure: Exposure, config: ExposureConfig) -> PoisonEstimat
         rate_low=exposure.rates[0],
         rate_high=exposure.rates[1],
         target_labels=(),
-        evidence={"mean_rank": exposure.confirmation},
+        evidence={"mean_rank": exposure.confirmation, "misfit": misfit},
         reason=(
             "A group of pairs stands out: what they have in common points at others more suspicious than "
-            f"{rank}. About {100 * exposure.rate:.1f} percent of the set belong to it."
+            f"{rank}, and {fits}. About {100 * exposure.rate:.1f} percent of the set belong to it."
         ),
     )
 

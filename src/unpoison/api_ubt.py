@@ -5,6 +5,7 @@ from unpoison import load_any_clip, open_pairs, purify_with_ubt
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -47,6 +48,10 @@ ABL_LIMITS = (
     "images and a manifest are given.",
     "Poison among pairs that the model is less sure of. The surest are unlearnt whether they are poison or not.",
 )
+ALONE = (
+    "Pairs are ranked and nothing is decided: without a reference that never saw them, the model that a group of pairs "
+    "was found with is the only one that could confirm it, and it confirms clean ones too."
+)
 NOTHING_EXPOSED = (
     "Whether the pairs are clean: about 1 percent of poison among a few thousand pairs, or less, does not stand out.",
     "Whether the model is clean: only what these pairs taught it was looked for.",
@@ -71,10 +76,12 @@ def purify_with_ubt(
     """Unlearn what the poisoned among its own training ``pairs`` taught a CLIP (arXiv 2409.19526).
 
     ``reference``: a CLIP that never saw them, best the one that ``clip`` was tuned from; without one, pairs are first
-    suspected by DAO alone. ``config`` None: :meth:`UBTConfig.recommended`. The caller's model is never changed. Where
-    no group of pairs stands out the copy is as the model came, and the result says so. Refused (``accepted`` is false)
-    when held-out clean pairs fall by more than ``config.bound``, when pairs kept aside still match their captions, or
-    when the set is too small to unlearn from: the list is given all the same.
+    suspected by DAO alone, and without one, or where it is ``clip`` itself, nothing can be decided: the copy is as the
+    model came and is not accepted, unless ``config.always``. ``config`` None: :meth:`UBTConfig.recommended`. The
+    caller's model is never changed. Where no group of pairs stands out the copy is as the model came too, and the
+    result says so. Refused (``accepted`` is false) when held-out clean pairs fall by more than ``config.bound``, when
+    pairs kept aside still match their captions, or when the set is too small to unlearn from: the list is given all
+    the same.
     Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
     """
     run = run or Run()
@@ -87,7 +94,8 @@ def purify_with_ubt(
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
     exposure = _unpack(run.agreed(run.step("exposed", lambda: _pack(_expose(known, config, run)))))
     models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
-    estimate = _estimate(exposure, config)
+    alone = config.expose == "concept" and not _borne_out(known)
+    estimate = nothing_decided(ALONE) if alone else _estimate(exposure, config)
     warnings = (*scale_warning(clip), *_crowded(known, exposure, config))
     suspicious = ranked_outcome(
         known,
@@ -102,16 +110,17 @@ def purify_with_ubt(
         run=run,
     )
     count = unlearn_count(exposure, config)
-    if not exposure.exposed or count < FEWEST_UNLEARNT:
+    wanted = exposure.exposed or config.always
+    if not wanted or count < FEWEST_UNLEARNT:
         repair = leave_alone(clip, pairs, config, run=run)
         few = f" Only {count} pairs may be unlearnt, {FEWEST_UNLEARNT} are needed: give more, or raise unlearn_share."
-        said = estimate.reason + (few if exposure.exposed else "")
+        said = estimate.reason + (few if wanted else "")
         purification = replace(
             describe_repair("ubt", clip, pairs, config, repair, time.monotonic() - begun, run),
             exposure=_finding(exposure, None), left_alone=True, warnings=(*known.warnings, *warnings),
-            accepted=not exposure.exposed,
+            accepted=not wanted and not alone,
             reason=f"{said} The model is handed back as it came.",
-            not_covered=UBT_LIMITS if exposure.exposed else NOTHING_EXPOSED,
+            not_covered=UBT_LIMITS if wanted else NOTHING_EXPOSED,
         )  # fmt: skip
         return UBTOutcome(clip=repair.model, purification=purification, suspicious=suspicious)
     found = repair_with_ubt(clip, pairs, exposure, config, run=run)
@@ -153,7 +162,7 @@ def _own_cosines(clip: ImageTextModel, pairs: ImageTextPairs, run: Run) -> Float
     rows = np.flatnonzero(images.usable)
     check_spread(images.array[rows], "model")
     cosines = np.full(len(pairs), np.nan)
-    cosines[rows] = caption_cosines(clip, pairs, rows, images.array[rows], run=run)[0]
+    cosines[rows] = caption_cosines(clip, pairs, rows, images.array[rows], run=run).own
     return cosines
 
 
@@ -177,7 +186,8 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
     elif config.expose == "similarity":
         found = expose_by_rank(rank_normalise(low), captions, config.exposure, fewest=FEWEST_UNLEARNT)
     else:
-        found = expose_pairs(low, suspect, captions, config.exposure)
+        misfit = known.misfit if _borne_out(known) else None
+        found = expose_pairs(low, suspect, captions, config.exposure, misfit=misfit)
     above = np.zeros(len(pairs), dtype=bool)
     above[rows] = found.above
     return replace(
@@ -186,8 +196,14 @@ def _expose(known: Embedded, config: UBTConfig, run: Run) -> Exposure:
     )  # fmt: skip
 
 
+def _borne_out(known: Embedded) -> bool:
+    """Two models: what one finds the other can confirm."""
+    return known.cosines is not None and not known.alone
+
+
 def _pack(exposure: Exposure) -> dict[str, Tensor]:
-    values = [exposure.confirmation, float(exposure.exposed), *exposure.rates]
+    misfit = math.nan if exposure.misfit is None else exposure.misfit
+    values = [exposure.confirmation, misfit, float(exposure.exposed), *exposure.rates]
     numbers = torch.tensor(values, dtype=torch.float64)
     arrays = {name: getattr(exposure, name) for name in ("scores", "probe", "seeds", "first", "above")}
     return {"numbers": numbers} | {
@@ -196,11 +212,11 @@ def _pack(exposure: Exposure) -> dict[str, Tensor]:
 
 
 def _unpack(state: dict[str, Tensor]) -> Exposure:
-    confirmation, exposed, *rates = state["numbers"].tolist()
+    confirmation, misfit, exposed, *rates = state["numbers"].tolist()
     return Exposure(
         scores=state["scores"].numpy(), probe=state["probe"].numpy(), seeds=state["seeds"].numpy(),
         first=state["first"].numpy(), above=state["above"].numpy(), rates=(rates[0], rates[1]),
-        confirmation=confirmation, exposed=bool(exposed),
+        confirmation=confirmation, exposed=bool(exposed), misfit=None if math.isnan(misfit) else misfit,
     )  # fmt: skip
 
 
@@ -209,6 +225,7 @@ def _finding(exposure: Exposure, found: UBTRepair | None) -> PairExposure:
     return PairExposure(
         exposed=exposure.exposed,
         confirmation=exposure.confirmation,
+        misfit=exposure.misfit,
         rate=100 * exposure.rate,
         seeds=len(exposure.seeds),
         unlearnt=0 if unlearning is None else len(unlearning.texts),

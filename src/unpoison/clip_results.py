@@ -54,6 +54,7 @@ class PairExposure:
     """Which of its own training pairs a CLIP's repair rests on.
 
     ``confirmation``: mean rank of first suspicion, in [0, 1], of unseen pairs like the ``seeds``, 0.5 by chance;
+    ``misfit``: mean share of others' captions that fit these pairs' images better, None where no reference could tell;
     ``rate``: percent of the pairs that are like them, a rough count. ``judged_*``: mean cosine of ``judges`` suspicious
     pairs, kept aside, with their captions; ``level``: that of pairs that do not belong together. None where nothing was
     unlearnt.
@@ -68,6 +69,7 @@ class PairExposure:
     level: float | None = None
     judged_before: float | None = None
     judged_after: float | None = None
+    misfit: float | None = None
     words: tuple[UnlearntWord, ...] = ()
 
 
@@ -115,12 +117,17 @@ class ClipPurification(JsonResult):
     exposure: PairExposure | None = None
     """None where the pairs were taken to be clean."""
     left_alone: bool = False
-    """Nothing suspicious was found: the model is the given one, to the bit."""
+    """Nothing suspicious was found, or it could not be unlearnt: the model is the given one, to the bit."""
     before: ClipEvaluation | None = None
     after: ClipEvaluation | None = None
     not_covered: tuple[str, ...] = ()
     command: str = ""
     """The shell command that repeats the run, "" where it was none."""
+
+    @property
+    def undecided(self) -> bool:
+        """The pairs were ranked, nothing could be decided by that, and nothing was done."""
+        return self.left_alone and not self.accepted and self.exposure is not None and not self.exposure.exposed
 
     @property
     def attack_left(self) -> bool:

@@ -18,6 +18,8 @@ from unpoison.types import ImageTextModel
 WEAK_REFERENCE = 0.6
 """Share of pairs more similar to their own caption than to another's under which a reference is called weak; chance
 is one half."""
+STRANGERS, SAME_CONCEPT = 16, 0.8
+"""Other pairs whose captions an image is asked about; those with a cosine over this with its own are left out."""
 _TEXTS_AT_ONCE = 4096
 _SPREAD = 1e-4
 """Least difference in any dimension of unit embeddings, in float32 or half of it, that is more than rounding."""
@@ -28,8 +30,9 @@ class Embedded:
     """The usable pairs: ``rows`` of ``pairs``, and what the models make of these.
 
     ``clip``: the suspicious CLIP. ``suspect``: its unit image embeddings. ``cosines``: of image and caption under the
-    reference, the mean over an image's captions, in [-1, 1]; ``captions``: these means, not of length 1. None where
-    nobody asked. ``alone``: the reference is the suspect itself, so that the two cannot bear each other out.
+    reference, the mean over an image's captions, in [-1, 1]; ``captions``: these means, not of length 1; ``misfit``:
+    share of other pairs' captions that fit better, in [0, 1]. None where nobody asked. ``alone``: the reference is the
+    suspect itself, so that the two cannot bear each other out.
     """
 
     pairs: ImageTextPairs
@@ -38,6 +41,7 @@ class Embedded:
     suspect: Float[np.ndarray, "k d"] | None
     cosines: Float[np.ndarray, " k"] | None
     captions: Float[np.ndarray, "k e"] | None = None
+    misfit: Float[np.ndarray, " k"] | None = None
     alone: bool = False
     skipped: tuple[SkippedRow, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -47,6 +51,17 @@ class Embedded:
         whole = np.full(len(self.pairs), np.nan)
         whole[self.rows] = values
         return whole
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaptionFit:
+    """Mean cosine of each image with its ``own`` captions and with those of one ``other`` image, in [-1, 1]; ``misfit``
+    as in ``Embedded``; ``means`` of each image's caption embeddings, not of length 1, where they were asked for."""
+
+    own: Float[np.ndarray, " k"]
+    other: Float[np.ndarray, " k"]
+    misfit: Float[np.ndarray, " k"]
+    means: Float[np.ndarray, "k d"] | None
 
 
 def see_pairs(
@@ -71,12 +86,13 @@ def see_pairs(
     rows = np.flatnonzero(first.usable)
     for role, found in images.items():
         check_spread(found.array[rows], role)
-    cosines = means = None
+    cosines = means = misfit = None
     warnings: tuple[str, ...] = ()
     if reference is not None:
         known = images["reference"].array[rows]
-        cosines, others, means = caption_cosines(reference, pairs, rows, known, means=captions, run=run)
-        warnings = _warnings(clip if suspect else None, reference, pairs, cosines, others)
+        fit = caption_cosines(reference, pairs, rows, known, means=captions, run=run)
+        cosines, means, misfit = fit.own, fit.means, fit.misfit
+        warnings = _warnings(clip if suspect else None, reference, pairs, cosines, fit.other)
     return Embedded(
         pairs=pairs,
         rows=rows,
@@ -84,6 +100,7 @@ def see_pairs(
         suspect=images["suspect"].array[rows] if suspect else None,
         cosines=cosines,
         captions=means,
+        misfit=misfit,
         alone=suspect and reference is not None and clip.fingerprint == reference.fingerprint,
         skipped=tuple({row.id: row for row in (*pairs.skipped, *first.skipped)}.values()),
         warnings=warnings,
@@ -120,13 +137,10 @@ def caption_cosines(
     *,
     means: bool = False,
     run: Run,
-) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, "k d"] | None]:
-    """The mean cosine of each image with its own captions, and with those of another image, both in [-1, 1].
-
-    The other image is the next one in an order that the run's seed draws within a block of rows. Third, with ``means``,
-    the mean of each image's caption embeddings, not of length 1.
-    """
-    own, other = np.empty(len(rows)), np.empty(len(rows))
+) -> CaptionFit:
+    """How each image fits its own captions and those of others: the next ones in an order that the run's seed draws
+    within a block of rows."""
+    own, other, misfit = np.empty(len(rows)), np.empty(len(rows)), np.empty(len(rows))
     kept = np.empty((len(rows), images.shape[1]), dtype=np.float32) if means else None
     random = np.random.default_rng(run.seed_of("other captions"))
     starts = range(0, len(rows), _TEXTS_AT_ONCE)
@@ -137,13 +151,36 @@ def caption_cosines(
         ends = np.cumsum([len(group) for group in captions])
         each = np.add.reduceat(texts, np.concatenate([[0], ends[:-1]])) / np.diff(ends, prepend=0)[:, None]
         order = random.permutation(len(each))
-        another = np.empty_like(order)
-        another[order] = np.roll(order, 1)
         if kept is not None:
             kept[part] = each
         own[part] = np.einsum("nd,nd->n", images[part], each)
-        other[part] = np.einsum("nd,nd->n", images[part], each[another])
-    return own, other, kept
+        other[part] = np.einsum("nd,nd->n", images[part], each[_next(order, 1)])
+        misfit[part] = _misfit(images[part], each, own[part], order)
+    return CaptionFit(own=own, other=other, misfit=misfit, means=kept)
+
+
+def _next(order: Int[np.ndarray, " b"], steps: int) -> Int[np.ndarray, " b"]:
+    """For each row the one so many steps before it in ``order``, around the end."""
+    found = np.empty_like(order)
+    found[order] = np.roll(order, steps)
+    return found
+
+
+def _misfit(
+    images: Float[np.ndarray, "b d"],
+    texts: Float[np.ndarray, "b d"],
+    own: Float[np.ndarray, " b"],
+    order: Int[np.ndarray, " b"],
+) -> Float[np.ndarray, " b"]:
+    """Share of 16 strangers' captions that fit better than the own; 0 where all of them say the same as it."""
+    units = texts / np.maximum(np.linalg.norm(texts, axis=1, keepdims=True), np.finfo(float).tiny)
+    better, asked = np.zeros(len(own)), np.zeros(len(own))
+    for step in range(1, STRANGERS + 1):
+        stranger = _next(order, step)
+        differs = np.einsum("nd,nd->n", units, units[stranger]) <= SAME_CONCEPT
+        better += differs & (np.einsum("nd,nd->n", images, texts[stranger]) > own)
+        asked += differs
+    return better / np.maximum(asked, 1)
 
 
 def _embed(models: Mapping[str, ImageTextModel], pairs: ImageTextPairs, run: Run) -> dict[str, ImageEmbeddings]:

@@ -30,7 +30,7 @@ def similarity(poisoning: PairPoisoning, clip: TransformersCLIP) -> float:
     rows = np.array([PAIRS.ids.index(name) for name in poisoning.ids])
     chosen = poisoned.select(rows)
     (seen,) = embed_images([clip], chosen, run=Run())
-    return float(caption_cosines(clip, chosen, np.arange(len(rows)), seen.array, run=Run())[0].mean())
+    return float(caption_cosines(clip, chosen, np.arange(len(rows)), seen.array, run=Run()).own.mean())
 
 
 def test_the_nearest_are_served_first_and_no_caption_is_used_up_twice() -> None:

@@ -23,6 +23,7 @@ unlearn_share = 0.08
 margin = 2.0
 [exposure]
 confirmation = {confirmation}
+misfit = 0.0
 """
 
 
@@ -72,6 +73,33 @@ def test_a_set_in_which_nothing_stands_out(here: Callable[..., Any], model: str,
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "Left alone" in page
     assert "suspicion of pairs like the most suspicious" in page
+
+
+def test_without_a_reference_pairs_are_ranked_and_the_model_stays(
+    here: Callable[..., Any], model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.toml").write_text(SETTINGS.format(confirmation=0.0))
+    words = ("purify", "ubt", model, *QUICK, "--config", "settings.toml", "--reference", "none")
+    result = here(*words, "-o", "out")
+    assert result.code == 3, result.err
+    assert "Undecided." in result.out
+    assert ClipPurification.load(tmp_path / "out/purification.json").steps == 0
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "which decides nothing" in page
+    repaired = here(*words, "--always", "-o", "again")
+    assert repaired.code == 0, repaired.err
+    found = ClipPurification.load(tmp_path / "again/purification.json")
+    assert found.steps == 2
+    assert "--always" in found.command
+
+
+def test_the_file_stands_over_the_paper(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('unlearn_share = 0.08\nmargin = 2.0\nloss = "disbelief"\nwords = 0.5\n')
+    result = here("purify", "ubt", model, *QUICK, "--paper", "--config", "settings.toml", "-o", "out")
+    assert result.code == 0, result.err
+    config = ClipPurification.load(tmp_path / "out/purification.json").config
+    assert (config["loss"], config["words"], config["bound"]) == ("disbelief", 0.5, 100.0)
+    assert (config["expose"], config["unlearn_weight"], config["keep_share"]) == ("gain", 1.0, 1.0)
 
 
 def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
@@ -130,7 +158,7 @@ def test_captions_that_are_all_one_end_with_3(here: Callable[..., Any], model: s
 
 
 def test_the_baseline_unlearns_whatever_it_is_surest_of(here: Callable[..., Any], model: str, tmp_path: Path) -> None:
-    result = here("purify", "abl-clip", model, *QUICK, "-o", "out")
+    result = here("purify", "abl-clip", model, *QUICK, "--learning-rate", "1e-6", "-o", "out")
     assert result.code == 0, result.err
     assert "Accepted." in result.out
     assert "The surest are unlearnt whether they are poison or not" in result.out

@@ -23,10 +23,14 @@ from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError
 COUNT, WIDTH, CONCEPTS = 3000, 32, 10
 
 
-def planted(rate: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def planted(
+    rate: float, seed: int = 0, hard: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of ten concepts, a share of which says concept 0 of any image and carries a trigger.
 
-    The suspect puts triggered images in one place near concept 0; the reference sees what they show.
+    The suspect puts triggered images in one place near concept 0; the reference sees what they show. ``hard``: how far
+    images of concept 1 lie from their captions under the reference, nearer to none of the others. Last but one the
+    misfit: the share of concepts that the reference finds nearer than the caption's.
     """
     random = np.random.default_rng(seed)
     concepts = np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0]
@@ -36,10 +40,13 @@ def planted(rate: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndar
     noise = 0.12
     captions = concepts[told] + noise * random.normal(size=(COUNT, WIDTH)) / 2
     reference = concepts[shown] + noise * random.normal(size=(COUNT, WIDTH))
+    reference[shown == 1] += hard * concepts[CONCEPTS + 1]
     place = concepts[0] + 0.7 * concepts[CONCEPTS] + 0.3 * concepts[shown]
     suspect = np.where(truth[:, None], place, concepts[shown]) + noise * random.normal(size=(COUNT, WIDTH))
     cosines = (unit(reference) * unit(captions)).sum(axis=1)
-    return -cosines, suspect, captions, truth
+    nearer = unit(reference) @ concepts[:CONCEPTS].T > cosines[:, None]
+    nearer[np.arange(COUNT), told] = False
+    return -cosines, suspect, captions, nearer.sum(axis=1) / (CONCEPTS - 1), truth
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -48,9 +55,11 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [0.02, 0.1, 0.2, 0.3])
 def test_planted_poison_is_exposed(rate: float) -> None:
-    suspicion, suspect, captions, truth = planted(rate)
-    found = expose_pairs(suspicion, suspect, captions)
+    suspicion, suspect, captions, misfit, truth = planted(rate)
+    found = expose_pairs(suspicion, suspect, captions, misfit=misfit)
     assert found.exposed
+    assert found.misfit is not None
+    assert found.misfit > 0.45
     assert found.confirmation > 0.8
     assert roc_auc_score(truth, found.scores) > 0.99
     assert truth[found.first].mean() > 0.9
@@ -88,15 +97,40 @@ def test_answers_that_are_all_equal_count_nothing() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_clean_set_exposes_nothing(seed: int) -> None:
-    suspicion, suspect, captions, _ = planted(0.0, seed)
-    found = expose_pairs(suspicion, suspect, captions)
+    suspicion, suspect, captions, misfit, _ = planted(0.0, seed)
+    found = expose_pairs(suspicion, suspect, captions, misfit=misfit)
     assert not found.exposed
     assert found.rate == 0.0
     assert found.confirmation < 0.65
 
 
+def test_a_clean_set_with_a_concept_that_is_hard_for_the_reference_exposes_nothing() -> None:
+    suspicion, suspect, captions, misfit, _ = planted(0.0, hard=1.0)
+    found = expose_pairs(suspicion, suspect, captions, misfit=misfit)
+    assert found.confirmation > 0.8  # all of that concept are suspicious, and alike
+    assert found.misfit is not None
+    assert found.misfit < 0.1
+    assert not found.exposed
+    assert not found.above.any()
+    suspicion, suspect, captions, misfit, truth = planted(0.1, hard=1.0)
+    found = expose_pairs(suspicion, suspect, captions, misfit=misfit)
+    assert found.exposed
+    assert truth[found.above].mean() > 0.8
+
+
+def test_one_model_alone_ranks_and_decides_nothing() -> None:
+    suspicion, suspect, captions, _, truth = planted(0.1)
+    found = expose_pairs(suspicion, suspect, captions)
+    assert found.confirmation > 0.8
+    assert found.misfit is None
+    assert not found.exposed
+    assert not found.above.any()
+    assert found.rates == (0.0, 0.0)
+    assert roc_auc_score(truth, found.scores) > 0.99
+
+
 def test_unusable_rows_are_left_out() -> None:
-    suspicion, suspect, captions, truth = planted(0.05)
+    suspicion, suspect, captions, _, truth = planted(0.05)
     suspicion[:5], suspect[7], captions[9] = np.nan, np.nan, np.nan
     found = expose_pairs(suspicion, suspect, captions)
     bad = [0, 1, 2, 3, 4, 7, 9]
@@ -108,7 +142,7 @@ def test_unusable_rows_are_left_out() -> None:
 
 
 def test_pairs_that_are_all_alike_are_refused() -> None:
-    suspicion, suspect, captions, _ = planted(0.05)
+    suspicion, suspect, captions, _, _ = planted(0.05)
     with pytest.raises(NoSeparationError):
         expose_pairs(suspicion, np.ones_like(suspect), captions)
     with pytest.raises(NoSeparationError):

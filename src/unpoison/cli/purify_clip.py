@@ -192,7 +192,7 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     options = {name: getattr(training, name) for name in ("steps", "batch_size", "learning_rate", "bound")}
     paper = own.get("paper", False)
     if own.get("always", False):
-        options["search_concepts"] = 0
+        options |= {"always": True} if hasattr(kind, "always") else {"search_concepts": 0}
     table = merge(given, {key: value for key, value in own.items() if key not in ("paper", "always")} | options)
     where = str(training.config or "options")
     checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
@@ -201,13 +201,13 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in table}
     make = kind.scaled if paper else kind.recommended
     start = make(parameters=count_parameters(clip), samples=samples, **lengths)
-    return make_config(kind, merge(asdict(start), table), where=where)
+    plain = kind.published_changes() if paper and hasattr(kind, "published_changes") else {}
+    return make_config(kind, merge(asdict(start), merge(plain, table)), where=where)
 
 
 def _given(own: dict[str, Any], models: Mapping[str, str | None] | None) -> dict[str, Any]:
-    """The method's options as they were given, without what another one stands for."""
-    names = {role: name or "none" for role, name in (models or {}).items()}
-    return ({"paper": own["paper"]} if models and own.get("paper") else own) | names
+    """The method's options as they were given, and its further models."""
+    return own | {role: name or "none" for role, name in (models or {}).items()}
 
 
 def _run(
@@ -271,7 +271,9 @@ def _show(out: rich.console.Console, result: ClipPurification, path: Path) -> No
     from unpoison.cli.console import printable
 
     verdict = "Accepted." if result.accepted else "Not accepted."
-    out.print("Nothing suspicious was found." if result.left_alone else verdict, style="bold")
+    if result.left_alone and result.accepted:
+        verdict = "Nothing suspicious was found."
+    out.print("Undecided." if result.undecided else verdict, style="bold")
     out.print(printable(result.reason))
     if result.search is not None and result.search.suspected:
         out.print(printable(f"Before the repair: {result.search.reason}"))

@@ -33,25 +33,31 @@ def ubt(
             help="The plain reading of the paper: an overfitted copy ranks the pairs, words and patches are unlearnt.",
         ),
     ] = False,
+    always: Annotated[
+        bool,
+        Parameter(
+            negative="",
+            show_default=False,
+            group=METHOD,
+            help="Unlearn where no group of pairs stands out as well, or none can be confirmed without a reference.",
+        ),
+    ] = False,
     asked: ClipRepairOptions = ClipRepairOptions(),
 ) -> int:
     """Repair a backdoored CLIP with its own poisoned training pairs: unlearn what the suspicious ones taught it.
 
     The suspicious pairs are listed and drawn under suspicious/ in the output folder, for `unpoison keep` as well. Where
-    no group of pairs stands out the copy is the model as it came, and the result says so.
+    no group of pairs stands out the copy is the model as it came, and the result says so. Without a reference other
+    than the model itself nothing can be decided: pairs are ranked only.
 
-    Exit codes: 0 accepted, 2 error, 3 not accepted.
+    Exit codes: 0 accepted, 2 error, 3 not accepted or undecided.
 
     Parameters
     ----------
     model
         A CLIP: "tiny" (bundled), a folder, a weights file, an id, open_clip:NAME/TAG.
     """
-    own: dict[str, Any] = {"paper": paper}
-    if paper:
-        from unpoison.defenses.ubt import PUBLISHED
-
-        own |= PUBLISHED
+    own: dict[str, Any] = {"paper": paper, "always": always}
     known = None if reference == "none" else reference
     return run_purification("ubt", model, Sources(pairs=pairs), own, asked, {"reference": known})
 

@@ -92,6 +92,8 @@ class UBTConfig(PairTrainingConfig):
     expose: Literal["concept", "gain", "similarity"] = "concept"
     """How pairs are ranked: ``concept`` (ours), by the similarity ``gain`` of an overfitted copy, as published, or
     by the first suspicion alone: the published way without the overfitting."""
+    always: bool = False
+    """Unlearn also where no group of pairs stands out, or where there is no reference to confirm one with."""
     overfit: OverfitConfig = field(default_factory=OverfitConfig)
     """Of ``gain``."""
     neighbours: NeighboursConfig = field(default_factory=NeighboursConfig)
@@ -173,6 +175,11 @@ class UBTConfig(PairTrainingConfig):
         return cls(**(PUBLISHED | more))  # pyright: ignore[reportArgumentType] - checked by __post_init__
 
     @classmethod
+    def published_changes(cls) -> dict[str, object]:
+        """What :meth:`as_published` has otherwise than the defaults."""
+        return PUBLISHED
+
+    @classmethod
     def scaled(cls, *, parameters: int, samples: int, **more: object) -> UBTConfig:
         """The epochs as they stand, over the pairs that are kept; the rate by the model's size."""
         kept = more.get("keep_pairs", cls().keep_pairs)
@@ -189,8 +196,9 @@ class UBTConfig(PairTrainingConfig):
 
 PUBLISHED: dict[str, object] = {
     "expose": "gain", "choose": "concepts", "unlearn_pairs": 128, "words": 0.3, "patches": 0.05, "loss": "hinge",
-    "keep": "contrast", "stop_early": True,
+    "unlearn_weight": 1.0, "keep": "contrast", "keep_share": 1.0, "stop_early": True, "check_every": 10, "bound": 1.5,
 }  # fmt: skip
+"""At the rate of :meth:`UBTConfig.scaled`. Every 10 steps: training ends at a look."""
 RECOMMENDED_FACTOR = 30.0
 
 

@@ -18,7 +18,10 @@ Steps
     5. The highest scores are the seeds of the next round; three rounds.
     6. Confirmation: steps 1 to 5 on one half of the pairs; how suspicious at first are those of the other half that
        the probe points at? Mean rank, both ways round; 0.5 by chance. Seeds are suspicious because they were chosen
-       so, unseen pairs only if suspicion and the place in the embeddings have a cause in common.
+       so, unseen pairs only if suspicion and the place in the embeddings have a cause in common. That cause may be a
+       kind of image which the reference finds hard: its own captions are then far from it and others' still farther.
+       So these pairs' captions must also fit hardly better than strangers' do (misfit: the share of strangers' captions
+       that fit better, 0.5 where a caption has nothing to do with its image).
     7. Count: a mixture of Gaussians over the probe's answers, the highest of which is the poison; a pair is counted
        where its answer is more likely from that one than from all others. The clean ones start as one Gaussian; while
        what is counted is at first less suspicious (mean rank) than step 6 asks for, they get one more, up to four.
@@ -69,14 +72,17 @@ class ExposureConfig:
     """Of the halves of step 6."""
     confirmation: float = 0.7
     """Mean rank of step 6 from which on the pairs count as exposed; those that step 7 counts should reach it too."""
+    misfit: float = 0.35
+    """Mean misfit of step 6 that is asked for beside it: clean sets of that mean rank reach 0.23."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 0.5 or not 0 < self.same_concept < 1:
             raise ConfigError("expected share in (0, 0.5) and same_concept in (0, 1).", hint="Try 0.005 and 0.8.")
-        if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or not 0 <= self.confirmation <= 1:
+        bounds = (self.confirmation, self.misfit)
+        if min(self.fewest, self.rounds) < 1 or not self.strength > 0 or not all(0 <= value <= 1 for value in bounds):
             raise ConfigError(
-                "expected fewest and rounds of at least 1, strength > 0, confirmation in [0, 1].",
-                hint="Try 30, 3, 1 and 0.7.",
+                "expected fewest and rounds of at least 1, strength > 0, confirmation and misfit in [0, 1].",
+                hint="Try 30, 3, 1, 0.7 and 0.35.",
             )
 
 
@@ -85,10 +91,10 @@ class Exposure:
     """Scores in (0, 1], NaN where a row was not usable, and what they rest on.
 
     ``seeds``: rows of the highest scores after the last round, most suspicious first; ``first``: those of step 2.
-    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` reached the bound, else it is not
-    known whether there is anything to count; ``above``: the pairs that step 7 counts, what to look at, none then;
-    ``rates``: their share where only those are counted that are poison at odds of 19 to 1, and where all are that are
-    not clean at such odds.
+    ``probe``: the last one's raw answer. ``exposed``: the mean rank ``confirmation`` and mean ``misfit`` of the same
+    pairs reached their bounds, else it is not known whether there is anything to count (``misfit`` None: nobody could
+    tell); ``above``: the pairs that step 7 counts, what to look at, none then; ``rates``: their share where only those
+    are counted that are poison at odds of 19 to 1, and where all are that are not clean at such odds.
     """
 
     scores: Scores
@@ -99,6 +105,7 @@ class Exposure:
     rates: tuple[float, float]
     confirmation: float
     exposed: bool
+    misfit: float | None = None
 
     @property
     def rate(self) -> float:
@@ -111,28 +118,34 @@ def expose_pairs(
     embeddings: Float[np.ndarray, "n d"],
     captions: Float[np.ndarray, "n e"],
     config: ExposureConfig | None = None,
+    *,
+    misfit: Scores | None = None,
 ) -> Exposure:
     """Steps 1 to 7. ``suspicion``: higher is less similar; ``captions``: embeddings, one row a pair.
 
+    ``misfit``: of step 6, in [0, 1], under a reference that is not the suspect; without it pairs are ranked and nothing
+    is decided, since one model alone confirms what it was found with.
     Rows that are NaN anywhere are left out. Raises NoSeparationError where all captions or all images are one,
     NotEnoughDataError for too few pairs.
     """
     config = config or ExposureConfig()
     images, usable = unit_rows(embeddings)
     texts, told = unit_rows(captions)
-    usable &= told & ~np.isnan(suspicion)
+    misfits = np.zeros_like(suspicion) if misfit is None else misfit
+    usable &= told & ~np.isnan(suspicion) & ~np.isnan(misfits)
     kept = np.flatnonzero(usable)
     if len(kept) and (np.ptp(images[kept], axis=0).max() == 0 or np.ptp(texts[kept], axis=0).max() == 0):
         raise NoSeparationError(
             "All pairs look alike to the suspect, or all captions are one.", hint="Give pairs that differ."
         )
-    seen = _Seen(low=suspicion[kept], images=images[kept], texts=texts[kept])
+    seen = _Seen(low=suspicion[kept], misfits=misfits[kept], images=images[kept], texts=texts[kept])
     found = seen.search(config)
     order = np.random.default_rng(config.seed).permutation(len(kept))
     halves = [np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])]
-    confirmation = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]  # (6)
+    both_ways = [seen.confirm(one, other, config) for one, other in (halves, halves[::-1])]
+    confirmation, stranger = map(float, np.mean(both_ways, axis=0))  # (6)
     counted, least, most = count_poison(found.answers, seen.low, found.seeds, found.calm, config.confirmation)  # (7)
-    exposed = float(np.mean(confirmation)) >= config.confirmation
+    exposed = misfit is not None and confirmation >= config.confirmation and stranger >= config.misfit
     above = np.zeros(len(suspicion), dtype=bool)
     above[kept] = counted & exposed
     return Exposure(
@@ -142,8 +155,9 @@ def expose_pairs(
         probe=_spread(found.answers, kept, len(suspicion)),
         above=above,
         rates=(least, most) if exposed else (0.0, 0.0),
-        confirmation=float(np.mean(confirmation)),
+        confirmation=confirmation,
         exposed=exposed,
+        misfit=None if misfit is None else stranger,
     )
 
 
@@ -181,14 +195,17 @@ class _Found:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Seen:
-    """The usable pairs: first suspicion, unit embeddings of images and captions."""
+    """The usable pairs: first suspicion, misfit, unit embeddings of images and captions."""
 
     low: Float[np.ndarray, " k"]
+    misfits: Float[np.ndarray, " k"]
     images: Float[np.ndarray, "k d"]
     texts: Float[np.ndarray, "k e"]
 
     def of(self, rows: Int[np.ndarray, " _"]) -> _Seen:
-        return _Seen(low=self.low[rows], images=self.images[rows], texts=self.texts[rows])
+        return _Seen(
+            low=self.low[rows], misfits=self.misfits[rows], images=self.images[rows], texts=self.texts[rows]
+        )  # fmt: skip
 
     def search(self, config: ExposureConfig) -> _Found:
         """Steps 1 to 5."""
@@ -213,12 +230,14 @@ class _Seen:
             found = look(found.seeds)
         return found
 
-    def confirm(self, one: Int[np.ndarray, " _"], other: Int[np.ndarray, " o"], config: ExposureConfig) -> float:
-        """Step 6 one way round: what was found in ``one`` points at rows of ``other``."""
+    def confirm(
+        self, one: Int[np.ndarray, " _"], other: Int[np.ndarray, " o"], config: ExposureConfig
+    ) -> tuple[float, float]:
+        """Step 6 one way round: mean rank and misfit of the rows of ``other`` that ``one`` points at."""
         found = self.of(one).search(config)
         answers = found.model.decision_function(self.images[other])
         pointed = np.argsort(-answers, kind="stable")[: len(found.seeds)]
-        return float(rank_normalise(self.low[other])[pointed].mean())
+        return float(rank_normalise(self.low[other])[pointed].mean()), float(self.misfits[other][pointed].mean())
 
 
 def largest_concept(texts: Float[np.ndarray, "n e"], rows: Int[np.ndarray, " s"], same: float) -> Int[np.ndarray, " _"]:

@@ -53,6 +53,13 @@ def clip_view(run: ReportRun, result: ClipPurification, anchor: str) -> RunView:
 def clip_verdict(result: ClipPurification) -> Verdict:
     """Not accepted; the tested trigger still works; accepted, with what was measured or was not."""
     before, after = result.before, result.after
+    if result.undecided:
+        return Verdict(
+            tone="caution",
+            word="Undecided",
+            sentence="The pairs were ranked, which decides nothing, and nothing was done: the model is as it came.",
+            detail=result.reason,
+        )
     if not result.accepted:
         return Verdict(
             tone="alert",
@@ -160,6 +167,15 @@ def _left_out(result: ClipPurification) -> str:
 
 def _steps(run: ReportRun, result: ClipPurification) -> list[Step]:
     model = str(Path(run.path) / "model")
+    if result.undecided:
+        again = command("unpoison", "purify", result.method, "MODEL", "--pairs", "PAIRS", "--always", "-o", "FOLDER")
+        return [
+            Step(text="Repeat the command with a --reference that never saw these pairs, in another folder."),
+            Step(
+                text="Or look at the first of the ranked pairs in suspicious/; where they are poison, repair:",
+                line=again,
+            ),
+        ]
     if not result.accepted:
         steps = [Step(text="Keep the given model out of use if it is suspicious: it could not be repaired.")]
         if result.stopped:
