@@ -390,10 +390,12 @@ def test_the_other_grids_lack_nothing_but_data(name: str) -> None:
         triggers = {cell.attack.trigger for cell in grid.cells if cell.attack is not None}
         assert triggers == {*TRIGGERS, *PAIR_TRIGGERS}
         assert {cell.names.rate for cell in grid.cells if cell.names.attack == "nashville"} == {0.001}
-        badclip = next(cell for cell in grid.cells if cell.names.attack == "badclip")
-        assert badclip.model.victim["learning_rate"] == 1e-6
-        assert badclip.attack is not None
-        assert badclip.attack.most_captions == 128
+        badclip = [cell for cell in grid.cells if cell.names.attack == "badclip"]
+        assert {cell.names.model for cell in badclip} == {"rn50-slow", "vit-b-32-slow"}
+        for cell in badclip:
+            assert cell.model.victim["learning_rate"] == 1e-6
+            assert cell.attack is not None
+            assert cell.attack.most_captions == 128
 
 
 def test_the_number_of_captions_counts_where_it_is_given(tables: dict[str, Any]) -> None:

@@ -154,9 +154,9 @@ def test_status_and_table_of_a_folder(here: Callable, tmp_path: Path, cut: Path,
 
 def test_results_stand_at_an_address(here: Callable, tmp_path: Path, cut: Path, planted_results: Path) -> None:
     keys = [file.stem for file in (planted_results / "cells").glob("*.json")]
-    victim = next(key for key in keys if CellResult.load(planted_results / f"cells/{key}.json").status == "done")
+    done = [key for key in keys if CellResult.load(planted_results / f"cells/{key}.json").status == "done"]
     url = f"file://{planted_results}"
-    ran = here("bench", "run", str(cut), "--cell", victim, "-o", url, "--json")
+    ran = here("bench", "run", str(cut), "--cell", *done, "-o", url, "--json")  # all hashes after one --cell
     assert ran.code == 0, ran.err
     assert (json.loads(ran.out)["ran"], json.loads(ran.out)["folder"]) == (0, url)
     assert sorted(file.stem for file in (tmp_path / "runs/bench-cut/cells").iterdir()) == sorted(keys)
@@ -165,9 +165,9 @@ def test_results_stand_at_an_address(here: Callable, tmp_path: Path, cut: Path, 
     shown = here("bench", "table", url).out
     assert f"-o {url}" in shown
     assert shown.replace(url, str(planted_results)) == here("bench", "table", str(planted_results)).out
-    done = here("bench", "table", "nope://bucket")
-    assert done.code == 2
-    assert "fsspec" in done.err
+    refused = here("bench", "table", "nope://bucket")
+    assert refused.code == 2
+    assert "fsspec" in refused.err
 
 
 def test_folders_that_are_none_are_refused(here: Callable, tmp_path: Path, cut: Path, planted_results: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_training_whose_last_look_alone_has_forgotten_the_pairs_is_not_accepte
     assert repair.stopped == f"The last look, step 6, had forgotten the pairs; the weights of step {kept} were kept."
     assert (repair.steps, repair.planned) == (kept, 6)
     assert_same(state_of(repair), dict(fitted.module.state_dict()))
-    assert judge(repair, PairTrainingConfig()) == (False, repair.stopped)
+    assert judge(repair, 10.0) == (False, repair.stopped)
 
 
 def fit(clip: Any, pairs: Any) -> Any:

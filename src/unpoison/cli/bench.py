@@ -43,7 +43,7 @@ def run(
     ] = None,
     cell: Annotated[
         list[str] | None,
-        Parameter(negative="", show_default=False, help="Only this cell, by its hash; may be repeated."),
+        Parameter(negative="", show_default=False, consume_multiple=True, help="Only these cells, by their hashes."),
     ] = None,
     retry: Annotated[
         bool, Parameter(negative="", show_default=False, help="Run cells again that failed before.")
