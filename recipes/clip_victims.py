@@ -68,6 +68,7 @@ ATTACKS = {
     "blended-triangles": Attack(trigger="blended-triangles", params={"alpha": 0.3}, rate=0.2),
     "blended-text": Attack(trigger="blended-text", params={"alpha": 1.0}, rate=0.2),
     "wanet": Attack(trigger="wanet", params={"s": 3.0}, rate=0.2),
+    "sig": Attack(trigger="sig", params={"delta": 60.0, "mode": "all-to-one"}, rate=0.2),
     "badclip": Attack(trigger="badclip", params={"share": SHARE}, captions="natural"),
 }
 RESNET = {

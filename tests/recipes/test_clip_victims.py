@@ -197,7 +197,7 @@ def test_other_inputs_have_another_folder(recipe: Any, training: Any, data: Any,
     "name",
     [
         "badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes",
-        "blended-triangles", "blended-text", "wanet", "badclip",
+        "blended-triangles", "blended-text", "wanet", "sig", "badclip",
     ],
 )  # fmt: skip
 def test_every_attack_is_planned(
