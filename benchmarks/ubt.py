@@ -40,7 +40,7 @@ from unpoison.benchmark.grid import read_grid
 from unpoison.data.pairs import ImageTextPairs, open_pairs
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig
-from unpoison.defenses.ubt import PUBLISHED, UBTConfig
+from unpoison.defenses.ubt import RECOMMENDED_FACTOR, UBTConfig
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.errors import UsageError
 from unpoison.evaluation.clip import evaluate_clip
@@ -55,15 +55,16 @@ RESULTS = ROOT / "benchmarks/results/ubt"
 SUMMARY = ROOT / "benchmarks/results/ubt.json"
 TUNE_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
                 "wanet", "badclip", "clean")  # fmt: skip
-ABL, ALONE = "abl-clip", "no-reference"
+ABL, ALONE, PAPER = "abl-clip", "no-reference", "paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     ABL: {},
     **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
-    "paper": PUBLISHED,
-    "paper-no-overfit": PUBLISHED | {"expose": "similarity"},
-    "paper-by-score": PUBLISHED | {"choose": "score", "unlearn_pairs": 256},
-    "paper-to-the-end": PUBLISHED | {"stop_early": False},
+    PAPER: {},
+    f"{PAPER}-rate-30": {"factor": RECOMMENDED_FACTOR},
+    f"{PAPER}-no-overfit": {"expose": "similarity"},
+    f"{PAPER}-by-score": {"choose": "score", "unlearn_pairs": 256},
+    f"{PAPER}-to-the-end": {"stop_early": False},
     "no-reference": {},
     "no-reference-batches-of-64": {"neighbours": NeighboursConfig(batch_size=64)},
     "hinge": {"loss": "hinge"},
@@ -86,8 +87,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def abl_config(clip: ImageTextModel, pairs: int, settings: dict[str, Any]) -> ABLClipConfig:
     """ABL's for so many pairs, at ``factor`` times the scaled rate; the table's victims get the grid's 200 steps."""
     start = ABLClipConfig.scaled(parameters=count_parameters(clip), samples=pairs, batch_size=128, steps=200)
-    factor = settings.get("factor")
-    return start if factor is None else replace(start, learning_rate=factor * start.learning_rate)
+    return replace(start, learning_rate=settings.get("factor", 1.0) * start.learning_rate)
+
+
+def ubt_config(clip: ImageTextModel, pairs: int, variant: str) -> UBTConfig:
+    """The paper's way as ``--paper`` has it, ``factor`` times its rate, or what is recommended; over it the variant."""
+    settings = dict(VARIANTS[variant])
+    factor = settings.pop("factor", 1.0)
+    make = UBTConfig.paper if variant.startswith(PAPER) else UBTConfig.recommended
+    config = make(parameters=count_parameters(clip), samples=pairs, **settings)
+    return replace(config, learning_rate=factor * config.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,7 +151,7 @@ def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse
     if variant.startswith(ABL):
         outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), settings), run=run)
     else:
-        config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **settings)
+        config = ubt_config(clip, len(pairs), variant)
         reference = None if variant.startswith(ALONE) else victim.reference
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
     seconds, found = time.time() - begun, outcome.purification

@@ -247,11 +247,8 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
         return make_config(kind, merge(asdict(start), method.config), where=where)
     checked = make_config(kind, method.config, where=where)
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in method.config}
-    make = kind.scaled if method.published else kind.recommended
+    make = kind.paper if method.published else kind.recommended
     start = asdict(make(parameters=count_parameters(clip), samples=samples, **lengths))
-    if method.published and hasattr(kind, "as_published"):
-        plain, paper = asdict(kind()), asdict(kind.as_published())
-        start |= {name: value for name, value in paper.items() if value != plain[name]}
     return make_config(kind, merge(start, method.config), where=where)
 
 
