@@ -24,6 +24,7 @@ from unpoison.detection.inversion import (
     measure_trigger,
     toward,
 )
+from unpoison.models.clip_transformers import half_where_fast
 from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.types import Embeddings, Images, ImageTextModel
@@ -84,7 +85,14 @@ def invert(
 def answers_of(clip: ImageTextModel, classes: Float[Tensor, "k d"]) -> Logits:
     """s z(x) g: logits of images over ``classes``."""
     scale = usable_scale(clip)
-    return lambda images: scale * clip.encode_images(images) @ classes.T
+    return lambda images: scale * encode(clip, images) @ classes.T
+
+
+def encode(clip: ImageTextModel, images: Images) -> Embeddings:
+    """z(x) in float32, differentiable by the images; in bfloat16 on the way, where that is fast."""
+    with half_where_fast(images.device):
+        embedded = clip.encode_images(images)
+    return embedded.float()
 
 
 def contrast(
@@ -108,7 +116,7 @@ def contrast(
     far_from, labels = plain[others], shots.labels[others]
 
     def objective(images: Images, rows: Int[Tensor, " r"]) -> tuple[Float[Tensor, ""], float]:
-        embedded = clip.encode_images(images)
+        embedded = encode(clip, images)
         near = embedded @ near_to.T / temperature
         loss = -near.logsumexp(dim=1).mean()
         if negatives:
