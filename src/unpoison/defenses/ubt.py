@@ -238,7 +238,7 @@ def repair_with_ubt(
     suspect = frozen_copy(clip, run)  # phi_P, psi
     keep = low_risk(exposure, config.keep_pairs, config.keep_share, run)
     unlearning = prepare_unlearning(suspect, pairs, pixels, exposure, keep, config, run=run)  # (2), (3)
-    data = open_training(clip, pairs.select(keep), config, run=run)
+    data = open_training(clip, pairs.select(keep), config, pixels=pixels.of(keep), run=run)
     old = Suspect(clip=suspect, data=data, run=run, plain=False)
     table = data.image_table(suspect, run)
     mine, scale = process_slice(data.batch_size, run), usable_scale(clip)
