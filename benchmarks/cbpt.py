@@ -65,14 +65,17 @@ ABLATIONS = {
     "contrast": CBPTConfig(dummies="contrast"),
     "contrast-text-only": CBPTConfig(dummies="contrast", positives=0),
     "contrast-no-negatives": CBPTConfig(dummies="contrast", negatives=False),
-    **{f"contrast-epsilon-{levels}": CBPTConfig(dummies="contrast", epsilon=levels / 255) for levels in (8, 32)},
+    "contrast-additive": CBPTConfig(dummies="contrast", forms=("additive",)),
+    "contrast-patch": CBPTConfig(dummies="contrast", forms=("patch",)),
+    **{f"contrast-epsilon-{levels}": CBPTConfig(dummies="contrast", forms=("additive",), epsilon=levels / 255)
+       for levels in (8, 32)},
     "prompts": CBPTConfig(tune="prompts"),
     "prompts-shared": CBPTConfig(tune="prompts", shared=True),
     "published": CBPTConfig.as_published(),
     "published-shared": CBPTConfig.as_published(shared=True),
     "published-no-inversion": CBPTConfig.as_published(delta="none", rounds=0),
     "published-random-delta": CBPTConfig.as_published(delta="random", rounds=0),
-}
+}  # fmt: skip
 RVPTS = {
     "rvpt": RVPTConfig(),
     **{f"rvpt-prompts-{count}": RVPTConfig(prompts=count) for count in (4, 16)},

@@ -164,13 +164,22 @@ def moved(dummy: InvertedTrigger, place: Sequence[int]) -> InvertedTrigger:
 
 
 def excess(
-    clip: ImageTextModel, shots: Shots, dummy: InvertedTrigger, classes: Float[Tensor, "k d"]
+    clip: ImageTextModel,
+    shots: Shots,
+    dummy: InvertedTrigger,
+    classes: Float[Tensor, "k d"],
+    *,
+    seen: Float[Tensor, "b d"] | None = None,
 ) -> tuple[float, float]:
-    """Percent of shots of other classes that ``dummy`` sends to its target, and by how much more than go anyway."""
-    others = shots.of(torch.nonzero(shots.labels != dummy.target)[:, 0])
+    """Percent of shots of other classes that ``dummy`` sends to its target, and by how much more than go anyway.
+
+    ``seen``: embeddings of the plain shots, where they are known already.
+    """
+    rows = torch.nonzero(shots.labels != dummy.target)[:, 0]
+    others = shots.of(rows)
 
     def reached(embedded: Embeddings) -> float:
         return 100 * float(((embedded @ classes.T).argmax(dim=1) == dummy.target).float().mean())
 
     success = reached(embed(clip, others, dummy.apply))
-    return success, max(0.0, success - reached(embed(clip, others)))
+    return success, max(0.0, success - reached(embed(clip, others) if seen is None else seen[rows]))
