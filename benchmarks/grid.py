@@ -155,11 +155,13 @@ def claims(cells: Cells) -> dict[str, Any]:
         "auroc": cells.figure("ubt", TEMPLATES, detected("auroc")),
         "recall": cells.figure("ubt", TOKEN_ATTACKS, detected("recall")),
         "precision": cells.figure("ubt", TOKEN_ATTACKS, detected("precision")),
+        "unlearnt_share": cells.figure("ubt", TOKEN_ATTACKS, detected("unlearnt")),
         "wall_ratio_to_cleanclip": cells.ratio("ubt", "clean-clip", TOKEN_ATTACKS),
     }
     body["cbpt"] |= {
         "target_found": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found")),
         "target_found_held_out": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
+        "target_exact": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_exact")),
         "false_alarm": cells.figure("cbpt", [CLEAN], suspected),
         "false_alarm_held_out": cells.figure("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
         "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
@@ -235,23 +237,24 @@ QUESTIONS = (
     Question(
         title="Unlearning with the poisoned pairs",
         text="UBT and ABL get the pairs that the victim was trained on, poison included; AUROC, recall and precision "
-        "are those of the list of suspicious pairs. PAR and CleanCLIP stand beside them, with the same pairs "
-        "unpoisoned.",
+        "are those of the list of suspicious pairs, *unlearnt* is the share of the pairs that UBT unlearns from or "
+        "judges by. PAR and CleanCLIP stand beside them, with the same pairs unpoisoned.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "clean-clip", "par", "abl-clip", "ubt"),
-        columns=(*COSTS, "r_at_1", "auroc", "recall", "precision", "rebound", "seconds", "processor"),
+        columns=(*COSTS, "r_at_1", "auroc", "recall", "precision", "unlearnt", "rebound", "seconds", "processor"),
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
-        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. CBPT "
+        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. "
+        "*Target found*: it is among the classes that the search suspects; *nothing else*: and no other is. CBPT "
         "and the probe leave the CLIP as it was: its retrieval stays as attackable. RVPT moves no weight either, but "
         "its prompts in the image tower give other embeddings, which are measured. `cbpt-paper` runs with seed 0 only, "
         "on two attacks and the control.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
-        columns=(*COSTS, "retrieval_asr", "target_found", "seconds", "processor"),
+        columns=(*COSTS, "retrieval_asr", "target_found", "target_exact", "seconds", "processor"),
         note=search_note,
     ),
     Question(

@@ -277,7 +277,10 @@ def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -
         if found.search is None:
             return {}
         targets = {part.target_name for part in _parts_of(poisoning)} if poisoning is not None else set()
-        named = {"target_found": 100.0 * (targets <= set(found.targets))} if targets else {}
+        named = {
+            "target_found": 100.0 * (targets <= set(found.targets)),
+            "target_exact": 100.0 * (targets == set(found.targets)),
+        } if targets else {}  # fmt: skip
         return {"suspected": float(len(found.targets)), **named}
     suspicious = getattr(outcome, "suspicious", None)
     if suspicious is None:
@@ -287,6 +290,9 @@ def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -
     flagged = np.zeros(len(scores.ids), dtype=bool)
     flagged[split.suspect] = True
     shares: dict[str, float | None] = {"flagged": 100 * float(flagged.mean())}
+    exposure = outcome.purification.exposure
+    if exposure is not None:
+        shares["unlearnt"] = 100 * (exposure.unlearnt + exposure.judges) / len(scores.ids)
     if setting.poisoning is None:
         return shares
     truth = np.isin(scores.ids, setting.poisoning.ids)
