@@ -10,10 +10,12 @@ Pairs: all that the victim was trained on, poison included. Reference: the clean
 saw the same pairs without the poison. Measured on the grid's test data; ``--set tune`` on others, for victims of a seed
 that no table has. Seconds are the method's alone, its embeddings included: each cell has a cache of its own.
 Detectors of pairs beside it: benchmarks/pair_detectors.py.
-One JSON a cell; a cell that is done is not computed again. One thread a process.
+One JSON a cell, in the grid's precision; a cell that is done with the same settings on the same victim is not computed
+again. One thread a process.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -28,8 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
+from grid import TEMPLATES
 from grid_clips import ATTACKS as GRID_ATTACKS  # pyright: ignore[reportMissingImports]
 from grid_clips import BENCH, GRID, find_clip  # pyright: ignore[reportMissingImports]
+from kept_cells import inputs_of, is_done, new_run
 from par import SETS, Printed, figures, find_victim
 
 from unpoison.api import ScanOutcome
@@ -47,7 +51,7 @@ from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
-from unpoison.runs import Run, RunFolder
+from unpoison.runs import RunFolder
 from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
@@ -84,10 +88,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def abl_config(clip: ImageTextModel, pairs: int, settings: dict[str, Any]) -> ABLClipConfig:
+def abl_config(clip: ImageTextModel, pairs: int, variant: str) -> ABLClipConfig:
     """ABL's for so many pairs, at ``factor`` times the scaled rate; the table's victims get the grid's 200 steps."""
     start = ABLClipConfig.scaled(parameters=count_parameters(clip), samples=pairs, batch_size=128, steps=200)
-    return replace(start, learning_rate=settings.get("factor", 1.0) * start.learning_rate)
+    return replace(start, learning_rate=VARIANTS[variant].get("factor", 1.0) * start.learning_rate)
 
 
 def ubt_config(clip: ImageTextModel, pairs: int, variant: str) -> UBTConfig:
@@ -135,28 +139,40 @@ def open_victim(attack: str, seed: int, args: argparse.Namespace) -> Victim:
     )  # fmt: skip
 
 
-def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse.Namespace) -> dict[str, Any]:
-    clip, pairs, settings = victim.clip, victim.pairs, VARIANTS[variant]
+def config_of(victim: Victim, variant: str) -> UBTConfig | ABLClipConfig:
+    """The settings of a variant for this victim and so many pairs."""
+    make = abl_config if variant.startswith(ABL) else ubt_config
+    return make(victim.clip, len(victim.pairs), variant)
+
+
+def inputs(victim: Victim, variant: str, which: str) -> dict[str, Any]:
+    """All that a cell's figures rest on."""
+    reference = None if variant.startswith((ABL, ALONE)) else victim.reference.fingerprint
+    return inputs_of(
+        config_of(victim, variant), set=which, victim=victim.clip.fingerprint, reference=reference,
+        pairs=victim.pairs.caption_fingerprint, tests=victim.images.fingerprint(),
+    )  # fmt: skip
+
+
+def compute(
+    victim: Victim, attack: str, seed: int, variant: str, inputs: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    clip, pairs = victim.clip, victim.pairs
     truth = np.isin(pairs.ids, victim.poisoned)
-    inputs = {
-        "victim": clip.fingerprint,
-        "pairs": pairs.caption_fingerprint,
-        "variant": json.loads(json.dumps(settings, default=vars)),
-    }
     name = f"{args.set}-{attack}-{seed}-{variant}"
-    own = args.work / name
+    key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
+    own = args.work / f"{name}-{key}"
     resumed = (own / "run.json").exists()
-    run = Run(seed=seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own, inputs))
-    begun = time.time()
-    if variant.startswith(ABL):
-        outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), settings), run=run)
+    run = new_run(seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own, inputs))
+    begun, config = time.time(), config_of(victim, variant)
+    if isinstance(config, ABLClipConfig):
+        outcome = purify_with_abl_clip(clip, pairs, config=config, run=run)
     else:
-        config = ubt_config(clip, len(pairs), variant)
         reference = None if variant.startswith(ALONE) else victim.reference
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
     seconds, found = time.time() - begun, outcome.purification
     shutil.rmtree(own / "cache", ignore_errors=True)
-    measured = Run(seed=seed, progress=Printed(), cache=args.work / "cache")
+    measured = new_run(seed, progress=Printed(), cache=args.work / "cache")
 
     def evaluate(model: Any) -> dict[str, Any]:
         return figures(
@@ -167,7 +183,8 @@ def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse
         )  # fmt: skip
 
     result: dict[str, Any] = {
-        "attack": attack, "seed": seed, "method": variant, "set": args.set, "pairs": len(pairs),
+        "attack": attack, "seed": seed, "method": variant, "set": args.set, "inputs": inputs, "pairs": len(pairs),
+        "precision": inputs["precision"], "threads": inputs["threads"],
         "poison_rate": 100 * float(truth.mean()), "before": evaluate(clip), "after": evaluate(outcome.clip),
         "seconds": seconds, "resumed": resumed, "accepted": found.accepted, "left_alone": found.left_alone,
         "reason": found.reason, "history": found.history,
@@ -203,10 +220,11 @@ def run(args: argparse.Namespace) -> None:
                 continue
             for variant in args.variant:
                 file = args.results / f"{args.set}-{attack}-{seed}-{variant}.json"
-                if file.exists():
+                asked = inputs(victim, variant, args.set)
+                if is_done(file, asked):
                     continue
                 print(f"{attack} {seed} {variant}", flush=True)
-                result = compute(victim, attack, seed, variant, args)
+                result = compute(victim, attack, seed, variant, asked, args)
                 write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
                 print(f"  {describe(result)}", flush=True)
 
@@ -237,8 +255,12 @@ def table(args: argparse.Namespace) -> None:
             for result in found]  # fmt: skip
     if args.set == "test" and ours:
         falls = [entry["before"]["c_acc"]["value"] - entry["after"]["c_acc"]["value"] for entry in ours]
+        templates, natural = (
+            [entry["auroc"] for entry in ours if (entry["attack"] in TEMPLATES) == wanted] for wanted in (True, False)
+        )
         summary = {
-            "cells": len(ours), "auroc_min": min(entry["auroc"] for entry in ours),
+            "cells": len(ours), "template_cells": len(templates), "auroc_min": min(templates, default=None),
+            "auroc_natural_min": min(natural, default=None),
             "asr_after_max": max(entry["after"]["asr_excess"] for entry in ours), "c_acc_drop_max": max(falls),
         }  # fmt: skip
         SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
