@@ -59,6 +59,9 @@ RESULTS = ROOT / "benchmarks/results/ubt"
 SUMMARY = ROOT / "benchmarks/results/ubt.json"
 TUNE_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
                 "wanet", "badclip", "clean")  # fmt: skip
+RUNS = BENCH
+"""The results folder of grids/cpu.toml."""
+ATTACKS = tuple(sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
 ABL, ALONE, PAPER = "abl-clip", "no-reference", "paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -281,13 +284,13 @@ def _columns(result: dict[str, Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--attack", nargs="+", choices=sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["ours"])
     parser.add_argument("--set", choices=list(SETS), default="test", help="what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--bench", type=Path, default=ROOT / BENCH, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--bench", type=Path, default=ROOT / RUNS, help="the results folder of grids/cpu.toml")
     parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims", help="those of --set tune")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-ubt")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from unpoison.benchmark.clip_cells import method_config
 from unpoison.benchmark.settings import MethodSettings
@@ -92,3 +93,46 @@ def test_ablations_of_cbpt_change_one_thing(cbpt: ModuleType) -> None:
 def test_natural_captions_are_no_part_of_the_claimed_auroc(ubt: ModuleType) -> None:
     assert "badclip" not in ubt.TEMPLATES
     assert set(ubt.TEMPLATES) < set(ubt.GRID_ATTACKS)
+
+
+@pytest.fixture(scope="module")
+def cost() -> Iterator[ModuleType]:
+    yield from script("ubt_cbpt_cost")
+
+
+def test_costs_are_ratios_of_the_same_round(cost: ModuleType) -> None:
+    def one(ubt: float, clean: float, epoch: float, cbpt: float, rvpt: float) -> dict[str, Any]:
+        seconds = zip(("ubt", "clean-clip", "clean-clip-epoch", "cbpt", "rvpt"), (ubt, clean, epoch, cbpt, rvpt),
+                      strict=True)  # fmt: skip
+        return {name: {"seconds": value, "processor_seconds": 2 * value} for name, value in seconds}
+
+    found = cost.ratios([one(1, 10, 5, 3, 6), one(4, 10, 5, 3, 12), one(3, 10, 10, 3, 3)])
+    assert found["ubt"]["wall_ratio_to_cleanclip"] == pytest.approx(0.3)
+    assert found["ubt"]["wall_ratio_to_cleanclip_epoch"] == pytest.approx(0.3)
+    assert found["cbpt"]["wall_ratio_to_rvpt"] == pytest.approx(0.5)
+    assert found["cbpt"]["processor_ratio_to_rvpt"] == pytest.approx(0.5)
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """accelerate holds one precision a process: other tests get theirs back."""
+    state = AcceleratorState._shared_state
+    before = dict(state)
+    state.clear()
+    yield
+    state.clear()
+    state.update(before)
+
+
+@pytest.mark.usefixtures("one_thread", "any_precision")
+def test_costs_are_measured_on_any_model(
+    cost: ModuleType, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", str(small_folder), "--pairs", "shapes:1700:3", "--shots", "shapes:240:4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["ubt_cbpt_cost.py", *words, "--quick", "--result", str(tmp_path / "cost.json")])
+    cost.main()
+    result = json.loads((tmp_path / "cost.json").read_bytes())
+    assert (result["precision"], result["threads"], result["quick"]) == ("bf16", 1, True)
+    assert result["rounds"][0]["ubt"]["steps"] == result["rounds"][0]["clean-clip"]["steps"] == 2
+    ratio = result["rounds"][0]["cbpt"]["seconds"] / result["rounds"][0]["rvpt"]["seconds"]
+    assert result["cbpt"]["wall_ratio_to_rvpt"] == pytest.approx(ratio)
