@@ -38,6 +38,7 @@ from unpoison.benchmark.rows import Row, columns_of, processor_seconds
 from unpoison.benchmark.settings import CLEAN, GIVEN
 from unpoison.benchmark.store import Store
 from unpoison.benchmark.table import Table, make_table
+from unpoison.evaluation.intervals import wilson
 from unpoison.report.leaderboard import render_leaderboard
 from unpoison.results import write_atomically
 
@@ -94,6 +95,14 @@ class Cells:
             "max": round(known[most], 4), "max_at": most, "min": round(known[least], 4), "min_at": least,
             "cells": len(known), "seeds": len({name.rpartition("-")[2] for name in known}),
         }  # fmt: skip
+
+    def rate(self, method: str, attacks: Sequence[str], pick: Pick, *, without: Sequence[int] = ()) -> dict[str, Any]:
+        """The same of what is 0 or 100 in a cell, with its Wilson interval: each victim is one trial."""
+        found = self.figure(method, attacks, pick, without=without)
+        if not found["cells"]:
+            return found
+        interval = wilson(round(found["mean"] * found["cells"] / 100), found["cells"])
+        return found | {"low": round(interval.low, 4), "high": round(interval.high, 4)}
 
     def ratio(self, method: str, other: str, attacks: Sequence[str]) -> dict[str, Any]:
         """Processor seconds of one method over those of another on the same victim, over single cells; with one thread
@@ -159,11 +168,11 @@ def claims(cells: Cells) -> dict[str, Any]:
         "wall_ratio_to_cleanclip": cells.ratio("ubt", "clean-clip", TOKEN_ATTACKS),
     }
     body["cbpt"] |= {
-        "target_found": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found")),
-        "target_found_held_out": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
-        "target_exact": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_exact")),
-        "false_alarm": cells.figure("cbpt", [CLEAN], suspected),
-        "false_alarm_held_out": cells.figure("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
+        "target_found": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_found")),
+        "target_found_held_out": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
+        "target_exact": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_exact")),
+        "false_alarm": cells.rate("cbpt", [CLEAN], suspected),
+        "false_alarm_held_out": cells.rate("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
         "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
     }
     for method in SAMPLE_METHODS:
@@ -195,7 +204,8 @@ def search_note(cells: Cells) -> str:
     def said(name: str, what: str) -> str:
         made = claims(cells)["cbpt"]
         parts = [
-            f"of {made[key]['cells']} {seeds} {made[key]['mean']:.0f} percent"
+            f"of {made[key]['cells']} {seeds} {made[key]['mean']:.0f} percent (95 % interval {made[key]['low']:.0f} to "
+            f"{made[key]['high']:.0f})"
             for key, seeds in ((name, "of all seeds"), (f"{name}_held_out", "of other seeds"))
             if made[key]["cells"]
         ]

@@ -11,13 +11,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
 from unpoison.benchmark.clip_cells import method_config
 from unpoison.benchmark.settings import MethodSettings
+from unpoison.data.pairs import open_pairs
 from unpoison.defenses.cbpt import CBPTConfig
+from unpoison.embedded_pairs import see_pairs
 from unpoison.models.clip_transformers import load_clip
+from unpoison.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,3 +140,25 @@ def test_costs_are_measured_on_any_model(
     assert result["rounds"][0]["ubt"]["steps"] == result["rounds"][0]["clean-clip"]["steps"] == 2
     ratio = result["rounds"][0]["cbpt"]["seconds"] / result["rounds"][0]["rvpt"]["seconds"]
     assert result["cbpt"]["wall_ratio_to_rvpt"] == pytest.approx(ratio)
+
+
+@pytest.fixture(scope="module")
+def pair_detectors() -> Iterator[ModuleType]:
+    yield from script("pair_detectors")
+
+
+def test_false_alarms_on_clean_pairs_have_a_row(pair_detectors: ModuleType) -> None:
+    quiet, loud = {"alarm": 0.0, "flagged": 0.0, "pairs": 9}, {"alarm": 1.0, "flagged": 0.031, "pairs": 9}
+    rows = pair_detectors.clean_table([{"all": {"exposure": quiet}}, {"all": {"exposure": loud}, "odd": {}}])
+    assert rows[-1] == "| exposure | all | 1 of 2 | 9 to 91 % | 3.10 % |"
+    assert len(rows) == 6
+
+
+def test_ranking_alone_is_no_alarm(pair_detectors: ModuleType, small_folder: Path) -> None:
+    clip, pairs = load_clip(small_folder), open_pairs("shapes:300:3")
+    known = see_pairs(pairs, clip=clip, reference=load_clip("tiny"), captions=True, run=Run())
+    assert pair_detectors.alarms("density", known, Run()) is None
+    found = pair_detectors.alarms("exposure", known, Run())
+    assert found == {"alarm": 0.0, "flagged": 0.0, "pairs": 300}
+    some = pair_detectors.part_of(known, np.arange(0, 300, 2))
+    assert (len(some.rows), some.alone) == (150, known.alone)
