@@ -15,15 +15,7 @@ from torch import Tensor
 
 from unpoison.data.transforms import crop_at
 from unpoison.defenses.shots import Shots, embed
-from unpoison.detection.inversion import (
-    Inversion,
-    InversionConfig,
-    InvertedTrigger,
-    Logits,
-    Objective,
-    measure_trigger,
-    toward,
-)
+from unpoison.detection.inversion import InversionConfig, InvertedTrigger, Logits, Objective, invert_trigger
 from unpoison.models.clip_transformers import half_where_fast
 from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
@@ -73,13 +65,9 @@ def invert(
     ``success`` is measured on the shots themselves. ``stream`` names the random draws. Raises NotEnoughDataError.
     """
     images = shots.images(torch.nonzero(shots.labels != target)[:, 0])
+    generator = run.generator("dummy", target, stream)
     answers = answers_of(clip, classes)
-    rows = torch.arange(len(images), device=images.device)
-    inversion = Inversion(
-        objective or toward(answers, target), images, rows, config, run.generator("dummy", target, stream)
-    )
-    inversion.advance(config.steps)
-    return measure_trigger(inversion, answers, images, target, config)
+    return invert_trigger(answers, images, images, target, config, objective=objective, generator=generator)
 
 
 def answers_of(clip: ImageTextModel, classes: Float[Tensor, "k d"]) -> Logits:
