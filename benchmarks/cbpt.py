@@ -11,7 +11,8 @@ CBPT beside RVPT and a linear probe on all attacks is the grid's (docs/results.m
 or changed, on the same victims, shots and test images. ``--set tune`` learns from rows 30,000..30,999 of CIFAR-10
 train and measures rows 45,000.., on victims of a seed that no table has: constants were chosen there. Variants whose
 name begins with "contrast" have one dummy by InfoNCE, those with "published" all of the plain reading of the paper.
-Retrieval is not measured: no weight changes. A cell that is done is not computed again. One thread.
+Retrieval is not measured: no weight changes. The grid's precision; a cell that is done with the same settings on the
+same victim is not computed again. One thread.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept_cells import inputs_of, is_done, new_run
 from par import CLEAN, SETS, find_victim
 
 from unpoison.api_zero_shot import (
@@ -36,13 +38,13 @@ from unpoison.api_zero_shot import (
 from unpoison.attacks.pair_manifest import PairPoisoning
 from unpoison.benchmark.grid import read_grid
 from unpoison.data.sources import LabelledImages, open_images
+from unpoison.defenses.baselines.linear_probe import LinearProbeConfig
 from unpoison.defenses.baselines.rvpt import RVPTConfig
 from unpoison.defenses.cbpt import CBPTConfig
 from unpoison.errors import UsageError
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
-from unpoison.runs import Run
 from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +56,8 @@ ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-text", "wan
 FEW = ("badnet-rand", "blended-text", "badclip", CLEAN)
 ABLATIONS = {
     "cbpt": CBPTConfig(),
-    "no-inversion": CBPTConfig(delta="none", clean="labels"),
+    "no-inversion": CBPTConfig(delta="none"),
+    "no-inversion-labels": CBPTConfig(delta="none", clean="labels"),
     "random-delta": CBPTConfig(delta="random"),
     "quiet-only": CBPTConfig(loud=()),
     "loud-16": CBPTConfig(loud=(16 / 255,)),
@@ -65,14 +68,17 @@ ABLATIONS = {
     "contrast": CBPTConfig(dummies="contrast"),
     "contrast-text-only": CBPTConfig(dummies="contrast", positives=0),
     "contrast-no-negatives": CBPTConfig(dummies="contrast", negatives=False),
-    **{f"contrast-epsilon-{levels}": CBPTConfig(dummies="contrast", epsilon=levels / 255) for levels in (8, 32)},
+    "contrast-additive": CBPTConfig(dummies="contrast", forms=("additive",)),
+    "contrast-patch": CBPTConfig(dummies="contrast", forms=("patch",)),
+    **{f"contrast-epsilon-{levels}": CBPTConfig(dummies="contrast", forms=("additive",), epsilon=levels / 255)
+       for levels in (8, 32)},
     "prompts": CBPTConfig(tune="prompts"),
     "prompts-shared": CBPTConfig(tune="prompts", shared=True),
     "published": CBPTConfig.as_published(),
     "published-shared": CBPTConfig.as_published(shared=True),
     "published-no-inversion": CBPTConfig.as_published(delta="none", rounds=0),
     "published-random-delta": CBPTConfig.as_published(delta="random", rounds=0),
-}
+}  # fmt: skip
 RVPTS = {
     "rvpt": RVPTConfig(),
     **{f"rvpt-prompts-{count}": RVPTConfig(prompts=count) for count in (4, 16)},
@@ -113,7 +119,7 @@ def of_recipe(args: argparse.Namespace, attack: str, seed: int) -> Victim:
     manifest = folder / "manifest.json"
     poisoning = PairPoisoning.load(manifest) if manifest.exists() else None
     shots, tests = (open_images(f"{args.shared}/data/{source}") for source in (SHOTS, SETS["tune"][0]))
-    run = Run(seed=seed, cache=args.work / "cache")
+    run = new_run(seed, cache=args.work / "cache")
     before = figures(evaluate_clip(load_any_clip(folder / "model"), tests, poisoning=poisoning, run=run))
     return Victim(model=folder / "model", poisoning=poisoning, before=before, shots=shots, tests=tests)
 
@@ -121,26 +127,38 @@ def of_recipe(args: argparse.Namespace, attack: str, seed: int) -> Victim:
 WHERE: dict[str, Callable[..., Victim]] = {"test": of_grid, "tune": of_recipe}
 
 
+CONFIGS: dict[str, Any] = {**ABLATIONS, **RVPTS, "linear-probe": LinearProbeConfig()}
+
+
 def purify(clip: ImageTextModel, images: LabelledImages, method: str, seed: int) -> ZeroShotOutcome:
-    run = Run(seed=seed)
-    if method in RVPTS:
-        return purify_with_rvpt(clip, images, config=RVPTS[method], run=run)
-    if method == "linear-probe":
-        return purify_with_linear_probe(clip, images, run=run)
-    return purify_with_cbpt(clip, images, config=ABLATIONS[method], run=run)
+    run, config = new_run(seed), CONFIGS[method]
+    if isinstance(config, RVPTConfig):
+        return purify_with_rvpt(clip, images, config=config, run=run)
+    if isinstance(config, LinearProbeConfig):
+        return purify_with_linear_probe(clip, images, config=config, run=run)
+    return purify_with_cbpt(clip, images, config=config, run=run)
 
 
-def compute(victim: Victim, attack: str, seed: int, method: str, work: Path) -> dict[str, Any]:
+def inputs(victim: Victim, method: str, which: str) -> dict[str, Any]:
+    """All that a cell's figures rest on."""
+    return inputs_of(
+        CONFIGS[method], set=which, victim=load_any_clip(victim.model).fingerprint, shots=victim.shots.fingerprint(),
+        tests=victim.tests.fingerprint(),
+    )  # fmt: skip
+
+
+def compute(victim: Victim, attack: str, seed: int, method: str, inputs: dict[str, Any], work: Path) -> dict[str, Any]:
     clip = load_any_clip(victim.model)
     begun, cpu = time.perf_counter(), time.process_time()
     outcome = purify(clip, victim.shots, method, seed)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
     classifier, found = outcome.classifier, outcome.purification
     after = evaluate_clip(classifier.clip, victim.tests, classes=classifier.classes.numpy(),
-                          poisoning=victim.poisoning, run=Run(seed=seed, cache=work / "cache"))  # fmt: skip
+                          poisoning=victim.poisoning, run=new_run(seed, cache=work / "cache"))  # fmt: skip
     return {
-        "attack": attack, "seed": seed, "method": method, "victim": clip.fingerprint,
-        "threads": torch.get_num_threads(), "learnt": found.learnt, "judging": found.judging,
+        "attack": attack, "seed": seed, "method": method, "inputs": inputs, "victim": clip.fingerprint,
+        "precision": inputs["precision"], "threads": inputs["threads"],
+        "learnt": found.learnt, "judging": found.judging,
         "target": None if victim.poisoning is None else victim.poisoning.target_name,
         "suspected": list(found.targets), "searched": found.search is not None,
         "accepted": found.accepted, "reason": found.reason, "class_cosine": found.class_cosine,
@@ -165,16 +183,15 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seed:
         for attack in args.attack:
             files = {name: args.results / f"{args.set}-{attack}-{seed}-{name}.json" for name in args.method}
-            if all(file.exists() for file in files.values()):
-                continue
             try:
                 victim = WHERE[args.set](args, attack, seed)
             except UsageError as error:
                 print(f"{attack} {seed}: {error.message} {error.hint}", flush=True)
                 continue
             for method, file in files.items():
-                if not file.exists():
-                    result = {"set": args.set} | compute(victim, attack, seed, method, args.work)
+                asked = inputs(victim, method, args.set)
+                if not is_done(file, asked):
+                    result = {"set": args.set} | compute(victim, attack, seed, method, asked, args.work)
                     write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
                     print(f"{file.stem}: {describe(result)}", flush=True)
 

@@ -38,6 +38,7 @@ from unpoison.benchmark.rows import Row, columns_of, processor_seconds
 from unpoison.benchmark.settings import CLEAN, GIVEN
 from unpoison.benchmark.store import Store
 from unpoison.benchmark.table import Table, make_table
+from unpoison.evaluation.intervals import wilson
 from unpoison.report.leaderboard import render_leaderboard
 from unpoison.results import write_atomically
 
@@ -94,6 +95,14 @@ class Cells:
             "max": round(known[most], 4), "max_at": most, "min": round(known[least], 4), "min_at": least,
             "cells": len(known), "seeds": len({name.rpartition("-")[2] for name in known}),
         }  # fmt: skip
+
+    def rate(self, method: str, attacks: Sequence[str], pick: Pick, *, without: Sequence[int] = ()) -> dict[str, Any]:
+        """The same of what is 0 or 100 in a cell, with its Wilson interval: each victim is one trial."""
+        found = self.figure(method, attacks, pick, without=without)
+        if not found["cells"]:
+            return found
+        interval = wilson(round(found["mean"] * found["cells"] / 100), found["cells"])
+        return found | {"low": round(interval.low, 4), "high": round(interval.high, 4)}
 
     def ratio(self, method: str, other: str, attacks: Sequence[str]) -> dict[str, Any]:
         """Processor seconds of one method over those of another on the same victim, over single cells; with one thread
@@ -155,13 +164,15 @@ def claims(cells: Cells) -> dict[str, Any]:
         "auroc": cells.figure("ubt", TEMPLATES, detected("auroc")),
         "recall": cells.figure("ubt", TOKEN_ATTACKS, detected("recall")),
         "precision": cells.figure("ubt", TOKEN_ATTACKS, detected("precision")),
+        "unlearnt_share": cells.figure("ubt", TOKEN_ATTACKS, detected("unlearnt")),
         "wall_ratio_to_cleanclip": cells.ratio("ubt", "clean-clip", TOKEN_ATTACKS),
     }
     body["cbpt"] |= {
-        "target_found": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found")),
-        "target_found_held_out": cells.figure("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
-        "false_alarm": cells.figure("cbpt", [CLEAN], suspected),
-        "false_alarm_held_out": cells.figure("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
+        "target_found": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_found")),
+        "target_found_held_out": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
+        "target_exact": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_exact")),
+        "false_alarm": cells.rate("cbpt", [CLEAN], suspected),
+        "false_alarm_held_out": cells.rate("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
         "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
     }
     for method in SAMPLE_METHODS:
@@ -193,7 +204,8 @@ def search_note(cells: Cells) -> str:
     def said(name: str, what: str) -> str:
         made = claims(cells)["cbpt"]
         parts = [
-            f"of {made[key]['cells']} {seeds} {made[key]['mean']:.0f} percent"
+            f"of {made[key]['cells']} {seeds} {made[key]['mean']:.0f} percent (95 % interval {made[key]['low']:.0f} to "
+            f"{made[key]['high']:.0f})"
             for key, seeds in ((name, "of all seeds"), (f"{name}_held_out", "of other seeds"))
             if made[key]["cells"]
         ]
@@ -235,23 +247,24 @@ QUESTIONS = (
     Question(
         title="Unlearning with the poisoned pairs",
         text="UBT and ABL get the pairs that the victim was trained on, poison included; AUROC, recall and precision "
-        "are those of the list of suspicious pairs. PAR and CleanCLIP stand beside them, with the same pairs "
-        "unpoisoned.",
+        "are those of the list of suspicious pairs, *unlearnt* is the share of the pairs that UBT unlearns from or "
+        "judges by. PAR and CleanCLIP stand beside them, with the same pairs unpoisoned.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "clean-clip", "par", "abl-clip", "ubt"),
-        columns=(*COSTS, "r_at_1", "auroc", "recall", "precision", "rebound", "seconds", "processor"),
+        columns=(*COSTS, "r_at_1", "auroc", "recall", "precision", "unlearnt", "rebound", "seconds", "processor"),
     ),
     Question(
         title="Repairing a zero-shot classifier, the weights untouched",
-        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. CBPT "
+        text="CBPT, RVPT and a linear probe get 16 clean labelled images of each class and some more to judge by. "
+        "*Target found*: it is among the classes that the search suspects; *nothing else*: and no other is. CBPT "
         "and the probe leave the CLIP as it was: its retrieval stays as attackable. RVPT moves no weight either, but "
         "its prompts in the image tower give other embeddings, which are measured. `cbpt-paper` runs with seed 0 only, "
         "on two attacks and the control.",
         kind="clip",
         attacks=(*TOKEN_ATTACKS, CLEAN),
         methods=(GIVEN, "cbpt", "cbpt-paper", "rvpt", "linear-probe"),
-        columns=(*COSTS, "retrieval_asr", "target_found", "seconds", "processor"),
+        columns=(*COSTS, "retrieval_asr", "target_found", "target_exact", "seconds", "processor"),
         note=search_note,
     ),
     Question(

@@ -2,19 +2,22 @@
 
     unpoison bench run grids/cpu.toml -o runs/bench-cpu                           # first: the victims
     python benchmarks/pair_detectors.py run [--attack badclip ...] [--seed 0 ...] [--method dao exposure ...]
+    python benchmarks/pair_detectors.py run --attack clean --seed 0 1 2 3 4 5 6 7
     python benchmarks/pair_detectors.py table
 
 All pairs with their poison as each victim saw it (10 to 25 percent: so small a training takes as much), and a sample of
 them in which it is thinned to 1 percent. The suspect is the victim, the reference the clean CLIP that it was fine-tuned
 from, which saw the same images unpoisoned. Nothing is tuned here. Of each detector: AUROC, TPR at 5 % FPR, recall where
 as many are flagged as there is poison (precision is the same then), and recall and precision of what it flags by
-itself where it does (exposure, which is UBT's first step). One JSON a victim; what is there is not computed again. One
-thread.
+itself where it does (exposure, which is UBT's first step). ``clean``: false alarms of those that say whether a set is
+poisoned, on the pairs of a clean CLIP, all of them and with half of their classes. The grid's precision, one thread.
+One JSON a victim; what is there is not computed again.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from grid_clips import ATTACKS, BENCH, GRID, GridClip, find_clip  # pyright: ignore[reportMissingImports]
+from kept_cells import new_run
 from par import Printed
 
 from unpoison.api_pairs import PAIR_DETECTORS, PairDetectorConfig
+from unpoison.benchmark.clip_cells import LABELLED
 from unpoison.benchmark.grid import read_grid
+from unpoison.benchmark.settings import CLEAN
+from unpoison.data.sources import open_images
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.embedded_pairs import Embedded, see_pairs
 from unpoison.errors import UsageError
+from unpoison.evaluation.intervals import wilson
 from unpoison.evaluation.metrics import auroc, precision, recall, tpr_at_fpr
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
@@ -44,6 +52,15 @@ METHODS: dict[str, tuple[str, PairDetectorConfig]] = {
     **{f"{name}, batches of 500": (name, PairDetectorConfig(neighbours=SMALL))
        for name, detector in PAIR_DETECTORS.items() if detector.batches},
 }  # fmt: skip
+HALVES = {
+    "all": range(10),
+    "first half": range(5),
+    "second half": range(5, 10),
+    "even": range(0, 10, 2),
+    "odd": range(1, 10, 2),
+}
+"""Classes of CIFAR-10 beside the captioned pairs, of which all stay."""
+DECIDING = tuple(name for name in METHODS if name == "exposure")
 SHARES = {"own": "at the victim's own rate", "thin": "thinned to 1 percent"}
 FIGURES = ("auroc", "recall_at_rate", "recall", "precision")
 
@@ -78,8 +95,43 @@ def part_of(known: Embedded, rows: np.ndarray) -> Embedded:
 
     return Embedded(
         pairs=known.pairs, rows=known.rows[rows], clip=known.clip, suspect=some(known.suspect),
-        cosines=some(known.cosines), captions=some(known.captions), misfit=some(known.misfit),
+        cosines=some(known.cosines), captions=some(known.captions), misfit=some(known.misfit), alone=known.alone,
     )  # fmt: skip
+
+
+def alarms(method: str, known: Embedded, run: Run) -> dict[str, float] | None:
+    """Whether clean pairs are said to be poisoned, and the share that is flagged; None where they are only ranked."""
+    name, config = METHODS[method]
+    found = PAIR_DETECTORS[name].score(known, config, run)
+    if found.flagged is None or found.estimate is None:
+        return None
+    return {"alarm": float(found.estimate.poisoned), "flagged": float(found.flagged.mean()), "pairs": len(known.rows)}
+
+
+def class_rows(victim: GridClip, known: Embedded, classes: Sequence[int]) -> np.ndarray:
+    """Places in ``known`` of the captioned pairs and of those of ``classes``."""
+    images = open_images(victim.cell.data.train or "")
+    others = ~np.isin(images.labels, list(classes))
+    gone = {f"{LABELLED}/{name}" for name, other in zip(images.ids, others, strict=True) if other}
+    return np.array([place for place, row in enumerate(known.rows) if known.pairs.ids[row] not in gone])
+
+
+def compute_clean(victim: GridClip, wanted: list[str], file: Path, work: Path) -> None:
+    """The same of a clean CLIP: false alarms."""
+    result: dict[str, Any] = json.loads(file.read_bytes()) if file.exists() else {}
+    deciding = [method for method in wanted if method in DECIDING]
+    missing = [(half, method) for half in HALVES for method in deciding if method not in result.get(half, {})]
+    if not missing:
+        return
+    run = new_run(victim.cell.names.seed, progress=Printed(), cache=work / "cache")
+    clip, reference = load_any_clip(victim.model), load_any_clip(victim.cell.model.clip)
+    known = see_pairs(victim.setting.pairs, clip=clip, reference=reference, captions=True, run=run)
+    result |= {"pairs": len(known.rows), "poison_rate": 0.0, "victim": clip.fingerprint, "alone": known.alone}
+    for half, method in missing:
+        found = alarms(method, part_of(known, class_rows(victim, known, HALVES[half])), run)
+        result.setdefault(half, {})[method] = found
+        write_atomically(file, json.dumps(result, indent=1).encode() + b"\n")
+        print(f"  {half} {method}: {found}", flush=True)
 
 
 def compute(victim: GridClip, wanted: list[str], file: Path, work: Path) -> None:
@@ -88,7 +140,7 @@ def compute(victim: GridClip, wanted: list[str], file: Path, work: Path) -> None
     missing = [(share, method) for share in SHARES for method in wanted if method not in result.get(share, {})]
     if not missing:
         return
-    run = Run(seed=victim.cell.names.seed, progress=Printed(), cache=work / "cache")
+    run = new_run(victim.cell.names.seed, progress=Printed(), cache=work / "cache")
     clip, reference = load_any_clip(victim.model), load_any_clip(victim.cell.model.clip)
     pairs = victim.setting.pairs
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
@@ -114,13 +166,14 @@ def run(args: argparse.Namespace) -> None:
             except UsageError as error:
                 print(f"  {error.message} {error.hint}", flush=True)
             else:
-                compute(victim, args.method, args.results / f"{attack}-{seed}.json", args.work)
+                make = compute_clean if attack == CLEAN else compute
+                make(victim, args.method, args.results / f"{attack}-{seed}.json", args.work)
 
 
 def table(args: argparse.Namespace) -> None:
     """Means over seeds as Markdown, how many in brackets."""
     found = {file.stem: json.loads(file.read_bytes()) for file in sorted(args.results.glob("*.json"))}
-    attacks = [name for name in args.attack if any(key.rpartition("-")[0] == name for key in found)]
+    attacks = [name for name in args.attack if name != CLEAN and any(key.rpartition("-")[0] == name for key in found)]
     for share, said in SHARES.items():
         for figure in FIGURES:
             print(f"\n{figure}, {said}\n\n| | " + " | ".join(attacks) + " |\n|" + "---|" * (1 + len(attacks)))
@@ -137,11 +190,34 @@ def table(args: argparse.Namespace) -> None:
                 if any(shown):
                     print(f"| {method} | " + " | ".join(shown) + " |")
 
+    print("\n".join(clean_table([found[name] for name in found if name.rpartition("-")[0] == CLEAN])))
+
+
+def clean_table(found: list[dict[str, Any]]) -> list[str]:
+    """False alarms on pairs of clean CLIPs; an interval where each is a trial of its own, as halves of one are not."""
+    lines = [
+        "",
+        "false alarms, clean pairs",
+        "",
+        "| | pairs | alarms | 95 % interval | most flagged |",
+        "|---|---|---|---|---|",
+    ]
+    for method in DECIDING:
+        for half in HALVES:
+            each = [result[half][method] for result in found if result.get(half, {}).get(method)]
+            if each:
+                count = round(sum(entry["alarm"] for entry in each))
+                interval = wilson(count, len(each))
+                most = 100 * max(entry["flagged"] for entry in each)
+                bounds = f"{interval.low:.0f} to {interval.high:.0f} %"
+                lines.append(f"| {method} | {half} | {count} of {len(each)} | {bounds} | {most:.2f} % |")
+    return lines
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--attack", nargs="+", choices=ATTACKS[:-1], default=list(ATTACKS[:-1]))
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS, default=list(ATTACKS))
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--bench", type=Path, default=ROOT / BENCH, help="the results folder of grids/cpu.toml")

@@ -10,10 +10,12 @@ Pairs: all that the victim was trained on, poison included. Reference: the clean
 saw the same pairs without the poison. Measured on the grid's test data; ``--set tune`` on others, for victims of a seed
 that no table has. Seconds are the method's alone, its embeddings included: each cell has a cache of its own.
 Detectors of pairs beside it: benchmarks/pair_detectors.py.
-One JSON a cell; a cell that is done is not computed again. One thread a process.
+One JSON a cell, in the grid's precision; a cell that is done with the same settings on the same victim is not computed
+again. One thread a process.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -28,8 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
+from grid import TEMPLATES
 from grid_clips import ATTACKS as GRID_ATTACKS  # pyright: ignore[reportMissingImports]
 from grid_clips import BENCH, GRID, find_clip  # pyright: ignore[reportMissingImports]
+from kept_cells import inputs_of, is_done, new_run
 from par import SETS, Printed, figures, find_victim
 
 from unpoison.api import ScanOutcome
@@ -40,14 +44,14 @@ from unpoison.benchmark.grid import read_grid
 from unpoison.data.pairs import ImageTextPairs, open_pairs
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses.baselines.abl_clip import ABLClipConfig
-from unpoison.defenses.ubt import PUBLISHED, UBTConfig
+from unpoison.defenses.ubt import RECOMMENDED_FACTOR, UBTConfig
 from unpoison.detection.neighbours import NeighboursConfig
 from unpoison.errors import UsageError
 from unpoison.evaluation.clip import evaluate_clip
 from unpoison.evaluation.metrics import auroc
 from unpoison.models.clip_files import load_any_clip
 from unpoison.results import write_atomically
-from unpoison.runs import Run, RunFolder
+from unpoison.runs import RunFolder
 from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
@@ -55,15 +59,19 @@ RESULTS = ROOT / "benchmarks/results/ubt"
 SUMMARY = ROOT / "benchmarks/results/ubt.json"
 TUNE_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
                 "wanet", "badclip", "clean")  # fmt: skip
-ABL, ALONE = "abl-clip", "no-reference"
+RUNS = BENCH
+"""The results folder of grids/cpu.toml."""
+ATTACKS = tuple(sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
+ABL, ALONE, PAPER = "abl-clip", "no-reference", "paper"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     ABL: {},
     **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
-    "paper": PUBLISHED,
-    "paper-no-overfit": PUBLISHED | {"expose": "similarity"},
-    "paper-by-score": PUBLISHED | {"choose": "score", "unlearn_pairs": 256},
-    "paper-to-the-end": PUBLISHED | {"stop_early": False},
+    PAPER: {},
+    f"{PAPER}-rate-30": {"factor": RECOMMENDED_FACTOR},
+    f"{PAPER}-no-overfit": {"expose": "similarity"},
+    f"{PAPER}-by-score": {"choose": "score", "unlearn_pairs": 256},
+    f"{PAPER}-to-the-end": {"stop_early": False},
     "no-reference": {},
     "no-reference-batches-of-64": {"neighbours": NeighboursConfig(batch_size=64)},
     "hinge": {"loss": "hinge"},
@@ -83,11 +91,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def abl_config(clip: ImageTextModel, pairs: int, settings: dict[str, Any]) -> ABLClipConfig:
+def abl_config(clip: ImageTextModel, pairs: int, variant: str) -> ABLClipConfig:
     """ABL's for so many pairs, at ``factor`` times the scaled rate; the table's victims get the grid's 200 steps."""
     start = ABLClipConfig.scaled(parameters=count_parameters(clip), samples=pairs, batch_size=128, steps=200)
-    factor = settings.get("factor")
-    return start if factor is None else replace(start, learning_rate=factor * start.learning_rate)
+    return replace(start, learning_rate=VARIANTS[variant].get("factor", 1.0) * start.learning_rate)
+
+
+def ubt_config(clip: ImageTextModel, pairs: int, variant: str) -> UBTConfig:
+    """The paper's way as ``--paper`` has it, ``factor`` times its rate, or what is recommended; over it the variant."""
+    settings = dict(VARIANTS[variant])
+    factor = settings.pop("factor", 1.0)
+    make = UBTConfig.paper if variant.startswith(PAPER) else UBTConfig.recommended
+    config = make(parameters=count_parameters(clip), samples=pairs, **settings)
+    return replace(config, learning_rate=factor * config.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,28 +142,40 @@ def open_victim(attack: str, seed: int, args: argparse.Namespace) -> Victim:
     )  # fmt: skip
 
 
-def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse.Namespace) -> dict[str, Any]:
-    clip, pairs, settings = victim.clip, victim.pairs, VARIANTS[variant]
+def config_of(victim: Victim, variant: str) -> UBTConfig | ABLClipConfig:
+    """The settings of a variant for this victim and so many pairs."""
+    make = abl_config if variant.startswith(ABL) else ubt_config
+    return make(victim.clip, len(victim.pairs), variant)
+
+
+def inputs(victim: Victim, variant: str, which: str) -> dict[str, Any]:
+    """All that a cell's figures rest on."""
+    reference = None if variant.startswith((ABL, ALONE)) else victim.reference.fingerprint
+    return inputs_of(
+        config_of(victim, variant), set=which, victim=victim.clip.fingerprint, reference=reference,
+        pairs=victim.pairs.caption_fingerprint, tests=victim.images.fingerprint(),
+    )  # fmt: skip
+
+
+def compute(
+    victim: Victim, attack: str, seed: int, variant: str, inputs: dict[str, Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    clip, pairs = victim.clip, victim.pairs
     truth = np.isin(pairs.ids, victim.poisoned)
-    inputs = {
-        "victim": clip.fingerprint,
-        "pairs": pairs.caption_fingerprint,
-        "variant": json.loads(json.dumps(settings, default=vars)),
-    }
     name = f"{args.set}-{attack}-{seed}-{variant}"
-    own = args.work / name
+    key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=4).hexdigest()
+    own = args.work / f"{name}-{key}"
     resumed = (own / "run.json").exists()
-    run = Run(seed=seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own, inputs))
-    begun = time.time()
-    if variant.startswith(ABL):
-        outcome = purify_with_abl_clip(clip, pairs, config=abl_config(clip, len(pairs), settings), run=run)
+    run = new_run(seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own, inputs))
+    begun, config = time.time(), config_of(victim, variant)
+    if isinstance(config, ABLClipConfig):
+        outcome = purify_with_abl_clip(clip, pairs, config=config, run=run)
     else:
-        config = UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs), **settings)
         reference = None if variant.startswith(ALONE) else victim.reference
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
     seconds, found = time.time() - begun, outcome.purification
     shutil.rmtree(own / "cache", ignore_errors=True)
-    measured = Run(seed=seed, progress=Printed(), cache=args.work / "cache")
+    measured = new_run(seed, progress=Printed(), cache=args.work / "cache")
 
     def evaluate(model: Any) -> dict[str, Any]:
         return figures(
@@ -158,7 +186,8 @@ def compute(victim: Victim, attack: str, seed: int, variant: str, args: argparse
         )  # fmt: skip
 
     result: dict[str, Any] = {
-        "attack": attack, "seed": seed, "method": variant, "set": args.set, "pairs": len(pairs),
+        "attack": attack, "seed": seed, "method": variant, "set": args.set, "inputs": inputs, "pairs": len(pairs),
+        "precision": inputs["precision"], "threads": inputs["threads"],
         "poison_rate": 100 * float(truth.mean()), "before": evaluate(clip), "after": evaluate(outcome.clip),
         "seconds": seconds, "resumed": resumed, "accepted": found.accepted, "left_alone": found.left_alone,
         "reason": found.reason, "history": found.history,
@@ -194,10 +223,11 @@ def run(args: argparse.Namespace) -> None:
                 continue
             for variant in args.variant:
                 file = args.results / f"{args.set}-{attack}-{seed}-{variant}.json"
-                if file.exists():
+                asked = inputs(victim, variant, args.set)
+                if is_done(file, asked):
                     continue
                 print(f"{attack} {seed} {variant}", flush=True)
-                result = compute(victim, attack, seed, variant, args)
+                result = compute(victim, attack, seed, variant, asked, args)
                 write_atomically(file, json.dumps(result, indent=1, default=float).encode() + b"\n")
                 print(f"  {describe(result)}", flush=True)
 
@@ -228,8 +258,12 @@ def table(args: argparse.Namespace) -> None:
             for result in found]  # fmt: skip
     if args.set == "test" and ours:
         falls = [entry["before"]["c_acc"]["value"] - entry["after"]["c_acc"]["value"] for entry in ours]
+        templates, natural = (
+            [entry["auroc"] for entry in ours if (entry["attack"] in TEMPLATES) == wanted] for wanted in (True, False)
+        )
         summary = {
-            "cells": len(ours), "auroc_min": min(entry["auroc"] for entry in ours),
+            "cells": len(ours), "template_cells": len(templates), "auroc_min": min(templates, default=None),
+            "auroc_natural_min": min(natural, default=None),
             "asr_after_max": max(entry["after"]["asr_excess"] for entry in ours), "c_acc_drop_max": max(falls),
         }  # fmt: skip
         SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
@@ -250,13 +284,13 @@ def _columns(result: dict[str, Any]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "table"])
-    parser.add_argument("--attack", nargs="+", choices=sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
+    parser.add_argument("--attack", nargs="+", choices=ATTACKS)
     parser.add_argument("--seed", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=["ours"])
     parser.add_argument("--set", choices=list(SETS), default="test", help="what is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
-    parser.add_argument("--bench", type=Path, default=ROOT / BENCH, help="the results folder of grids/cpu.toml")
+    parser.add_argument("--bench", type=Path, default=ROOT / RUNS, help="the results folder of grids/cpu.toml")
     parser.add_argument("--victims", type=Path, default=ROOT / "runs/clip-victims", help="those of --set tune")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/bench-ubt")
     parser.add_argument("--results", type=Path, default=RESULTS)

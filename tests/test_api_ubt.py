@@ -235,6 +235,18 @@ def test_weights_that_are_no_numbers_are_refused(clip: Any, pairs: Any) -> None:
         )
 
 
+@pytest.mark.parametrize("deaf", ["suspect", "reference"])
+def test_a_model_that_tells_no_caption_from_another_is_refused(deaf: str, clip: Any, pairs: Any) -> None:
+    models = {"suspect": clip.copy(), "reference": clip.copy()}
+    models[deaf].module.get_parameter("text_projection.weight").data.zero_()
+    for config in (UBTConfig(**QUICK), UBTConfig.as_published(**QUICK)):
+        with pytest.raises(NoSeparationError, match=f"The {deaf} gives all captions"):
+            purify_with_ubt(models["suspect"], pairs, reference=models["reference"], config=config, run=new_run())
+    if deaf == "suspect":
+        with pytest.raises(NoSeparationError, match="The model gives all captions"):
+            purify_with_abl_clip(models["suspect"], pairs, run=new_run())
+
+
 def test_pairs_that_are_all_alike_are_refused(clip: Any, pairs: Any) -> None:
     same = replace(pairs, replaced=dict.fromkeys(pairs.ids, ("a thing",)))
     for config in (UBTConfig(**QUICK), UBTConfig.as_published(**QUICK)):
@@ -243,5 +255,10 @@ def test_pairs_that_are_all_alike_are_refused(clip: Any, pairs: Any) -> None:
                 purify_with_ubt(clip, same, reference=reference, config=config, run=new_run())
     with pytest.raises(NoSeparationError, match="have the same caption"):
         purify_with_abl_clip(clip, same, run=new_run())
+    alike = replace(
+        pairs, replaced={name: ("A thing" if row % 2 else "a THING",) for row, name in enumerate(pairs.ids)}
+    )
+    with pytest.raises(NoSeparationError, match="The suspect gives all captions"):
+        purify_with_ubt(clip, alike, config=UBTConfig(**QUICK), run=new_run())
     with pytest.raises(NotEnoughDataError):
         purify_with_ubt(clip, open_pairs("shapes:10:3"), config=UBTConfig(**QUICK), run=new_run())

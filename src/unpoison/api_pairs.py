@@ -25,7 +25,7 @@ from unpoison.detection.neighbours import NeighboursConfig, score_neighbourhoods
 from unpoison.detection.ranks import mean_of_ranks
 from unpoison.detection.reference_similarity import DensityConfig, density_of_least_similar, low_similarity
 from unpoison.detection.similarity_gain import OverfitConfig, similarity_gain
-from unpoison.embedded_pairs import Embedded, see_pairs
+from unpoison.embedded_pairs import Embedded, check_texts, see_pairs
 from unpoison.errors import ConfigError, NoSeparationError, NotEnoughDataError, UnknownMethodError, UsageError
 from unpoison.evidence import MIN_SAMPLES
 from unpoison.results import (
@@ -95,6 +95,8 @@ class PairDetector:
     reference: bool = False
     captions: bool = False
     """It looks at what the captions say to the reference."""
+    reads: tuple[str, ...] = ()
+    """The models that must tell the captions apart: what is said is all that these have to go by."""
     batches: bool = False
     """It takes poison for rarer than k in a batch."""
 
@@ -146,8 +148,8 @@ PAIR_DETECTORS: dict[str, PairDetector] = {
     "k-distance": PairDetector(score=_neighbourhoods("k-distance"), batches=True),
     "similarity": PairDetector(score=_similarity, suspect=False, reference=True),
     "density": PairDetector(score=_density, reference=True),
-    "exposure": PairDetector(score=_exposure, reference=True, captions=True),
-    "gain": PairDetector(score=_gain, reference=True),
+    "exposure": PairDetector(score=_exposure, reference=True, captions=True, reads=("reference",)),
+    "gain": PairDetector(score=_gain, reference=True, reads=("suspect", "reference")),
     "mean": PairDetector(score=_mean, reference=True, batches=True),
 }
 
@@ -166,8 +168,8 @@ def scan_pairs(
     ``clip``: the suspect, trained on these pairs. ``reference``: a CLIP that never saw them, for the detectors whose
     entry asks for one. Only ``exposure`` with two different models can say that a set is poisoned, and none that it is
     clean: all other scans are inconclusive. Scores, split and samples have no labels (-1) and no class names.
-    Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores are equal),
-    UnknownMethodError, UsageError (a reference is missing), ModelError.
+    Raises NotEnoughDataError, SourceFormatError (too many unusable rows), NoSeparationError (all scores, or the
+    embeddings that they rest on, are equal), UnknownMethodError, UsageError (a reference is missing), ModelError.
     """
     run, config = run or Run(), config or PairDetectorConfig()
     begun = time.monotonic()
@@ -181,6 +183,11 @@ def scan_pairs(
         raise NotEnoughDataError(
             f"pairs in {pairs.name}", have=len(pairs), need=MIN_SAMPLES, hint="Give the whole training set."
         )
+    asked = {"suspect": clip} if detector.suspect else {}
+    if detector.reference and reference is not None:
+        asked["reference"] = reference
+    if detector.reads:
+        check_texts(pairs, np.arange(len(pairs)), {role: asked[role] for role in detector.reads}, run=run)
     known = see_pairs(
         pairs,
         clip=clip,
@@ -193,9 +200,6 @@ def scan_pairs(
     axes = found.axes
     primary = next(iter(axes))
     _check_separation(axes[primary], method)
-    asked = {"suspect": clip} if detector.suspect else {}
-    if detector.reference and reference is not None:
-        asked["reference"] = reference
     flagged = np.zeros(len(pairs), dtype=bool)
     flagged[known.rows] = highest(axes[primary], config.assumed_rate) if found.flagged is None else found.flagged
     return ranked_outcome(

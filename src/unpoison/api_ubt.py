@@ -27,10 +27,11 @@ from unpoison.detection.neighbours import dao, score_neighbourhoods
 from unpoison.detection.ranks import rank_normalise
 from unpoison.detection.reference_similarity import low_similarity
 from unpoison.detection.similarity_gain import similarity_gain
-from unpoison.embedded_pairs import Embedded, caption_cosines, check_captions, check_spread, see_pairs
+from unpoison.embedded_pairs import Embedded, caption_cosines, check_spread, check_texts, see_pairs
 from unpoison.errors import NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_images, embed_texts
 from unpoison.evidence import MIN_SAMPLES
+from unpoison.models.checkpoints import check_finite
 from unpoison.models.logit_scale import scale_warning
 from unpoison.results import PoisonEstimate
 from unpoison.runs import Run
@@ -82,7 +83,8 @@ def purify_with_ubt(
     result says so. Refused (``accepted`` is false) when held-out clean pairs fall by more than ``config.bound``, when
     pairs kept aside still match their captions, or when the set is too small to unlearn from: the list is given all
     the same.
-    Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
+    Raises NotEnoughDataError, NoSeparationError (images, or captions, that a model gives one embedding),
+    SourceFormatError, ModelError.
     """
     run = run or Run()
     config = config or UBTConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
@@ -90,10 +92,11 @@ def purify_with_ubt(
     need = max(MIN_SAMPLES, config.fewest_pairs)
     if len(pairs) < need:
         raise NotEnoughDataError(f"pairs in {pairs.name}", have=len(pairs), need=need, hint="Give the whole set.")
-    check_captions(pairs, np.arange(len(pairs)))
+    models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
+    check_finite(clip.module.state_dict(), name="the model")
+    check_texts(pairs, np.arange(len(pairs)), models, run=run)
     known = see_pairs(pairs, clip=clip, reference=reference, captions=True, run=run)
     exposure = _unpack(run.agreed(run.step("exposed", lambda: _pack(_expose(known, config, run)))))
-    models = {"suspect": clip} | ({} if reference is None else {"reference": reference})
     alone = config.expose == "concept" and not _borne_out(known)
     estimate = nothing_decided(ALONE) if alone else _estimate(exposure, config)
     warnings = (*scale_warning(clip), *_crowded(known, exposure, config))
@@ -144,12 +147,14 @@ def purify_with_abl_clip(
     """ABL brought to CLIP (arXiv 2110.11571): unlearn the training ``pairs`` that the model itself finds most similar.
 
     ``config`` None: :meth:`ABLClipConfig.recommended`. The caller's model is never changed.
-    Raises NotEnoughDataError, NoSeparationError (pairs that are all alike), SourceFormatError, ModelError.
+    Raises NotEnoughDataError, NoSeparationError (images, or captions, that a model gives one embedding),
+    SourceFormatError, ModelError.
     """
     run = run or Run()
     config = config or ABLClipConfig.recommended(parameters=count_parameters(clip), samples=len(pairs))
     begun = time.monotonic()
-    check_captions(pairs, np.arange(len(pairs)))
+    check_finite(clip.module.state_dict(), name="the model")
+    check_texts(pairs, np.arange(len(pairs)), {"model": clip}, run=run)
     state = run.step("cosines", lambda: {"cosines": torch.from_numpy(_own_cosines(clip, pairs, run))})
     repair = repair_with_abl_clip(clip, pairs, run.agreed(state)["cosines"].numpy(), config, run=run)
     purification = describe_repair("abl-clip", clip, pairs, config, repair, time.monotonic() - begun, run)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from unpoison.defenses.baselines.rvpt import RVPTConfig, learn_visual_prompts
 from unpoison.defenses.cbpt import CBPTConfig, TunedClasses, tune_classes
 from unpoison.defenses.dummies import answers_of
 from unpoison.defenses.shots import (
-    SEARCHED,
+    SEARCHED_AT_MOST,
     ChosenShots,
     Shots,
     accuracy,
@@ -91,18 +91,21 @@ def purify_with_cbpt(
     ``images``: a few clean labelled images of each class, whose names make the classifier; ``config.shots`` of each are
     learnt from, others judge, which nothing is fitted to. ``target``: the class that the backdoor leads to, where that
     is known; else it is looked for, and where none is suspected the class embeddings are the model's own, to the bit.
-    The search looks at the images to learn from and at what is left over: 30 at least, and for each class 30 that the
-    model does not take for it. The CLIP's weights are never changed. Refused (``accepted`` is false) when held-out
-    accuracy falls by more than ``config.bound`` points or an inverted trigger keeps more than ``config.bound_asr``.
+    The search looks at the images to learn from alone. It needs 30, and for each class 30 that the model does not take
+    for it: where they are fewer than ``config.search_images``, images that are left over are added, without their
+    labels, and a warning says how many. The CLIP's weights are never changed. Refused (``accepted`` is false) when
+    held-out accuracy falls by more than ``config.bound`` points or a dummy keeps more than ``config.bound_asr``.
     Raises DataError (names that CLIP cannot tell apart; a target that is no class), NotEnoughDataError (one class, or
     two and no target; one image of a class; too few to look for a trigger with), NoSeparationError (embeddings that are
     all the same), SourceFormatError, ModelError.
     """
     config, run, begun = config or CBPTConfig(), run or Run(), time.monotonic()
-    with _opened(clip, images, config.shots, run, searched=SEARCHED if target is None else 0) as given:
+    with _opened(clip, images, config.shots, run, searched=config.search_images if target is None else 0) as given:
         search = None
         if target is None:
-            search = _search(given, config, run)
+            searched = _searched(given.chosen, config, run)
+            given = replace(given, warnings=given.warnings + _beside(searched, given.learnt))
+            search = _search(given, searched, config, run)
             targets, found = search.suspects, tuple(search.trigger_of(suspect) for suspect in search.suspects)
         else:
             targets, found = (_class_of(images.class_names, target),), ()
@@ -115,8 +118,9 @@ def purify_with_cbpt(
                 reason=f"{finding.reason if finding else ''} {said}".strip(), not_covered=NOT_FOUND,
             )  # fmt: skip
         tuned = tune_classes(
-            given.clip, given.learnt, given.judging, given.classes, targets, config, found=found, run=run
-        )
+            given.clip, given.learnt, given.judging, given.classes, targets, config, found=found, judged=given.judged,
+            run=run,
+        )  # fmt: skip
         return given.outcome(
             "cbpt", config, tuned.classes, begun, run, accepted=tuned.accepted, prompts=tuned.prompts, targets=named,
             search=finding, dummies=_dummies(tuned, images.class_names), steps=config.steps, not_covered=CBPT_LIMITS,
@@ -157,13 +161,15 @@ def purify_with_linear_probe(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Given:
-    """A frozen copy of the CLIP, the shots, and the zero-shot classifier as it came."""
+    """A frozen copy of the CLIP, the shots, and the zero-shot classifier as it came; ``judged``: embeddings of the
+    images that judge."""
 
     original: ImageTextModel
     clip: ImageTextModel
     images: LabelledImages
     chosen: ChosenShots
     classes: Float[Tensor, "k d"]
+    judged: Float[Tensor, "j d"]
     warnings: tuple[str, ...]
 
     @property
@@ -191,9 +197,11 @@ class _Given:
         """``accepted`` None: by the fall of held-out accuracy alone."""
         made_for = self.original.fingerprint
         clip = self.original if visual_prompts is None else with_visual_prompts(self.original, visual_prompts)[0]
-        judged = self.clip if visual_prompts is None else with_visual_prompts(self.clip, visual_prompts)[0]
-        before = accuracy(self.clip, self.judging, self.classes)
-        after = before if more.get("left_alone") else accuracy(judged, self.judging, classes)
+        before = accuracy(self.clip, self.judging, self.classes, seen=self.judged)
+        if visual_prompts is None:
+            after = accuracy(self.clip, self.judging, classes, seen=self.judged)
+        else:
+            after = accuracy(with_visual_prompts(self.clip, visual_prompts)[0], self.judging, classes)
         kept = before - after <= config.bound if accepted is None else accepted
         if accepted is None:
             reason = (
@@ -234,24 +242,48 @@ def _opened(
         classes = class_embeddings(frozen, names, TEMPLATES).float()
         check_embeddings(classes, what="class names")
         chosen = choose_shots(images, shots, frozen.image_size, searched=searched, run=run)
-        check_embeddings(embed(frozen, chosen.judging))
+        judged = embed(frozen, chosen.judging)
+        check_embeddings(judged)
         cut = cut_off(frozen, names, TEMPLATES)
         warnings = list(few_shots_warning(chosen, shots, names))
         if cut:
             warnings.append(f"The tokenizer cuts off {len(cut)} class names, {cut[0]!r} first.")
         warnings += scale_warning(frozen)
         yield _Given(
-            original=clip, clip=frozen, images=images, chosen=chosen, classes=classes, warnings=tuple(warnings)
+            original=clip,
+            clip=frozen,
+            images=images,
+            chosen=chosen,
+            classes=classes,
+            judged=judged,
+            warnings=tuple(warnings),
         )
 
 
-def _search(given: _Given, config: CBPTConfig, run: Run) -> TriggerSearch:
-    """Step 2, over images to learn from and to spare: its triggers are dummies, and what judges may shape none."""
-    shots = given.chosen.learnt.joined(given.chosen.spare)
+def _searched(chosen: ChosenShots, config: CBPTConfig, run: Run) -> Shots:
+    """What step 2 looks at, in random order: images to learn from, and where these are too few some that are to spare.
+    Its triggers are dummies, and what judges may shape none."""
+    generator, device = run.generator("search images"), chosen.learnt.labels.device
+    lacking = max(0, config.search_images - len(chosen.learnt))
+    others = torch.randperm(len(chosen.spare), generator=generator)[:lacking].to(device)
+    shots = chosen.learnt.joined(chosen.spare.of(others))
+    return shots.of(torch.randperm(len(shots), generator=generator)[:SEARCHED_AT_MOST].to(device))
+
+
+def _beside(searched: Shots, learnt: Shots) -> tuple[str, ...]:
+    """A sentence where the search looked at more than what is learnt from."""
+    more = len(searched) - len(learnt)
+    if more <= 0:
+        return ()
+    return (f"The search for a trigger looked at {more} images beside the {len(learnt)} that are learnt from, without "
+            "their labels.",)  # fmt: skip
+
+
+def _search(given: _Given, shots: Shots, config: CBPTConfig, run: Run) -> TriggerSearch:
+    """Step 2."""
 
     def search() -> dict[str, Tensor]:
-        rows = torch.randperm(len(shots), generator=run.generator("search images"))[: config.search_images]
-        images = shots.images(rows.to(shots.labels.device))
+        images = shots.images()
         answers = answers_of(given.clip, given.classes)
         return store_search(search_triggers(answers, images, given.images.class_names, config.search, run=run))
 

@@ -108,6 +108,11 @@ class PairTrainingConfig:
         """What the verbs use where nothing else is said: :meth:`scaled`, unless a method has something better."""
         return cls.scaled(parameters=parameters, samples=samples, **more)
 
+    @classmethod
+    def paper(cls: type[Config], *, parameters: int, samples: int, **more: object) -> Config:
+        """The paper's method for this model and so many pairs: what ``--paper`` and a grid's ``published`` mean."""
+        return cls.scaled(parameters=parameters, samples=samples, **more)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRepair:

@@ -60,10 +60,11 @@ def plan_zero_shot(
             planned.append(_passes("look for a trigger", passed, there_and_back))
         several = config.dummies == "several"
         dummies, steps = len(config.loud) if several else 1, inversion.steps  # of the one that is kept aside
-        if config.delta == "inverted":
-            steps += inversion.steps + config.loud_steps * dummies
         if config.delta == "inverted" and several:
-            steps, dummies = steps + inversion.steps, dummies + 2
+            steps += 2 * inversion.steps + config.loud_steps * dummies
+            dummies += 2
+        elif config.delta == "inverted":
+            steps += sum(config.loud_steps if form == "additive" else inversion.steps for form in config.forms)
         dummies = 0 if config.delta == "none" else dummies
         planned.append(_passes("invert triggers", steps * inversion.batch_size, there_and_back))
         worn = learnt * config.views * (1 + dummies) + judging * (1 + dummies)

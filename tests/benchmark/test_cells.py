@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from unpoison.api_zero_shot import ZeroShotOutcome
 from unpoison.attacks.low_gap import LowGap
 from unpoison.attacks.manifest import Poisoning
 from unpoison.attacks.pair_manifest import PairPoisoning
@@ -210,6 +212,36 @@ def test_repairs_of_a_zero_shot_classifier_leave_the_weights(small_folder: Path,
     assert probe.before is not None
     assert probe.after.c_acc != probe.before.c_acc  # the probe's rows are measured, not the names' embeddings
     assert probe.after.image_to_text == probe.before.image_to_text
+
+
+@pytest.mark.parametrize(
+    ("suspected", "found", "exact"),
+    [(("star",), 100.0, 100.0), (("star", "rings"), 100.0, 0.0), (("rings",), 0.0, 0.0)],
+)
+def test_what_a_search_named_is_held_against_the_manifest(
+    suspected: tuple[str, ...], found: float, exact: float, small_folder: Path, tmp_path: Path
+) -> None:
+    cell = grid_of(small_folder, "clip", {"trigger": "badnet"}, {}).cells[0]
+    setting = clip_cells.open_setting(cell, tmp_path, Silent())
+    outcome: Any = ZeroShotOutcome.__new__(ZeroShotOutcome)
+    object.__setattr__(outcome, "purification", SimpleNamespace(search=object(), targets=suspected))
+    assert clip_cells._detection(setting, outcome) == {
+        "suspected": float(len(suspected)), "target_found": found, "target_exact": exact,
+    }  # fmt: skip
+    clean = replace(setting, poisoning=None)
+    assert clip_cells._detection(clean, outcome) == {"suspected": float(len(suspected))}
+
+
+def test_the_share_of_pairs_that_are_unlearnt_is_a_figure(small_folder: Path, tmp_path: Path) -> None:
+    config = {"steps": 2, "batch_size": 16, "unlearn_share": 0.1, "exposure": {"confirmation": 0.0, "misfit": 0.0}}
+    grid = grid_of(small_folder, "clip", {"trigger": "badnet"}, {"ubt": {"config": config}})
+    cell = next(cell for cell in grid.cells if cell.names.method == "ubt")
+    for given in grid.cells:
+        result = try_cell(given, tmp_path)
+        assert (result.status, result.reason) == ("done", "")
+    stored = try_cell(cell, tmp_path)
+    assert stored.repaired is not None
+    assert stored.repaired.detection["unlearnt"] == pytest.approx(100 * 28 / 280)
 
 
 def test_a_published_method_of_clips_has_its_papers_constants_at_the_models_rate() -> None:

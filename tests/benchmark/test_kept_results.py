@@ -15,6 +15,7 @@ from unpoison.benchmark.cell import Cell, CellResult, digest
 from unpoison.benchmark.grid import Grid, read_grid
 from unpoison.benchmark.runner import run_grid
 from unpoison.benchmark.store import Store
+from unpoison.evaluation.intervals import wilson
 
 Execute = Callable[[Cell, Path], CellResult]
 
@@ -42,6 +43,10 @@ def test_means_extremes_and_ratios(kept: ModuleType, grid: Grid, made_up: Execut
     assert cells.ratio("ft", "cgd", ["badnet"])["mean"] == pytest.approx(1.0)
     held_out = cells.figure("ft", ["badnet"], kept.excess, without=[0])
     assert (held_out["mean"], held_out["cells"], held_out["max_at"]) == (2.0, 1, "badnet-1")
+    never = cells.rate("ft", ["badnet"], lambda cell: 0.0)
+    assert (never["mean"], never["low"], never["high"]) == (0.0, 0.0, pytest.approx(wilson(0, 2).high, abs=1e-3))
+    assert cells.rate("ft", ["badnet"], lambda cell: 100.0 * (cell.names.seed == 1))["mean"] == 50.0
+    assert cells.rate("ft", ["clean"], kept.excess) == {"cells": 0}
     for cell in grid.cells:
         if (cell.names.method, cell.names.attack, cell.names.seed) == ("cgd", "badnet", 0):
             result = store.load(cell.key)
@@ -52,12 +57,15 @@ def test_means_extremes_and_ratios(kept: ModuleType, grid: Grid, made_up: Execut
 def test_what_the_search_finds_is_told_apart_by_the_seeds_it_was_set_on(
     kept: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = {"target_found": {"cells": 21, "mean": 95.24}, "target_found_held_out": {"cells": 7, "mean": 85.71},
-            "false_alarm": {"cells": 2, "mean": 0.0}, "false_alarm_held_out": {"cells": 0}}  # fmt: skip
+    made = {"target_found": {"cells": 21, "mean": 95.24, "low": 77.3, "high": 99.2},
+            "target_found_held_out": {"cells": 7, "mean": 85.71, "low": 48.7, "high": 97.4},
+            "false_alarm": {"cells": 2, "mean": 0.0, "low": 0.0, "high": 65.8},
+            "false_alarm_held_out": {"cells": 0}}  # fmt: skip
     monkeypatch.setattr(kept, "claims", lambda cells: {"cbpt": made})
     assert kept.search_note(None) == (
         "CBPT's search, whose thresholds were set on victims of seeds 0 and 1. Target among the suspects: of 21 of all "
-        "seeds 95 percent, of 7 of other seeds 86 percent. A clean model suspected: of 2 of all seeds 0 percent."
+        "seeds 95 percent (95 % interval 77 to 99), of 7 of other seeds 86 percent (95 % interval 49 to 97). A clean "
+        "model suspected: of 2 of all seeds 0 percent (95 % interval 0 to 66)."
     )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unpoison.clip_results import ClipPurification
+from unpoison.defenses.ubt import UBTConfig
 from unpoison.results import SampleScores
 
 QUICK = ("--pairs", "shapes:300:3", "--steps", "2", "--batch-size", "16", "--bound", "100", "--quiet")
@@ -100,6 +101,11 @@ def test_the_file_stands_over_the_paper(here: Callable[..., Any], model: str, tm
     config = ClipPurification.load(tmp_path / "out/purification.json").config
     assert (config["loss"], config["words"], config["bound"]) == ("disbelief", 0.5, 100.0)
     assert (config["expose"], config["unlearn_weight"], config["keep_share"]) == ("gain", 1.0, 1.0)
+    assert (config["check_every"], config["learning_rate"] > UBTConfig().learning_rate) == (10, True)
+    result = here("purify", "ubt", model, *QUICK, "--paper", "--published", "--config", "settings.toml", "-o", "whole")
+    assert result.code == 0, result.err
+    whole = ClipPurification.load(tmp_path / "whole/purification.json").config
+    assert whole == config | {"learning_rate": UBTConfig().learning_rate, "steps": 2}
 
 
 def test_a_dry_run_writes_nothing(here: Callable[..., Any], model: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unpoison.data.pixels import fit, load_pixels, to_images
+from unpoison.data.pixels import Pixels, fit, load_pixels, to_images
 from unpoison.data.shapes import make_shapes
 from unpoison.data.sources import Picture, open_images
 from unpoison.errors import SourceFormatError, UsageError
@@ -54,6 +54,19 @@ def test_pixels_are_those_of_the_pictures(tmp_path: Path, cached: bool) -> None:
     assert np.array_equal(pixels.array, make_shapes(1500).images)
     assert pixels.usable.all()
     assert pixels.skipped == ()
+
+
+def test_pixels_of_some_rows(tmp_path: Path) -> None:
+    whole = Pixels(
+        array=make_shapes(1500).images,
+        usable=~np.isin(np.arange(1500), [3, 700, 1400]),
+        skipped=tuple(SkippedRow(id=str(row), reason="none") for row in (3, 700, 1400)),
+    )
+    rows = np.arange(0, 1500, 2)
+    some = whole.of(rows)
+    assert np.array_equal(some.array, whole.array[rows])
+    assert np.flatnonzero(~some.usable).tolist() == [350, 700]
+    assert [row.id for row in some.skipped] == ["700", "1400"]
 
 
 def test_second_call_decodes_nothing_whatever_the_set_is_called(tmp_path: Path) -> None:

@@ -11,16 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from unpoison import api_zero_shot
 from unpoison.api_zero_shot import purify_with_cbpt, purify_with_linear_probe, purify_with_rvpt
 from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses import cbpt
 from unpoison.defenses.cbpt import CBPTConfig, cbpt_loss, tune_classes
 from unpoison.defenses.class_prompts import ClassPrompts, FreeClasses, all_classes, choose_classes
-from unpoison.defenses.dummies import contrast, excess, moved, noise
-from unpoison.defenses.shots import Shots, accuracy, choose_shots
+from unpoison.defenses.dummies import answers_of, contrast, excess, moved, noise
+from unpoison.defenses.shots import choose_shots
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
-from unpoison.detection.trigger_search import TriggerSearchConfig, search_triggers
+from unpoison.detection.trigger_search import TriggerSearchConfig
 from unpoison.errors import ConfigError, DataError, NoSeparationError, NotEnoughDataError
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -90,6 +89,26 @@ def test_the_loss_is_the_sum_of_its_terms() -> None:
     assert float(found) == pytest.approx(-(own * clean).sum(axis=1).mean(), rel=1e-4)
 
 
+def test_dummies_are_computed_in_half_precision_where_that_is_fast(
+    clip: TransformersCLIP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip.module.requires_grad_(False)
+    answers = answers_of(clip, unit(3, 8))
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _: dtype)
+        images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        given = answers(images)
+        assert given.dtype == torch.float32
+        torch.nn.functional.cross_entropy(given, torch.tensor([0, 1, 2, 0])).backward()
+        assert images.grad is not None
+        return images.grad.flatten()
+
+    exact, fast = gradient(torch.float32), gradient(torch.bfloat16)
+    assert not torch.equal(fast, exact)
+    assert float(torch.nn.functional.cosine_similarity(fast, exact, dim=0)) > 0.98
+
+
 def test_a_subset_of_classes_keeps_labels_and_target() -> None:
     generator = torch.Generator().manual_seed(0)
     chosen = choose_classes(torch.tensor([7, 3]), 50, 5, generator)
@@ -125,51 +144,6 @@ def test_a_dummy_moves_around_the_edges() -> None:
     dummy = InvertedTrigger(form="additive", target=0, mask=mask, pattern=pattern, size=0.1, success=90.0)
     assert moved(dummy, (1, 2)).pattern[:, 0, 1].tolist() == [1, 1, 1]
     assert moved(dummy, (1, 2)).pattern.sum() == 3
-
-
-def test_shots_and_judges_share_no_image(images: LabelledImages, run: Run) -> None:
-    chosen = choose_shots(images, 4, 16, run=run)
-    assert torch.bincount(chosen.learnt.labels).tolist() == [4, 4, 4, 4]
-    assert not set(chosen.learnt.rows.tolist()) & set(chosen.judging.rows.tolist())
-    assert len(chosen.judging) > 0
-    assert len(chosen.spare) == 0  # nothing is looked for: all the others judge
-    few = choose_shots(images, 1000, 16, run=run)
-    assert few.fewest < 1000
-    assert not set(few.learnt.rows.tolist()) & set(few.judging.rows.tolist())
-
-
-def test_a_search_gets_images_that_do_not_judge(images: LabelledImages, run: Run) -> None:
-    plain, chosen = choose_shots(images, 4, 16, run=run), choose_shots(images, 4, 16, searched=60, run=run)
-    parts = [set(part.rows.tolist()) for part in (chosen.learnt, chosen.judging, chosen.spare)]
-    assert sum(map(len, parts)) == len(set.union(*parts)) == len(images)
-    assert chosen.learnt.rows.tolist() == plain.learnt.rows.tolist()
-    for label in range(4):
-        others = int((images.labels == label).sum()) - 4
-        assert int((chosen.spare.labels == label).sum()) == min(others // 2, 60 // 4 - 4)
-    plain, enough = choose_shots(images, 8, 16, run=run), choose_shots(images, 8, 16, searched=32, run=run)
-    assert enough.judging.rows.tolist() == plain.judging.rows.tolist()
-
-
-def test_no_image_that_judges_is_seen_by_the_search(
-    clip: TransformersCLIP, images: LabelledImages, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searched: list[torch.Tensor] = []
-    judging: list[torch.Tensor] = []
-
-    def search(answers: Any, batch: torch.Tensor, *given: Any, **more: Any) -> Any:
-        searched.append(batch)
-        return search_triggers(answers, batch, *given, **more)
-
-    def judged(clip: Any, shots: Shots, classes: torch.Tensor) -> float:
-        judging.append(shots.images())
-        return accuracy(clip, shots, classes)
-
-    monkeypatch.setattr(api_zero_shot, "search_triggers", search)
-    monkeypatch.setattr(api_zero_shot, "accuracy", judged)
-    purify_with_cbpt(clip, images, config=QUICK, run=run)
-    seen, kept = searched[0].flatten(1), judging[0].flatten(1)
-    assert len(seen) + len(kept) == len(images)
-    assert float(torch.cdist(seen, kept).min()) > 0
 
 
 def test_with_a_target_the_classes_move_and_the_model_does_not(
@@ -248,6 +222,17 @@ def test_the_contrast_is_info_nce(
         terms.append(-np.log(pull / (pull + push) if negatives else pull))
     assert float(loss) == pytest.approx(np.mean(terms), rel=1e-4)
     assert share == pytest.approx(np.mean((z @ given.numpy().T).argmax(axis=1) == 1))
+
+
+@pytest.mark.parametrize("form", ["additive", "patch"])
+def test_a_contrastive_dummy_has_the_form_that_was_asked_for(
+    form: Literal["additive", "patch"], clip: TransformersCLIP, images: LabelledImages, run: Run
+) -> None:
+    config = replace(QUICK, dummies="contrast", forms=(form,), epsilon=8 / 255)
+    found = purify_with_cbpt(clip, images, target=images.class_names[0], config=config, run=run).purification
+    assert [entry.form for entry in found.dummies if not entry.aside] == [form]
+    if form == "additive":
+        assert all(entry.size <= 8 / 255 + 1e-6 for entry in found.dummies if not entry.aside)
 
 
 def test_shared_prompts_are_one_set(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
@@ -341,6 +326,10 @@ def test_bad_inputs_are_refused(clip: TransformersCLIP, images: LabelledImages, 
         CBPTConfig(shared=True)
     with pytest.raises(ConfigError, match="only InfoNCE has negatives"):
         CBPTConfig(negatives=False)
+    with pytest.raises(ConfigError, match="a choice of forms"):
+        CBPTConfig(forms=("additive",))
+    with pytest.raises(ConfigError, match="expected forms among"):
+        CBPTConfig(dummies="contrast", forms=())
     with pytest.raises(ConfigError, match="random signs have no size"):
         CBPTConfig(delta="random", loud=())
     with pytest.raises(ConfigError, match="rounds invert again, delta is none"):
@@ -360,12 +349,6 @@ def test_one_class_is_no_classifier(purify: Any, clip: TransformersCLIP, images:
     one = replace(images.select(np.flatnonzero(images.labels == 0)), class_names=images.class_names[:1])
     with pytest.raises(NotEnoughDataError, match="classes: have 1, need at least 2"):
         purify(clip, one, run=run)
-
-
-def test_fewer_shots_than_asked_are_said(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
-    config = replace(QUICK, shots=1000)
-    result = purify_with_cbpt(clip, images, target=images.class_names[0], config=config, run=run).purification
-    assert any("Fewer than 1000 images to learn from" in warning for warning in result.warnings)
 
 
 def test_embeddings_that_are_all_equal_are_no_ground_to_judge_on(

@@ -114,6 +114,22 @@ def test_rvpt_learns_prompts_and_leaves_the_model(
     assert loaded.predict(pictures)[0] in images.class_names
 
 
+def test_prompts_are_learnt_in_half_precision_where_that_is_fast(
+    clip: TransformersCLIP, images: LabelledImages, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RVPTConfig(shots=3, prompts=4, epochs=2, batch_size=4, learning_rate=0.05, bound=100.0)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("unpoison.models.clip_transformers.inference_dtype", lambda _, dtype=dtype: dtype)
+        found.append(purify_with_rvpt(clip, images, config=config, run=run).classifier.visual_prompts)
+    exact, fast = found
+    assert exact is not None
+    assert fast is not None
+    assert fast.dtype == exact.dtype == torch.float32
+    assert not torch.equal(fast, exact)
+    assert float((fast - exact).norm() / exact.norm()) < 0.2
+
+
 def test_the_probe_learns_the_shots(clip: TransformersCLIP, images: LabelledImages, run: Run) -> None:
     outcome = purify_with_linear_probe(clip, images, config=LinearProbeConfig(shots=5, strength=1e4), run=run)
     assert outcome.classifier.classes.shape == (3, 8)

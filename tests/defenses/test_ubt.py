@@ -312,3 +312,11 @@ def test_the_settings_follow_the_model_and_the_pairs() -> None:
     assert UBTConfig.as_published().loss == "hinge"
     assert UBTConfig.as_published().choose == "concepts"
     assert UBTConfig.as_published().stop_early
+
+
+def test_the_paper_has_one_meaning() -> None:
+    size = {"parameters": 6_000_000, "samples": 30_000}
+    paper = UBTConfig.paper(**size)
+    assert (paper.unlearn_weight, paper.keep_share, paper.bound, paper.check_every) == (1.0, 1.0, 1.5, 10)
+    assert paper == replace(UBTConfig.as_published(), learning_rate=UBTConfig.scaled(**size).learning_rate)
+    assert UBTConfig.paper(**size, words=0.5).words == 0.5

@@ -20,6 +20,10 @@ def images(count: int, seed: int) -> Tensor:
     return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
+def draws(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def logits(batch: Tensor) -> Tensor:
     """Classes look at the mean of a random weighting of all pixels; the planted one also at one corner's brightness."""
     weights = torch.randn(CLASSES, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(7)) / 6
@@ -33,7 +37,8 @@ def logits(batch: Tensor) -> Tensor:
 def test_the_planted_class_needs_the_least(form: Any) -> None:
     config = InversionConfig(form=form, steps=120)
     found = [
-        invert_trigger(logits, images(64, 1), images(64, 2), target, config, run=Run()) for target in range(CLASSES)
+        invert_trigger(logits, images(64, 1), images(64, 2), target, config, generator=draws())
+        for target in range(CLASSES)
     ]
     index = outlier_index([trigger.size for trigger in found])
     assert int(index.argmax()) == PLANTED
@@ -50,7 +55,7 @@ def test_the_planted_class_needs_the_least(form: Any) -> None:
 
 def test_an_additive_trigger_stays_within_its_bound() -> None:
     config = InversionConfig(epsilon=0.1, steps=60)
-    trigger = invert_trigger(logits, images(64, 1), images(64, 2), 0, config, run=Run())
+    trigger = invert_trigger(logits, images(64, 1), images(64, 2), 0, config, generator=draws())
     assert float(trigger.pattern.abs().max()) <= 0.1 + 1e-6
     assert trigger.size == pytest.approx(float(trigger.pattern.square().mean().sqrt()), rel=1e-3)
     before = float((logits(images(64, 2)).argmax(1) == 0).float().mean())
@@ -75,7 +80,7 @@ def test_a_search_goes_on_where_it_stopped() -> None:
 def test_the_same_seed_finds_the_same() -> None:
     config = InversionConfig(steps=5)
     first, second, other = (
-        invert_trigger(logits, images(20, 1), images(20, 2), 1, config, run=Run(seed=seed)) for seed in (0, 0, 1)
+        invert_trigger(logits, images(20, 1), images(20, 2), 1, config, generator=draws(seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(first.pattern, second.pattern)
     assert not torch.equal(first.pattern, other.pattern)
@@ -93,7 +98,7 @@ def test_index_is_its_definition() -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(NotEnoughDataError):
-        invert_trigger(logits, images(3, 1), images(20, 2), 0, InversionConfig(), run=Run())
+        invert_trigger(logits, images(3, 1), images(20, 2), 0, InversionConfig(), generator=draws())
     refused: list[dict[str, Any]] = [
         {"steps": 0},
         {"epsilon": 0.0},

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from unpoison.data.sources import LabelledImages, open_images
-from unpoison.errors import ConfigError, DataError, SourceFormatError
+from unpoison.errors import ConfigError, DataError, NoSeparationError, SourceFormatError
 from unpoison.models import zero_shot
 from unpoison.models.checkpoints import hash_weights
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -174,7 +174,9 @@ def test_names_that_are_cut_off_are_told_and_twins_refused(clip: TransformersCLI
     with pytest.raises(DataError, match="cannot tell these class names apart"):
         class_embeddings(clip, names)
     with pytest.raises(DataError, match="'Cat' and 'cat'"):
-        class_embeddings(clip, ["Cat", "cat"])
+        class_embeddings(clip, ["Cat", "cat", "b"])
+    with pytest.raises(NoSeparationError, match="gives all 3 class names"):
+        class_embeddings(clip, ["Cat", "cat", "CAT"])
 
 
 def test_names_with_braces_and_markup_are_only_text(clip: TransformersCLIP) -> None:

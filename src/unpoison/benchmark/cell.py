@@ -124,8 +124,9 @@ class Repaired:
     """What a method did. ``changed_share``: percent of the model's numbers that are others than before.
 
     ``left_alone``: it found nothing to repair and handed the model back. ``detection``: how its split, its scores or
-    its search meet the manifest (shares in percent, AUROC in [0, 1]; ``target_found`` 0 or 100). ``rebound``: the
-    repaired model's figures after an epoch of plain fine-tuning on clean data.
+    its search meet the manifest (shares in percent, AUROC in [0, 1]; 0 or 100: ``target_found``, every target is among
+    the suspects, and ``target_exact``, nothing else is). ``unlearnt`` there: percent of the pairs that UBT unlearns
+    from or judges by. ``rebound``: the repaired model's figures after an epoch of plain fine-tuning on clean data.
     """
 
     accepted: bool

@@ -247,11 +247,8 @@ def method_config(method: MethodSettings, clip: ImageTextModel, samples: int) ->
         return make_config(kind, merge(asdict(start), method.config), where=where)
     checked = make_config(kind, method.config, where=where)
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in method.config}
-    make = kind.scaled if method.published else kind.recommended
+    make = kind.paper if method.published else kind.recommended
     start = asdict(make(parameters=count_parameters(clip), samples=samples, **lengths))
-    if method.published and hasattr(kind, "as_published"):
-        plain, paper = asdict(kind()), asdict(kind.as_published())
-        start |= {name: value for name, value in paper.items() if value != plain[name]}
     return make_config(kind, merge(start, method.config), where=where)
 
 
@@ -280,7 +277,10 @@ def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -
         if found.search is None:
             return {}
         targets = {part.target_name for part in _parts_of(poisoning)} if poisoning is not None else set()
-        named = {"target_found": 100.0 * (targets <= set(found.targets))} if targets else {}
+        named = {
+            "target_found": 100.0 * (targets <= set(found.targets)),
+            "target_exact": 100.0 * (targets == set(found.targets)),
+        } if targets else {}  # fmt: skip
         return {"suspected": float(len(found.targets)), **named}
     suspicious = getattr(outcome, "suspicious", None)
     if suspicious is None:
@@ -290,6 +290,9 @@ def _detection(setting: Setting, outcome: ClipPurifyOutcome | ZeroShotOutcome) -
     flagged = np.zeros(len(scores.ids), dtype=bool)
     flagged[split.suspect] = True
     shares: dict[str, float | None] = {"flagged": 100 * float(flagged.mean())}
+    exposure = outcome.purification.exposure
+    if exposure is not None:
+        shares["unlearnt"] = 100 * (exposure.unlearnt + exposure.judges) / len(scores.ids)
     if setting.poisoning is None:
         return shares
     truth = np.isin(scores.ids, setting.poisoning.ids)

@@ -130,6 +130,8 @@ COLUMNS = (
     Column(name="precision", title="precision", unit="%", of=_detected("precision"), better="high"),
     Column(name="purity", title="purity", unit="%", of=_detected("target_purity"), better="high"),
     Column(name="target_found", title="target found", unit="%", of=_detected("target_found"), better="high"),
+    Column(name="target_exact", title="nothing else", unit="%", of=_detected("target_exact"), better="high"),
+    Column(name="unlearnt", title="unlearnt", unit="%", of=_detected("unlearnt"), better="low", digits=2),
     Column(name="changed", title="changed", unit="%", of=_changed),
     Column(name="seconds", title="seconds", unit="s", of=_seconds, limits=None),
     Column(name="processor", title="CPU s", unit="s", of=processor_seconds, limits=None),

@@ -36,7 +36,11 @@ class ZeroShotOptions:
     ]
     shots: Annotated[
         int | None,
-        Parameter(group=METHOD, show_default=False, help="Images of a class to learn from. [default: 16]"),
+        Parameter(
+            group=METHOD,
+            show_default=False,
+            help="Images of a class to learn from; at most 64 others judge. [default: 16]",
+        ),
     ] = None
     bound: Annotated[
         float | None,

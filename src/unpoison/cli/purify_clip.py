@@ -197,12 +197,12 @@ def _config(verb: str, clip: Any, samples: int, own: dict[str, Any], training: T
     where = str(training.config or "options")
     checked = make_config(kind, table, where=where)  # names unknown keys before the rest is added
     if training.published:
-        return checked
+        plain = asdict(kind.as_published()) if paper and hasattr(kind, "as_published") else {}
+        return make_config(kind, merge(plain, table), where=where)
     lengths = {name: getattr(checked, name) for name in ("batch_size", "epochs") if name in table}
-    make = kind.scaled if paper else kind.recommended
+    make = kind.paper if paper else kind.recommended
     start = make(parameters=count_parameters(clip), samples=samples, **lengths)
-    plain = kind.published_changes() if paper and hasattr(kind, "published_changes") else {}
-    return make_config(kind, merge(asdict(start), merge(plain, table)), where=where)
+    return make_config(kind, merge(asdict(start), table), where=where)
 
 
 def _given(own: dict[str, Any], models: Mapping[str, str | None] | None) -> dict[str, Any]:

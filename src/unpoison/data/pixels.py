@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, runtime_checkable
 import msgspec
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -60,6 +60,15 @@ class Pixels:
     array: UInt8[np.ndarray, "n size size 3"]
     usable: Bool[np.ndarray, " n"]
     skipped: tuple[SkippedRow, ...]
+
+    def of(self, rows: Int[np.ndarray, " k"]) -> Pixels:
+        """Those of ``rows``, ascending, copied: in memory, or into a temporary file from 1 GiB on."""
+        array = _scratch((len(rows), *self.array.shape[1:]))
+        for part in _batches(len(rows)):
+            array[part.start : part.stop] = self.array[rows[part.start : part.stop]]
+        taken = np.isin(np.flatnonzero(~self.usable), rows).tolist()
+        skipped = tuple(entry for entry, wanted in zip(self.skipped, taken, strict=True) if wanted)
+        return Pixels(array=array, usable=self.usable[rows], skipped=skipped)
 
 
 def load_pixels(source: ImageRows, size: int, *, cache: Path | None, progress: Progress) -> Pixels:

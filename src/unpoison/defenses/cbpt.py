@@ -57,16 +57,19 @@ from unpoison.runs import Run
 from unpoison.schedules import cosine, set_rate
 from unpoison.types import Embeddings, ImageTextModel, TokenEmbeddings
 
+_FORMS: tuple[Literal["additive", "patch"], ...] = ("additive", "patch")
 _OPTIMISERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CBPTConfig:
-    """All numbers are ours: the paper's are not public. What tunes was chosen on victims of a seed that no table shows;
-    when ``search`` suspects, on victims of seeds 0 and 1 and three clean models (docs/decisions/0005)."""
+    """All numbers are ours: the paper's are not public. What tunes was chosen on victims of a seed that no table shows
+    (docs/decisions/0007-classes-instead-of-prompts.md has the trials: dummies, ``loud``, the weights, ``margin`` and
+    ``rounds``); when ``search`` suspects, on victims of seeds 0 and 1 and three clean models (docs/decisions/0005)."""
 
     shots: int = 16
-    """Labelled images of each class that are learnt from; others judge."""
+    """Labelled images of each class: all that any label is learnt from, and all that dummies are inverted on. Other
+    labelled images judge (at most 64 a class), and nothing is fitted to those."""
     tune: Literal["classes", "prompts"] = "classes"
     """The class embeddings themselves, or token prompts before each name."""
     context: str = "a photo of a"
@@ -79,10 +82,14 @@ class CBPTConfig:
     dummies: Literal["several", "contrast"] = "several"
     """Two quiet and the loud ones by cross-entropy, or one by InfoNCE, of the form that reaches more."""
     loud: tuple[float, ...] = (32 / 255, 64 / 255)
-    """epsilon of each loud dummy."""
+    """epsilon of each loud dummy: the true trigger's shift in the embedding space lies between theirs and the quiet
+    ones' (docs/decisions/0007)."""
     loud_steps: int = 60
+    forms: tuple[Literal["additive", "patch"], ...] = _FORMS
+    """Forms that the dummy by InfoNCE is inverted in, a bounded universal change and a mask with a pattern; the one
+    that reaches more stays. Several dummies are of ``inversion.form`` and, the loud ones, additive."""
     epsilon: float = 16 / 255
-    """Bound of the universal form by InfoNCE."""
+    """Bound of the additive form by InfoNCE."""
     temperature: float = 0.07
     positives: int = 8
     """Images of the target that InfoNCE pulls to beside its text; 0: the text alone."""
@@ -96,11 +103,13 @@ class CBPTConfig:
     label_share: float = 0.5
     """Share of the label, beside the suspect's opinion of the plain image, in what is wanted with a dummy on."""
     clean_weight: float = 5.0
+    """This and the two below hold accuracy, give triggered images their class back, and push the target off them: the
+    balance that cost least on three attacks (docs/decisions/0007)."""
     trigger_weight: float = 0.3
     suppress_weight: float = 2.0
     margin: float = 0.1
     """By how much, in cosine, the target must lie under the other classes where a dummy is on: the true trigger's
-    embedding is not the dummy's."""
+    embedding is not the dummy's (docs/decisions/0007: 13 percent of Blended-Text without)."""
     align_weight: float = 1.0
     optimiser: Literal["adam", "sgd"] = "adam"
     learning_rate: float = 0.01
@@ -117,8 +126,9 @@ class CBPTConfig:
     bound_asr: float = 1.0
     """Largest excess ASR of a dummy on held-out images, in points, that is accepted."""
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
-    search_images: int = 640
-    """At most, of the shots and of what neither they nor those that judge need."""
+    search_images: int = 160
+    """The search sees the shots alone, at most 640 of them. Where there are fewer than this, others that do not judge
+    are added up to it, as far as there are any; their labels are not looked at. 160 are 16 of each of ten classes."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
 
     def __post_init__(self) -> None:
@@ -134,8 +144,10 @@ class CBPTConfig:
             raise ConfigError("expected label_share in [0, 1] and every epsilon in (0, 1].", hint="Try the defaults.")
         if self.shared and self.tune != "prompts":
             raise ConfigError("shared is about prompts.", hint='Set tune to "prompts".')
-        if not self.negatives and self.dummies != "contrast":
-            raise ConfigError("only InfoNCE has negatives.", hint='Set dummies to "contrast".')
+        if self.dummies != "contrast" and (not self.negatives or self.forms != _FORMS):
+            raise ConfigError("only InfoNCE has negatives and a choice of forms.", hint='Set dummies to "contrast".')
+        if not self.forms or not set(self.forms) <= set(_FORMS):
+            raise ConfigError(f"expected forms among {_FORMS}, got {self.forms}.", hint="Try the default.")
         if self.delta == "random" and self.dummies == "several" and not self.loud:
             raise ConfigError("loud is empty: dummies of random signs have no size.", hint="Give one, such as 32/255.")
         if self.rounds and self.delta != "inverted":
@@ -193,13 +205,16 @@ def tune_classes(
     config: CBPTConfig,
     *,
     found: Sequence[InvertedTrigger] = (),
+    judged: Float[Tensor, "j d"] | None = None,
     run: Run,
 ) -> TunedClasses:
     """Steps 3 to 7 for at least one target of the classes ``given`` [k, d].
 
     ``clip`` is on the run's device, in evaluation mode, and takes no gradient. ``found``: triggers of the search, which
-    are dummies already. Raises NotEnoughDataError, DivergedError.
+    are dummies already. ``judged``: embeddings of ``judging``, where they are known. Raises NotEnoughDataError,
+    DivergedError.
     """
+    judged = embed(clip, judging) if judged is None else judged
     dummies = [dummy for target in targets for dummy in find_dummies(clip, learnt, given, target, config, found, run)]
     plain = see(clip, learnt, None, views=config.views, shift=config.shift, run=run)
     seen: list[SeenDummy] = []
@@ -221,8 +236,10 @@ def tune_classes(
     ]
     tuned = TunedClasses(
         classes=classes, prompts=prompts, dummies=tuple(entry.dummy for entry in seen), aside=tuple(aside),
-        left=tuple(excess(clip, judging, dummy, classes)[1] for dummy in [*(entry.dummy for entry in seen), *aside]),
-        held_out_before=accuracy(clip, judging, given), held_out_after=accuracy(clip, judging, classes),
+        left=tuple(excess(clip, judging, dummy, classes, seen=judged)[1]
+                   for dummy in [*(entry.dummy for entry in seen), *aside]),
+        held_out_before=accuracy(clip, judging, given, seen=judged),
+        held_out_after=accuracy(clip, judging, classes, seen=judged),
         accepted=False, reason="",
     )  # fmt: skip
     return judge(tuned, config)  # (7)
@@ -270,10 +287,13 @@ def new_dummy(
         shots, embed(clip, shots), clip, classes, target, positives=config.positives, negatives=config.negatives,
         temperature=config.temperature,
     )  # fmt: skip
-    forms = (loud(config.inversion, config.epsilon, config.loud_steps), replace(config.inversion, form="patch"))
-    both = [invert(clip, shots, classes, target, how, stream=(stream, how.form), objective=objective, run=run)
-            for how in forms]  # fmt: skip
-    return max(both, key=lambda dummy: dummy.success)
+    known = {
+        "additive": loud(config.inversion, config.epsilon, config.loud_steps),
+        "patch": replace(config.inversion, form="patch"),
+    }
+    tried = [invert(clip, shots, classes, target, known[form], stream=(stream, form), objective=objective, run=run)
+             for form in config.forms]  # fmt: skip
+    return max(tried, key=lambda dummy: dummy.success)
 
 
 def fit_classes(

@@ -15,15 +15,8 @@ from torch import Tensor
 
 from unpoison.data.transforms import crop_at
 from unpoison.defenses.shots import Shots, embed
-from unpoison.detection.inversion import (
-    Inversion,
-    InversionConfig,
-    InvertedTrigger,
-    Logits,
-    Objective,
-    measure_trigger,
-    toward,
-)
+from unpoison.detection.inversion import InversionConfig, InvertedTrigger, Logits, Objective, invert_trigger
+from unpoison.models.clip_transformers import half_where_fast
 from unpoison.models.logit_scale import usable_scale
 from unpoison.runs import Run
 from unpoison.types import Embeddings, Images, ImageTextModel
@@ -72,19 +65,22 @@ def invert(
     ``success`` is measured on the shots themselves. ``stream`` names the random draws. Raises NotEnoughDataError.
     """
     images = shots.images(torch.nonzero(shots.labels != target)[:, 0])
+    generator = run.generator("dummy", target, stream)
     answers = answers_of(clip, classes)
-    rows = torch.arange(len(images), device=images.device)
-    inversion = Inversion(
-        objective or toward(answers, target), images, rows, config, run.generator("dummy", target, stream)
-    )
-    inversion.advance(config.steps)
-    return measure_trigger(inversion, answers, images, target, config)
+    return invert_trigger(answers, images, images, target, config, objective=objective, generator=generator)
 
 
 def answers_of(clip: ImageTextModel, classes: Float[Tensor, "k d"]) -> Logits:
     """s z(x) g: logits of images over ``classes``."""
     scale = usable_scale(clip)
-    return lambda images: scale * clip.encode_images(images) @ classes.T
+    return lambda images: scale * encode(clip, images) @ classes.T
+
+
+def encode(clip: ImageTextModel, images: Images) -> Embeddings:
+    """z(x) in float32, differentiable by the images; in bfloat16 on the way, where that is fast."""
+    with half_where_fast(images.device):
+        embedded = clip.encode_images(images)
+    return embedded.float()
 
 
 def contrast(
@@ -108,7 +104,7 @@ def contrast(
     far_from, labels = plain[others], shots.labels[others]
 
     def objective(images: Images, rows: Int[Tensor, " r"]) -> tuple[Float[Tensor, ""], float]:
-        embedded = clip.encode_images(images)
+        embedded = encode(clip, images)
         near = embedded @ near_to.T / temperature
         loss = -near.logsumexp(dim=1).mean()
         if negatives:
@@ -156,13 +152,22 @@ def moved(dummy: InvertedTrigger, place: Sequence[int]) -> InvertedTrigger:
 
 
 def excess(
-    clip: ImageTextModel, shots: Shots, dummy: InvertedTrigger, classes: Float[Tensor, "k d"]
+    clip: ImageTextModel,
+    shots: Shots,
+    dummy: InvertedTrigger,
+    classes: Float[Tensor, "k d"],
+    *,
+    seen: Float[Tensor, "b d"] | None = None,
 ) -> tuple[float, float]:
-    """Percent of shots of other classes that ``dummy`` sends to its target, and by how much more than go anyway."""
-    others = shots.of(torch.nonzero(shots.labels != dummy.target)[:, 0])
+    """Percent of shots of other classes that ``dummy`` sends to its target, and by how much more than go anyway.
+
+    ``seen``: embeddings of the plain shots, where they are known already.
+    """
+    rows = torch.nonzero(shots.labels != dummy.target)[:, 0]
+    others = shots.of(rows)
 
     def reached(embedded: Embeddings) -> float:
         return 100 * float(((embedded @ classes.T).argmax(dim=1) == dummy.target).float().mean())
 
     success = reached(embed(clip, others, dummy.apply))
-    return success, max(0.0, success - reached(embed(clip, others)))
+    return success, max(0.0, success - reached(embed(clip, others) if seen is None else seen[rows]))

@@ -25,8 +25,8 @@ JUDGED = 64
 """At most this many images of each class judge a result..."""
 JUDGED_IN_ALL = 4096
 """...and about this many together."""
-SEARCHED = 160
-"""A search for a trigger gets at least so many images, where half of those that are not learnt from are enough."""
+SEARCHED_AT_MOST = 640
+"""Images that a search for a trigger looks at, however many there are to learn from."""
 _AT_ONCE, _PIXELS_AT_ONCE = 256, 256 * 64 * 64
 _HELD_OUT = 0.25
 _SPREAD = 1e-3
@@ -82,8 +82,8 @@ class ChosenShots:
 def choose_shots(source: LabelledImages, shots: int, image_size: int, *, searched: int = 0, run: Run) -> ChosenShots:
     """``shots`` images of each class at random to learn from, others to judge; on the run's device.
 
-    A quarter of a class's images judges where it has no more than ``shots``. ``searched``: how many images, to learn
-    from and to spare, a search for a trigger wants; for it up to half of the others do not judge. Raises
+    A quarter of a class's images judges where it has no more than ``shots``. ``searched``: how many images a search for
+    a trigger wants; where those to learn from are fewer, up to half of the others do not judge. Raises
     NotEnoughDataError for a class with fewer than two usable images, SourceFormatError.
     """
     rng = np.random.default_rng(run.seed_of("shots"))
@@ -146,9 +146,11 @@ def check_embeddings(embedded: Float[Tensor, "b d"], *, what: str = "images") ->
         )
 
 
-def accuracy(clip: ImageTextModel, shots: Shots, classes: Float[Tensor, "k d"]) -> float:
-    """Percent of ``shots`` whose nearest class is theirs."""
-    said = (embed(clip, shots) @ classes.T).argmax(dim=1)
+def accuracy(
+    clip: ImageTextModel, shots: Shots, classes: Float[Tensor, "k d"], *, seen: Float[Tensor, "b d"] | None = None
+) -> float:
+    """Percent of ``shots`` whose nearest class is theirs. ``seen``: their embeddings, where they are known already."""
+    said = ((embed(clip, shots) if seen is None else seen) @ classes.T).argmax(dim=1)
     return 100 * float((said == shots.labels).float().mean())
 
 

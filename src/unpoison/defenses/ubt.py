@@ -175,15 +175,14 @@ class UBTConfig(PairTrainingConfig):
         return cls(**(PUBLISHED | more))  # pyright: ignore[reportArgumentType] - checked by __post_init__
 
     @classmethod
-    def published_changes(cls) -> dict[str, object]:
-        """What :meth:`as_published` has otherwise than the defaults."""
-        return PUBLISHED
+    def paper(cls, *, parameters: int, samples: int, **more: object) -> UBTConfig:
+        return cls.scaled(parameters=parameters, samples=samples, **(PUBLISHED | more))
 
     @classmethod
     def scaled(cls, *, parameters: int, samples: int, **more: object) -> UBTConfig:
         """The epochs as they stand, over the pairs that are kept; the rate by the model's size."""
         kept = more.get("keep_pairs", cls().keep_pairs)
-        few = min(samples, kept if isinstance(kept, int) else samples)
+        few = min(samples, kept) if isinstance(kept, int) else samples
         return super().scaled(parameters=parameters, samples=few, **({"epochs": cls().epochs} | more))
 
     @classmethod
@@ -198,7 +197,7 @@ PUBLISHED: dict[str, object] = {
     "expose": "gain", "choose": "concepts", "unlearn_pairs": 128, "words": 0.3, "patches": 0.05, "loss": "hinge",
     "unlearn_weight": 1.0, "keep": "contrast", "keep_share": 1.0, "stop_early": True, "check_every": 10, "bound": 1.5,
 }  # fmt: skip
-"""At the rate of :meth:`UBTConfig.scaled`. Every 10 steps: training ends at a look."""
+"""What :meth:`UBTConfig.paper` has at the scaled rate. Every 10 steps: training ends at a look."""
 RECOMMENDED_FACTOR = 30.0
 
 
@@ -239,7 +238,7 @@ def repair_with_ubt(
     suspect = frozen_copy(clip, run)  # phi_P, psi
     keep = low_risk(exposure, config.keep_pairs, config.keep_share, run)
     unlearning = prepare_unlearning(suspect, pairs, pixels, exposure, keep, config, run=run)  # (2), (3)
-    data = open_training(clip, pairs.select(keep), config, run=run)
+    data = open_training(clip, pairs.select(keep), config, pixels=pixels.of(keep), run=run)
     old = Suspect(clip=suspect, data=data, run=run, plain=False)
     table = data.image_table(suspect, run)
     mine, scale = process_slice(data.batch_size, run), usable_scale(clip)
@@ -284,9 +283,7 @@ def repair_with_ubt(
             drawn = torch.randint(len(targets), (config.unlearn_batch,), generator=run.generator("unlearn", step))
             with run.accelerator.autocast():
                 embedded = trained.encode_images(unlearning.images[drawn])
-            unlearn = unlearn_loss(  # (4)
-                embedded, targets[drawn], old.texts(), scale, unlearning.level, config
-            )
+            unlearn = unlearn_loss(embedded, targets[drawn], old.texts(), scale, unlearning.level, config)  # (4)
             run.accelerator.backward(config.unlearn_weight * unlearn)
             average_gradients(weights, run.accelerator)
             optimiser_step(optimiser, run.accelerator)

@@ -36,7 +36,6 @@ from PIL import Image
 from torch import Tensor
 
 from unpoison.errors import ConfigError, NotEnoughDataError
-from unpoison.runs import Run
 from unpoison.types import Images
 
 Logits = Callable[[Images], Float[Tensor, "b k"]]
@@ -237,15 +236,17 @@ def invert_trigger(
     target: int,
     config: InversionConfig,
     *,
-    run: Run,
+    objective: Objective | None = None,
+    generator: torch.Generator,
 ) -> InvertedTrigger:
     """Steps 1 to 3 for one ``target``, an index of the logits; ``images`` and ``held_out`` should not be of it.
 
-    ``logits`` must be differentiable by the images; its weights need no gradient. Raises NotEnoughDataError.
+    ``logits`` must be differentiable by the images; its weights need no gradient. ``objective``: what step 2 minimises
+    in the place of the cross-entropy. Raises NotEnoughDataError.
     """
     check_enough(len(held_out))
     rows = torch.arange(len(images), device=images.device)
-    inversion = Inversion(toward(logits, target), images, rows, config, run.generator("inversion", target))
+    inversion = Inversion(objective or toward(logits, target), images, rows, config, generator)
     inversion.advance(config.steps)
     return measure_trigger(inversion, logits, held_out, target, config)
 

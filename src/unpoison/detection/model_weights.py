@@ -41,7 +41,7 @@ from unpoison.errors import ConfigError
 from unpoison.evaluation.intervals import wilson
 from unpoison.model_results import ClassTrigger, Reach, WeightsVerdict, WeightsWord
 from unpoison.models.any_model import AnyModel, says
-from unpoison.models.clip_transformers import inference_dtype
+from unpoison.models.clip_transformers import half_where_fast
 from unpoison.results import Interval, write_atomically
 from unpoison.runs import Run
 from unpoison.types import Images
@@ -83,10 +83,9 @@ def search_inputs(config: WeightsConfig) -> dict[str, Any]:
 
 def fast_logits(model: AnyModel, run: Run) -> Logits:
     """The logits of a frozen model for a search, in bfloat16 where the machine computes in it: half the time a step."""
-    dtype = inference_dtype(run.device)
 
     def logits(images: Images) -> Float[Tensor, "b k"]:
-        with torch.autocast(run.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with half_where_fast(run.device):
             return model.logits(images).float()
 
     return logits

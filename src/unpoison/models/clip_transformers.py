@@ -245,6 +245,13 @@ def inference_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def half_where_fast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the machine computes in it, for passes whose gradient goes to images or to prompts:
+    a half to two thirds of the time. Elsewhere nothing is cast."""
+    dtype = inference_dtype(device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def load_clip(model: str | Path = "tiny") -> TransformersCLIP:
     """Open "tiny" (the bundled one), a folder that save_pretrained wrote, or a hub id.
 

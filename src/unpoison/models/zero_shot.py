@@ -7,6 +7,7 @@ kept in the run's cache under a hash of everything that its cosines depend on; a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from unpoison.data.sources import LabelledImages, check_skips
-from unpoison.errors import ConfigError, DataError
+from unpoison.errors import ConfigError, DataError, NoSeparationError
 from unpoison.results import SkippedRow, write_atomically
 from unpoison.runs import Run
 from unpoison.types import Embeddings, ZeroShotModel
@@ -120,7 +121,8 @@ def class_embeddings(
     """One unit embedding [c, d] per class: the mean of its templates' unit embeddings, scaled to length 1.
 
     Source: Radford et al., Learning transferable visual models from natural language supervision, ICML 2021, 3.1.4.
-    Raises ConfigError for a template without {}, DataError for names that give the same embedding.
+    Raises ConfigError for a template without {}, DataError for names that give the same embedding, NoSeparationError
+    where all of them do.
     """
     prompts = _prompts(class_names, templates)
     with torch.inference_mode():
@@ -207,6 +209,12 @@ def _refuse_twins(class_names: Sequence[str], each: Tensor) -> None:
     """Texts that reach the text tower as the same tokens have the same embedding but for rounding."""
     flat = torch.nn.functional.normalize(each.flatten(1).double(), dim=-1)
     alike = (flat @ flat.T).triu(diagonal=1) > 1 - 1e-9
+    if len(class_names) > 1 and int(alike.sum()) == math.comb(len(class_names), 2):
+        raise NoSeparationError(
+            f"CLIP gives all {len(class_names)} class names ({class_names[0]!r}, {class_names[1]!r}, ...) the same "
+            "embedding: no class can be told from another.",
+            hint="Give names that differ in more than case or what the tokenizer cuts off, or another model.",
+        )
     twins = [f"{class_names[i]!r} and {class_names[j]!r}" for i, j in alike.nonzero().tolist()]
     if twins:
         raise DataError(

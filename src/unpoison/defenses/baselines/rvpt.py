@@ -33,6 +33,7 @@ from torch import Tensor
 from unpoison.data.transforms import random_crop, random_flip
 from unpoison.defenses.shots import Shots
 from unpoison.errors import ConfigError, DivergedError
+from unpoison.models.clip_transformers import half_where_fast
 from unpoison.models.logit_scale import usable_scale
 from unpoison.models.visual_prompts import class_tokens, width_of, with_visual_prompts
 from unpoison.runs import Run
@@ -102,8 +103,9 @@ def learn_visual_prompts(
         images = random_flip(random_crop(images, padding, generator), generator)
         with torch.no_grad(), class_tokens(clip, count) as before:
             clip.encode_images(images)
-        with class_tokens(prompted, count) as after:
-            logits = scale * prompted.encode_images(images) @ classes.T
+        with class_tokens(prompted, count) as after, half_where_fast(run.device):
+            embedded = prompted.encode_images(images)
+        logits = scale * embedded.float() @ classes.T
         loss = F.cross_entropy(logits, shots.labels[rows]) + config.repulsion * mean_cosine(after, before)  # (2)
         if not bool(loss.isfinite()):
             raise DivergedError("rvpt", step=step, loss=float(loss.detach()))
