@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import unpoison
+from unpoison.benchmark import runner
 from unpoison.benchmark.cell import Cell, CellResult, digest
 from unpoison.benchmark.estimate import time_left
 from unpoison.benchmark.grid import Grid, make_grid
@@ -121,10 +122,10 @@ def test_two_runners_share_the_cells(grid: Grid, made_up: Execute, tmp_path: Pat
         return made_up(cell, folder)
 
     runners = [threading.Thread(target=run_grid, args=(grid, store), kwargs={"execute": execute}) for _ in range(2)]
-    for runner in runners:
-        runner.start()
-    for runner in runners:
-        runner.join()
+    for thread in runners:
+        thread.start()
+    for thread in runners:
+        thread.join()
     assert sorted(ran) == sorted(cell.key for cell in grid.cells)
 
 
@@ -141,10 +142,10 @@ def test_two_runners_retry_each_failed_cell_once(grid: Grid, made_up: Execute, t
 
     options = {"execute": execute, "retry": True}
     runners = [threading.Thread(target=run_grid, args=(grid, store), kwargs=options) for _ in range(2)]
-    for runner in runners:
-        runner.start()
-    for runner in runners:
-        runner.join()
+    for thread in runners:
+        thread.start()
+    for thread in runners:
+        thread.join()
     assert sorted(ran) == sorted(cell.key for cell in grid.cells)
 
 
@@ -254,10 +255,28 @@ def test_two_runners_make_a_damaged_cell_once(grid: Grid, made_up: Execute, tmp_
     assert not pending.is_settled(victim.key, store)  # set aside is not made
     other.start()
     ended.set()
-    for runner in (first, other):
-        runner.join()
+    for thread in (first, other):
+        thread.join()
     assert ran == [victim.key]
     assert pending.is_settled(victim.key, store)
+
+
+def test_a_result_that_another_runner_saves_while_ours_begins_counts(
+    grid: Grid, made_up: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, cell = Store.open(tmp_path / "out"), grid.cells[0]
+    store.file(cell.key).write_bytes(b"{")
+    read = runner.to_run
+
+    def read_then_saved(cells: Sequence[Cell], store: Store, *, retry: bool) -> list[Cell]:
+        left = read(cells, store, retry=retry)
+        store.save(made_up(cell, store.path))
+        return left
+
+    monkeypatch.setattr(runner, "to_run", read_then_saved)
+    pending = Pending.of(grid.cells, store, retry=False)
+    assert cell.key in pending.cells
+    assert pending.is_settled(cell.key, store)
 
 
 def test_a_cell_that_took_too_long_goes_on_where_it_was(grid: Grid, made_up: Execute, tmp_path: Path) -> None:

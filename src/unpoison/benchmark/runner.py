@@ -93,10 +93,11 @@ class Pending:
 
     @classmethod
     def of(cls, cells: Sequence[Cell], store: Store, *, retry: bool) -> Pending:
+        before = {cell.key: store.stamp(cell.key) for cell in cells}  # first: what is saved while they are read is new
         left = to_run(cells, store, retry=retry)
         return cls(
             cells={cell.key: cell for cell in left},
-            stamps={cell.key: store.stamp(cell.key) for cell in left},
+            stamps={cell.key: before[cell.key] for cell in left},
             victims={cell.key: cell.given().key for cell in left},
         )
 
