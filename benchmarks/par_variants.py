@@ -136,6 +136,7 @@ VARIANTS |= {
     "ours-no-relations": replace(OURS, config=RECOMMENDED | {"distill": "none"}),
     "ours-no-adversary": replace(OURS, config=RECOMMENDED | {"adversary_share": 0.0}),
     "par-made-up": replace(REPAIRS["par"], made_up=True),
+    "ours-always": replace(OURS, config=RECOMMENDED | {"search_concepts": 0}),
     "ours-made-up": replace(OURS, made_up=True, config=RECOMMENDED | {"search_concepts": 0}),
 }
 METHODS: dict[str, Variant | None] = {"none": None, **REPAIRS}
