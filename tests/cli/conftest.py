@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -144,10 +145,11 @@ def kill_at(tmp_path: Path) -> Callable[..., None]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Run ``unpoison WORDS``, uninterrupted, in a folder of its own and return that folder."""
+    """Run ``unpoison WORDS``, uninterrupted, in a folder of its own and return that folder: once for the same words."""
 
+    @cache
     def run(*words: str) -> Path:
         folder = tmp_path_factory.mktemp("elsewhere")
         done = finish(words, folder)
