@@ -60,7 +60,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/par"
 SUMMARY = ROOT / "benchmarks/results/par.json"
 FRONTIER = ROOT / "benchmarks/results/par_frontier.json"
-PLOT = ROOT / "benchmarks/results/par_frontier.svg"
+PLOT = ROOT / "docs/par_frontier.svg"
 CLEAN = "clean"
 ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
            "wanet", "badclip", CLEAN)  # fmt: skip
@@ -292,7 +292,7 @@ def table(args: argparse.Namespace) -> None:
 
 
 def frontier(args: argparse.Namespace) -> None:
-    """C-Acc and excess ASR of each attack and seed while each method's knob turns: JSON, a plot and a report."""
+    """C-Acc and excess ASR while each method's knob turns: JSON, a plot, and for each attack and seed a report."""
     args.no_rebound = True
     args.results = args.results / "frontier"
     wanted: dict[str, Variant | None] = {"none": None}
@@ -309,10 +309,11 @@ def frontier(args: argparse.Namespace) -> None:
             })  # fmt: skip
     write_atomically(FRONTIER, json.dumps(points, indent=1).encode() + b"\n")
     plot(points, PLOT)
-    names = [f"{args.set}-{attack}-{seed}-{label}.json"
-             for attack in args.attack for seed in args.seed for label in wanted]  # fmt: skip
-    files = [args.work / name for name in names if (args.work / name).exists()]
-    write_report(args.work / "frontier.html", [read_run(file) for file in files])
+    for attack, seed in ((attack, seed) for attack in args.attack for seed in args.seed):
+        names = [f"{args.set}-{attack}-{seed}-{label}.json" for label in wanted]
+        files = [args.work / name for name in names if (args.work / name).exists()]
+        if files:
+            write_report(args.work / f"frontier-{attack}-{seed}.html", [read_run(file) for file in files])
 
 
 def main() -> None:

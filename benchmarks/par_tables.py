@@ -93,15 +93,26 @@ def claims(rows: list[Row], victims: Victims) -> dict[str, Any]:
     }
 
 
+NAMES = {"clean-clip": "CleanCLIP, its rate", "par": "PAR as published, tau", "ours": "default, adversary's share"}
+"""The methods of the frontier, and what turns."""
+
+
 def plot(points: dict[str, list[Row]], file: Path) -> None:
+    """A panel for each attack and seed: the lower right corner is best."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, marker in {"none": "*", "clean-clip": "s", "par": "o", "ours": "D"}.items():
-        found = points.get(name, [])
-        axes.plot([p["c_acc"] for p in found], [p["asr_excess"] for p in found], marker, label=name)
-    axes.set_xlabel("C-Acc, %")
-    axes.set_ylabel("excess ASR, %")
-    axes.legend(frameon=False)
+    panels = list(dict.fromkeys((p["attack"], p["seed"]) for p in points["none"]))
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    for axes, (attack, seed) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+
+        def places(name: str, panel: tuple[str, int] = (attack, seed)) -> tuple[list[float], list[float]]:
+            found = [p for p in points.get(name, []) if (p["attack"], p["seed"]) == panel]
+            return [p["c_acc"] for p in found], [p["asr_excess"] for p in found]
+
+        for (name, label), marker in zip(NAMES.items(), "soD", strict=True):
+            axes.plot(*places(name), marker=marker, markersize=5, linewidth=1, label=label)
+        axes.plot(*places("none"), "*", color="black", markersize=9, label="as given")
+        axes.set(title=f"{attack}, seed {seed}", xlabel="C-Acc, %", ylabel="excess ASR, %", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(file, metadata={"Date": None})

@@ -67,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
     ABL: {},
     **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
+    **{f"{ABL}-16-flagged-{share}": {"factor": 16, "flagged_share": share} for share in (0.1, 0.2)},
     PAPER: {},
     f"{PAPER}-rate-30": {"factor": RECOMMENDED_FACTOR},
     f"{PAPER}-no-overfit": {"expose": "similarity"},
@@ -93,8 +94,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def abl_config(clip: ImageTextModel, pairs: int, variant: str) -> ABLClipConfig:
     """ABL's for so many pairs, at ``factor`` times the scaled rate; the table's victims get the grid's 200 steps."""
+    settings = dict(VARIANTS[variant])
+    factor = settings.pop("factor", 1.0)
     start = ABLClipConfig.scaled(parameters=count_parameters(clip), samples=pairs, batch_size=128, steps=200)
-    return replace(start, learning_rate=VARIANTS[variant].get("factor", 1.0) * start.learning_rate)
+    return replace(start, learning_rate=factor * start.learning_rate, **settings)
 
 
 def ubt_config(clip: ImageTextModel, pairs: int, variant: str) -> UBTConfig:
