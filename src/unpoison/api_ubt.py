@@ -41,7 +41,8 @@ UBT_LIMITS = (
     "Whether a backdoor was there, and whether it is gone: the rates before and after are measured only where test "
     "images and a manifest are given.",
     "Poison that does not stand out among these pairs: too few of it, or captions that fit their images.",
-    "A second backdoor with another target: one group of pairs is unlearnt.",
+    "A second backdoor with another target: one group of pairs is unlearnt. Repair the result again, with the pairs "
+    "that `unpoison keep` leaves.",
     TEXT_TOWER_LIMIT,
 )
 ABL_LIMITS = (

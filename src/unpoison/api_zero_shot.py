@@ -31,10 +31,10 @@ from unpoison.defenses.shots import (
     embed,
     few_shots_warning,
 )
+from unpoison.detection.confirmed_search import kept_twice, search_twice
 from unpoison.detection.inversion import InvertedTrigger, picture_of
 from unpoison.detection.trigger_search import (
     TriggerSearch,
-    kept_steps,
     load_search,
     search_triggers,
     store_search,
@@ -280,15 +280,18 @@ def _beside(searched: Shots, learnt: Shots) -> tuple[str, ...]:
 
 
 def _search(given: _Given, shots: Shots, config: CBPTConfig, run: Run) -> TriggerSearch:
-    """Step 2."""
+    """Step 2. The second search has the same images the other way round, so that others of them judge."""
 
     def search() -> dict[str, Tensor]:
         images = shots.images()
         answers = answers_of(given.clip, given.classes)
-        return store_search(search_triggers(answers, images, given.images.class_names, config.search, run=run))
+        names = given.images.class_names
+        if not config.confirm:
+            return store_search(search_triggers(answers, images, names, config.search, run=run))
+        return store_search(search_twice(answers, images, lambda: images.flip(0), names, config.search, run=run))
 
     stored = run.step("trigger-search", search)
-    run.forget(kept_steps(len(given.images.class_names)))
+    run.forget(kept_twice(len(given.images.class_names)))
     return load_search(stored, run.device)
 
 

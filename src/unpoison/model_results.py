@@ -109,6 +109,22 @@ class ClassTrigger:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassWave:
+    """A wave over the whole image with which a CLIP is surer of one class than it is of anything plain.
+
+    ``lead`` and ``fit`` are over unseen images, in units of what plain ones reach (:mod:`unpoison.detection.waves`);
+    ``size``: root mean square of the wave in [0, 1]; ``success``: percent of unseen images of other classes.
+    """
+
+    name: str
+    target: int
+    lead: float
+    fit: float
+    size: float
+    success: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reach:
     """How a class is reached: a trigger's form and size, and the percent of unseen images that it sends there."""
 
@@ -150,7 +166,8 @@ class WeightsVerdict:
     ``asr_floor``: the same images without it, None where the images have no labels to tell. ``covered``: percent of the
     planned search that was done. ``suspicious_from`` and ``backdoored_from`` are the cuts of the score (class-wise
     inversion only), ``reference_classes`` what reaches the classes of the ``references``. ``measured``: how often such
-    scans are wrong, None where that is not known.
+    scans are wrong, None where that is not known. ``waves``: those found beside the classes' least changes, the surest
+    first; where one decides, ``form`` is "wave" and there is no ``index``.
     """
 
     word: WeightsWord
@@ -172,6 +189,7 @@ class WeightsVerdict:
     made_up: bool = False
     references: tuple[str, ...] = ()
     reference_classes: tuple[Reach, ...] = ()
+    waves: tuple[ClassWave, ...] = ()
     suspicious_from: float | None = None
     backdoored_from: float | None = None
     measured: Measured | None = None

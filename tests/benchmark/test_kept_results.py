@@ -63,7 +63,8 @@ def test_what_the_search_finds_is_told_apart_by_the_seeds_it_was_set_on(
             "false_alarm_held_out": {"cells": 0}}  # fmt: skip
     monkeypatch.setattr(kept, "claims", lambda cells: {"cbpt": made})
     assert kept.search_note(None) == (
-        "CBPT's search, whose thresholds were set on victims of seeds 0 and 1. Target among the suspects: of 21 of all "
+        "CBPT's search, whose thresholds were set on victims of seeds 0 and 1; its second look was added after the "
+        "clean model of seed 6 had been suspected. Target among the suspects: of 21 of all "
         "seeds 95 percent (95 % interval 77 to 99), of 7 of other seeds 86 percent (95 % interval 49 to 97). A clean "
         "model suspected: of 2 of all seeds 0 percent (95 % interval 0 to 66)."
     )

@@ -17,6 +17,7 @@ from unpoison.data.sources import LabelledImages, open_images
 from unpoison.defenses import cbpt, dummies, shots
 from unpoison.defenses.cbpt import CBPTConfig
 from unpoison.defenses.shots import Shots, accuracy, choose_shots
+from unpoison.detection import confirmed_search
 from unpoison.detection.inversion import InversionConfig
 from unpoison.detection.trigger_search import TriggerSearchConfig, search_triggers
 from unpoison.models.clip_transformers import TransformersCLIP, load_clip
@@ -81,7 +82,7 @@ def test_the_search_sees_the_shots_and_others_only_where_these_are_too_few(
         searched.append(batch)
         return search_triggers(answers, batch, *given, **more)
 
-    monkeypatch.setattr(api_zero_shot, "search_triggers", search)
+    monkeypatch.setattr(confirmed_search, "search_triggers", search)
     never = replace(QUICK, shots=16, search=replace(QUICK.search, success=100.0, index=99.0, index_apart=99.0))
     enough = purify_with_cbpt(clip, images, config=replace(never, search_images=64), run=run).purification
     learnt = choose_shots(images, 16, 16, run=run).learnt.images().flatten(1)
@@ -107,7 +108,7 @@ def test_no_image_that_judges_is_seen_by_the_search(
         judging.append(shots.images())
         return accuracy(clip, shots, classes, **more)
 
-    monkeypatch.setattr(api_zero_shot, "search_triggers", search)
+    monkeypatch.setattr(confirmed_search, "search_triggers", search)
     monkeypatch.setattr(api_zero_shot, "accuracy", judged)
     purify_with_cbpt(clip, images, config=QUICK, run=run)
     seen, kept = searched[0].flatten(1), judging[0].flatten(1)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unpoison.data.pairs import open_pairs
-from unpoison.detection import clip_triggers
+from unpoison.detection import clip_triggers, confirmed_search
 from unpoison.detection.clip_triggers import ConceptSearchConfig, find_concepts, search_concepts
 from unpoison.detection.inversion import InversionConfig, InvertedTrigger
 from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, judge_triggers, search_triggers
@@ -77,15 +77,17 @@ def test_what_is_suspected_is_searched_for_again_on_other_images(
     steps: list[str] = []
 
     def search(
-        logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, targets: Any, run: Run, step: str
-    ) -> TriggerSearch:
+        logits: Any, images: Tensor, names: Any, config: TriggerSearchConfig, *, run: Run, targets: Any = None,
+        step: str = "trigger",
+    ) -> TriggerSearch:  # fmt: skip
         steps.append(step)
         assert targets == (list(range(8)) if len(seen) == 1 else None)  # the same concepts are searched again
         sizes = [0.04 if not seen else second, 0.05, 0.052, 0.054, 0.056, 0.058, 0.06, 0.07]
         seen.append(images)
         return judge_triggers([planted_trigger(target, size) for target, size in enumerate(sizes)], names, config)
 
-    monkeypatch.setattr(clip_triggers, "search_triggers", search)
+    for module in (clip_triggers, confirmed_search):
+        monkeypatch.setattr(module, "search_triggers", search)
     found, _ = search_concepts(clip, open_pairs("shapes:400:5"), QUICK, run=Run())
     first, again = seen
     assert len(set(steps)) == 2  # each search keeps its own
@@ -110,7 +112,7 @@ def test_more_concepts_than_finalists_are_searched_again_as_they_are(
         searches.append(search_triggers(*given, **more))
         return searches[-1]
 
-    monkeypatch.setattr(clip_triggers, "search_triggers", search)
+    monkeypatch.setattr(confirmed_search, "search_triggers", search)
     config = replace(QUICK, concepts=24, search=anything)
     found, captions = search_concepts(clip, open_pairs("shapes:400:5"), config, run=Run())
     first, again = searches

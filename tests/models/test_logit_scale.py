@@ -104,7 +104,7 @@ def test_concepts_are_searched_for_with_the_nearest(
     def search(logits: Any, images: Any, *_: Any, **__: Any) -> Any:
         raise Seen(float(logits(images).abs().max()))
 
-    monkeypatch.setattr(clip_triggers, "search_triggers", search)
+    monkeypatch.setattr(clip_triggers, "search_twice", search)
     with pytest.raises(Seen) as caught:
         search_concepts(scaled(logarithm), pairs, ConceptSearchConfig(concepts=8), run=new_run())
     assert 0 < caught.value.args[0] <= nearest + 1e-3

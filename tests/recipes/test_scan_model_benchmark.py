@@ -169,6 +169,7 @@ def calibration_row(index: float, target: str | None, *, success: float = 90.0, 
     return {
         "name": f"{index}", "half": half, "mode": "images", "target": target, "classes": classes,
         "reference_classes": [], "references": 0, "covered": 100.0, "made_up": False, "inputs": INPUTS,
+        "waves": [],
     }  # fmt: skip
 
 
@@ -184,6 +185,17 @@ def test_thresholds_come_from_the_calibration_half_alone(benchmark: ModuleType) 
     with pytest.raises(ValueError, match="calibration half"):
         benchmark.choose_thresholds([*rows, calibration_row(9.0, None, half="held-out")], now)
     assert benchmark.choose_thresholds(rows[:3], now)["chosen"] is None
+
+
+def test_a_wave_decides_where_it_is_further_out_than_the_small_changes(benchmark: ModuleType) -> None:
+    now = AnomalyConfig()
+    wave = {"name": "c4", "target": 4, "lead": 4.0, "fit": 1.1, "size": 0.1, "success": 97.0}
+    row = calibration_row(1.0, "c4") | {"waves": [wave]}
+    found = benchmark.judged(row, now)
+    assert (found["word"], found["named"], found["index"]) == ("backdoored", "c4", None)
+    assert found["score"] == pytest.approx(1.1 * now.backdoored)
+    clear = calibration_row(9.0, "c0") | {"waves": [wave]}
+    assert benchmark.judged(clear, now)["named"] == "c0"
 
 
 def test_settings_that_tell_them_apart_are_chosen(benchmark: ModuleType) -> None:

@@ -132,6 +132,11 @@ def open_setting(cell: Cell, folder: Path, progress: Progress) -> Setting:
     return Setting(cell=cell, folder=folder, run=run, train=poisoned, poisoning=poisoning, inputs=inputs)
 
 
+def victim_of(setting: Setting) -> Path:
+    """The victim as it is stored, made now or found: a classifier's folder."""
+    return _victim(setting).path / "model"
+
+
 def _victim(setting: Setting) -> Step:
     """The network trained on the set, as it is stored."""
     model = setting.cell.model

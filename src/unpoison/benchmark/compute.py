@@ -29,7 +29,7 @@ def compute_cell(cell: Cell, folder: Path, *, progress: Progress | None = None) 
     if cell.is_given and result.before is not None and too_weak(result.before, cell.least_asr):
         asr = result.before.asr.value if result.before.asr else 0.0
         result = replace(
-            result, status=_REFUSED, reason=f"The victim's ASR is {asr:.1f} %, under {cell.least_asr:g} %.",
+            result, status=_REFUSED, reason=f"The victim's ASR is {asr:.2f} %, under {cell.least_asr:g} %.",
             hint="Train it longer, raise the rate, or lower least_asr: its repairs say little.",
         )  # fmt: skip
     cost = replace(

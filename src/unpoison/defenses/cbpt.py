@@ -14,7 +14,7 @@ Protects
 Steps
     1. h_k: mean text embedding of class k over templates; the suspect's zero-shot classifier.
     2. Target y*: the class that a patch out of line reaches (:mod:`unpoison.detection.trigger_search`), or the one
-       given. None: the classifier is returned as it is, to the bit.
+       given. Searched for twice where one is suspected. None: the classifier is returned as it is, to the bit.
     3. Dummy triggers A toward y* (:mod:`unpoison.defenses.dummies`): the least changes that work, and loud ones.
     4. Class embeddings g_k, begun at h_k. z(x) and z(A(x)) are computed once, in ``views`` shifts and mirrorings.
        L = clean_weight KL(opinion(x) || p(x)) + trigger_weight CE(p(A(x)), wanted) - suppress_weight log(1 -
@@ -126,6 +126,8 @@ class CBPTConfig:
     bound_asr: float = 1.0
     """Largest excess ASR of a dummy on held-out images, in points, that is accepted."""
     search: TriggerSearchConfig = field(default_factory=TriggerSearchConfig)
+    confirm: bool = True
+    """Whether what is suspected is searched for a second time: one clean model of eight was suspected without."""
     search_images: int = 160
     """The search sees the shots alone, at most 640 of them. Where there are fewer than this, others that do not judge
     are added up to it, as far as there are any; their labels are not looked at. 160 are 16 of each of ten classes."""

@@ -4,7 +4,8 @@ Steps
     1. Concepts: k-means of the captions' embeddings; a concept is the mean direction of its captions.
     2. The search for a trigger (:mod:`unpoison.detection.trigger_search`) with the concepts as classes.
     3. What it suspects is searched for once more, on other images; judged is the geometric mean of both sizes. The
-       size that a search ends with is partly chance, and of many clean models one would be suspected by it.
+       size that a search ends with is partly chance, and of many clean models one would be suspected by it. Waves are
+       tried one by one, without chance, and are not looked for again.
 What it cannot see
     A target that no caption comes near, and encoders trained to hide their trigger from such a search. Nothing found is
     no proof.
@@ -12,8 +13,7 @@ What it cannot see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,8 @@ from torch import Tensor
 
 from unpoison.data.pairs import ImageTextPairs
 from unpoison.data.pixels import Pixels, load_pixels, to_images
-from unpoison.detection.trigger_search import (
-    STEP,
-    TriggerSearch,
-    TriggerSearchConfig,
-    average_searches,
-    kept_steps,
-    search_triggers,
-)
+from unpoison.detection.confirmed_search import kept_twice, search_twice
+from unpoison.detection.trigger_search import TriggerSearch, TriggerSearchConfig, search_triggers
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.evaluation.embeddings import embed_texts, ready
 from unpoison.models.logit_scale import usable_scale
@@ -39,7 +33,6 @@ from unpoison.runs import Run
 from unpoison.types import Images, ImageTextModel
 
 FEWEST_CONCEPTS = 8
-_AGAIN = f"{STEP}-again"
 """Concepts differ in how easily they are reached: among a few one is out of line by chance."""
 
 
@@ -69,7 +62,7 @@ def concept_steps(config: ConceptSearchConfig) -> int:
 
 def kept_concept_steps(config: ConceptSearchConfig) -> list[str]:
     """The steps of a run that a search keeps on its way; to be forgotten once its result is kept."""
-    return kept_steps(config.concepts) + kept_steps(config.concepts, _AGAIN)
+    return kept_twice(config.concepts)
 
 
 def search_concepts(
@@ -107,16 +100,18 @@ def search_concepts(
             with run.accelerator.autocast():
                 return scale * probed.encode_images(images) @ classes.T
 
-        def search(rows: np.ndarray, run: Run, step: str, targets: Sequence[int] | None = None) -> TriggerSearch:
-            images = to_images(pixels.array[np.sort(rows)]).to(run.device)
-            return search_triggers(logits, images, captions, config.search, targets=targets, run=run, step=step)
+        def decoded(rows: np.ndarray) -> Images:
+            return to_images(pixels.array[np.sort(rows)]).to(run.device)
 
-        found = search(order[: config.images], run, STEP)  # (2)
-        if found.suspects and config.confirm:  # (3)
-            others = order[config.images : 2 * config.images] if len(order) >= 2 * config.images else order
-            same = [trigger.target for trigger in found.triggers]
-            again = search(others[: config.images], replace(run, seed=run.seed_of("second search")), _AGAIN, same)
-            found = average_searches(found, again, captions, config.search)
+        def others() -> Images:
+            rest = order[config.images : 2 * config.images] if len(order) >= 2 * config.images else order
+            return decoded(rest[: config.images])
+
+        first = decoded(order[: config.images])
+        if config.confirm:
+            found = search_twice(logits, first, others, captions, config.search, run=run)  # (2), (3)
+        else:
+            found = search_triggers(logits, first, captions, config.search, run=run)
         return found, captions
 
 

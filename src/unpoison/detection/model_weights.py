@@ -7,7 +7,10 @@ Steps
     3. How far is the smallest trigger out of line, among the model's own classes and beside the references'
        (:mod:`unpoison.detection.anomaly`)? The form with the clearer outlier decides. After half a search, or on
        made-up images, a model is "suspicious" at most, and without a finding "inconclusive".
-    4. The verdict in words; the trigger as a picture, and its success on images that no search has seen.
+    4. A CLIP with class names, after a whole search on real images: waves, which are never small
+       (:mod:`unpoison.detection.waves`). One that is found counts by how far it is over its thresholds, at which the
+       model is called backdoored; the higher score decides.
+    5. The verdict in words; the trigger as a picture, and its success on images that no search has seen.
 """
 
 from __future__ import annotations
@@ -37,17 +40,18 @@ from unpoison.detection.decree import DECREEConfig, DECREEFinding, decree
 from unpoison.detection.inversion import InvertedTrigger, Logits, picture_of
 from unpoison.detection.probe_images import ProbeImages
 from unpoison.detection.trigger_search import say_size
+from unpoison.detection.waves import FoundWave, WaveConfig, find_waves
 from unpoison.errors import ConfigError
 from unpoison.evaluation.intervals import wilson
-from unpoison.model_results import ClassTrigger, Reach, WeightsVerdict, WeightsWord
+from unpoison.model_results import ClassTrigger, ClassWave, Reach, WeightsVerdict, WeightsWord
 from unpoison.models.any_model import AnyModel, says
 from unpoison.models.clip_transformers import half_where_fast
 from unpoison.results import Interval, write_atomically
 from unpoison.runs import Run
 from unpoison.types import Images
 
-INVERSION, DECREE, MASK = "class-wise inversion", "DECREE", "mask"
-_SEARCHED_BY = ("class_search", "inversion", "squares", "decree", "probe_images")
+INVERSION, DECREE, MASK, WAVE = "class-wise inversion", "DECREE", "mask", "wave"
+_SEARCHED_BY = ("class_search", "inversion", "squares", "decree", "probe_images", "waves")
 _GIVE_DATA = " The images were made up; the scan's power was only measured with real ones: give --data."
 Reference = tuple[str, tuple[Reach, ...]]
 """A clean model's name, and what reaches its classes; of an encoder its DECREE mask."""
@@ -61,6 +65,7 @@ class WeightsConfig:
     search: ClassSearchConfig = field(default_factory=ClassSearchConfig)
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     decree: DECREEConfig = field(default_factory=DECREEConfig)
+    waves: WaveConfig = field(default_factory=WaveConfig)
     reference_share: float = 0.5
     """An encoder is called backdoored where its mask is at most this share of the smallest of clean references."""
 
@@ -78,7 +83,10 @@ def search_inputs(config: WeightsConfig) -> dict[str, Any]:
     for name in _SEARCHED_BY:
         code.update(Path(__file__).with_name(f"{name}.py").read_bytes())
     decree = {key: value for key, value in asdict(config.decree).items() if key != "backdoored"}
-    return {"images": config.images, "search": asdict(config.search), "decree": decree, "code": code.hexdigest()}
+    return {
+        "images": config.images, "search": asdict(config.search), "decree": decree, "waves": asdict(config.waves),
+        "code": code.hexdigest(),
+    }  # fmt: skip
 
 
 def fast_logits(model: AnyModel, run: Run) -> Logits:
@@ -102,7 +110,7 @@ def judge_weights(
     step: str | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> WeightsVerdict:
-    """Steps 1 to 4 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`search_reference`.
+    """Steps 1 to 5 for a :meth:`AnyModel.frozen` model. ``references`` are names with :func:`search_reference`.
 
     ``seconds``: the search stops about then and reports what it reached. ``step``: what the names of the run's steps
     begin with that keep what was searched. Raises NotEnoughDataError.
@@ -191,22 +199,43 @@ def _judge_classes(
         )
         return WeightsVerdict(word="inconclusive", reason=f"Nothing can be said: {why}", **common)
     trigger = every[judged.candidate].trigger
+    reason = _reason(trigger, judged, every, names, search, probe, config)
+    waves = _look_for_waves(model, probe, search, config)
+    common["waves"] = tuple(_wave(wave, names) for wave in waves)
+    score = max((wave_score(wave, config.anomaly, config.waves) for wave in common["waves"]), default=0.0)
+    if score > judged.score:
+        trigger, wave = waves[0].trigger, common["waves"][0]
+        said = {"word": "backdoored", "reason": _wave_reason(wave, trigger, reason), "score": score, "form": WAVE}
+    else:
+        said = {
+            "word": judged.word, "reason": reason, "score": judged.score, "form": trigger.form,
+            "index": judged.interval, "reference_index": judged.beside[judged.candidate],
+        }  # fmt: skip
     asr, floor = _success(model, probe, search.unseen, trigger)
     return WeightsVerdict(
-        word=judged.word,
-        reason=_reason(trigger, judged, every, names, search, probe, config),
-        score=judged.score,
-        index=judged.interval,
-        reference_index=judged.beside[judged.candidate],
-        target=trigger.target,
-        target_name=names[trigger.target],
-        form=trigger.form,
-        size=trigger.size,
-        asr=asr,
-        asr_floor=floor,
-        picture=picture_of(trigger),
-        **common,
-    )
+        target=trigger.target, target_name=names[trigger.target], size=trigger.size, asr=asr, asr_floor=floor,
+        picture=picture_of(trigger), **said, **common,
+    )  # fmt: skip
+
+
+def wave_score(wave: ClassWave, anomaly: AnomalyConfig, waves: WaveConfig) -> float:
+    """A found wave on the scale of :func:`unpoison.detection.anomaly.judge_reach`: at its thresholds "backdoored"."""
+    return anomaly.backdoored * min(wave.lead / waves.lead, wave.fit / waves.fit)
+
+
+def _look_for_waves(
+    model: AnyModel, probe: ProbeImages, search: ClassSearch, config: WeightsConfig
+) -> tuple[FoundWave, ...]:
+    """Step 4, the highest score first. A classifier's logits are no cosines: their fit would mean nothing."""
+    if model.kind != "CLIP" or probe.made_up or not search.complete:
+        return ()
+    used = torch.ones(len(probe.images), dtype=torch.bool)
+    used[search.unseen.cpu()] = False
+    rows = torch.nonzero(used)[:, 0].to(probe.images.device)
+    rows = rows[torch.linspace(0, len(rows) - 1, config.waves.images).long()]  # those of a folder stand class by class
+    chosen, judging = probe.images[rows.unique()], probe.images[search.unseen]
+    found = find_waves(model.logits, chosen, judging, range(len(model.class_names)), config.waves)
+    return tuple(sorted(found, key=lambda wave: -min(wave.lead / config.waves.lead, wave.fit / config.waves.fit)))
 
 
 def _judge_encoder(found: DECREEFinding, config: WeightsConfig, common: dict) -> WeightsVerdict:
@@ -266,6 +295,22 @@ def _row(entry: SearchedClass, names: Sequence[str], own: float | None, beside: 
         name=names[trigger.target], target=trigger.target, form=trigger.form, size=trigger.size,
         success=trigger.success, index=own or 0.0, reference_index=beside, steps=entry.steps, finished=entry.finished,
     )  # fmt: skip
+
+
+def _wave(found: FoundWave, names: Sequence[str]) -> ClassWave:
+    trigger = found.trigger
+    return ClassWave(
+        name=names[trigger.target], target=trigger.target, lead=found.lead, fit=found.fit, size=trigger.size,
+        success=trigger.success,
+    )  # fmt: skip
+
+
+def _wave_reason(wave: ClassWave, trigger: InvertedTrigger, otherwise: str) -> str:
+    return (
+        f"A wave over the whole image, {say_size(trigger)}, sends {wave.success:.0f} percent of unseen images to "
+        f"{wave.name!r}, and the model is {wave.lead:.1f} times as sure of it as of plain images; these then fit the "
+        f"class {wave.fit:.2f} times as well as those plain ones that fit it best. Of small changes: {otherwise}"
+    )
 
 
 def _success(

@@ -12,6 +12,8 @@ Steps
     3. A class is suspected where its size is at most three quarters of the median and its logarithm 2.2 deviations
        under it (index), or 1.5 where the size is at most 0.88 of the next, and where its trigger works on unseen
        images.
+    4. Where none is, waves over the whole image, which are never small: :mod:`unpoison.detection.waves`.
+    5. Where one is, once more: :mod:`unpoison.detection.confirmed_search`.
 Where we differ
     Neural Cleanse has the index alone, at 2: with ten classes its deviation is that of few numbers, so a class that
     stands apart needs less of it. Thresholds were set on victims of two seeds (benchmarks/trigger_search.py), so that
@@ -47,6 +49,7 @@ from unpoison.detection.inversion import (
     toward,
     unpack_triggers,
 )
+from unpoison.detection.waves import FoundWave, WaveConfig, find_waves
 from unpoison.errors import ConfigError, NotEnoughDataError
 from unpoison.runs import Run
 from unpoison.types import Images
@@ -80,6 +83,8 @@ class TriggerSearchConfig:
     held_out: float = 0.25
     """Share of the images that the triggers are judged on."""
     inversion: InversionConfig = field(default_factory=InversionConfig)
+    waves: WaveConfig | None = field(default_factory=WaveConfig)
+    """None: step 4 is left out, as it must be for logits that are no cosines."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1 or not 0 <= self.success <= 100 or not 0 < self.held_out < 1:
@@ -101,8 +106,9 @@ class TriggerSearchConfig:
 class TriggerSearch:
     """What was found of each class that was looked at to the end, and the classes that are suspected, worst first.
 
-    ``triggers[i].target`` is the class; ``index[i]`` its deviations under the median. ``suspects`` are classes, and so
-    are the ``skipped``: the model takes so many images for them that too few are left to search with.
+    ``triggers[i].target`` is the class; ``index[i]`` the deviations of its smallest change under the median.
+    ``suspects`` are classes, and so are the ``skipped``: the model takes so many images for them that too few are left
+    to search with. ``by_wave``: the suspects are those of step 4, and their triggers waves.
     """
 
     triggers: tuple[InvertedTrigger, ...]
@@ -110,6 +116,7 @@ class TriggerSearch:
     suspects: tuple[int, ...]
     reason: str
     skipped: tuple[int, ...] = ()
+    by_wave: bool = False
 
     def trigger_of(self, target: int) -> InvertedTrigger:
         return next(trigger for trigger in self.triggers if trigger.target == target)
@@ -125,7 +132,7 @@ def search_triggers(
     run: Run,
     step: str = STEP,
 ) -> TriggerSearch:
-    """Steps 1 to 3 over the classes ``names`` of ``logits`` [b, k], or over ``targets`` of them, all to the end.
+    """Steps 1 to 4 over the classes ``names`` of ``logits`` [b, k], or over ``targets`` of them, all to the end.
 
     ``images`` [n, 3, h, w] in [0, 1] are on the run's device, in random order, since the first of them judge; those
     that the model takes for a class are left out of that class's search. Each class that was searched is kept as a step
@@ -183,7 +190,36 @@ def search_triggers(
         stored = run.step(f"{step}-{target:05d}", lambda target=target: pack_triggers(look([target], steps)))  # (1)
         triggers += unpack_triggers(stored, run.device)
         searches.pop(target, None)
-    return judge_triggers(triggers, names, config, skipped=skipped)
+    found = judge_triggers(triggers, names, config, skipped=skipped)
+    return found if found.suspects else add_waves(found, look_for_waves(found, logits, images, config), names)
+
+
+def look_for_waves(
+    found: TriggerSearch, logits: Logits, images: Images, config: TriggerSearchConfig
+) -> tuple[FoundWave, ...]:
+    """Step 4 over the classes that were looked at to the end; the first of ``images`` judge, as in step 3."""
+    if config.waves is None:
+        return ()
+    judging = round(config.held_out * len(images))
+    targets = [trigger.target for trigger in found.triggers]
+    return find_waves(logits, images[judging:], images[:judging], targets, config.waves)[: config.suspects]
+
+
+def add_waves(found: TriggerSearch, waves: Sequence[FoundWave], names: Sequence[str]) -> TriggerSearch:
+    """The search with what was found by step 4: these waves in place of the smallest changes to the same classes."""
+    if not waves:
+        return found
+    known = {wave.trigger.target: wave.trigger for wave in waves}
+    first = waves[0]
+    reason = (
+        f"A wave over the whole image, {say_size(first.trigger)}, sends {first.trigger.success:.0f} percent of images "
+        f"to {names[first.trigger.target]!r} and makes the model {first.lead:.1f} times as sure of it as it is of "
+        f"plain images. Suspected: {', '.join(repr(names[target]) for target in known)}."
+    )
+    return replace(
+        found, triggers=tuple(known.get(trigger.target, trigger) for trigger in found.triggers),
+        suspects=tuple(known), reason=reason + _say_skipped(found.skipped, names), by_wave=True,
+    )  # fmt: skip
 
 
 def fewest_images(held_out: float) -> int:
@@ -231,32 +267,18 @@ def judge_triggers(
             f"Nothing of {len(triggers)} is reached by a change that is out of line: the smallest, {say_size(first)}, "
             f"leads to {names[first.target]!r}."
         )
-    if skipped:
-        said = ", ".join(repr(names[target]) for target in skipped[:_NAMED])
-        more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
-        reason += f" Not looked at, because the model takes nearly all images for it: {said}{more}."
     return TriggerSearch(
-        triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects, reason=reason,
-        skipped=tuple(skipped),
+        triggers=tuple(triggers), index=tuple(float(value) for value in index), suspects=suspects,
+        reason=reason + _say_skipped(skipped, names), skipped=tuple(skipped),
     )  # fmt: skip
 
 
-def average_searches(
-    first: TriggerSearch, second: TriggerSearch, names: Sequence[str], config: TriggerSearchConfig
-) -> TriggerSearch:
-    """Step 3 on the geometric means of both sizes; success is the lower one. Triggers are those of ``first``.
-
-    A class that ``second`` did not look at to the end has the numbers of ``first``.
-    """
-    triggers, again = [], {trigger.target: trigger for trigger in second.triggers}
-    for trigger in first.triggers:
-        other = again.get(trigger.target, trigger)
-        triggers.append(
-            replace(
-                trigger, size=float(np.sqrt(trigger.size * other.size)), success=min(trigger.success, other.success)
-            )
-        )
-    return judge_triggers(triggers, names, config, skipped=first.skipped)
+def _say_skipped(skipped: Sequence[int], names: Sequence[str]) -> str:
+    if not skipped:
+        return ""
+    said = ", ".join(repr(names[target]) for target in skipped[:_NAMED])
+    more = f" and {len(skipped) - _NAMED} more" if len(skipped) > _NAMED else ""
+    return f" Not looked at, because the model takes nearly all images for it: {said}{more}."
 
 
 def store_search(search: TriggerSearch) -> dict[str, Tensor]:
@@ -265,6 +287,7 @@ def store_search(search: TriggerSearch) -> dict[str, Tensor]:
         "index": torch.tensor(search.index, dtype=torch.float64),
         "suspects": torch.tensor(search.suspects, dtype=torch.long),
         "skipped": torch.tensor(search.skipped, dtype=torch.long),
+        "by_wave": torch.tensor(search.by_wave),
         "reason": torch.frombuffer(bytearray(search.reason.encode()), dtype=torch.uint8),
     }
 
@@ -277,6 +300,7 @@ def load_search(stored: Mapping[str, Tensor], device: torch.device) -> TriggerSe
         suspects=tuple(stored["suspects"].tolist()),
         skipped=tuple(stored["skipped"].tolist()) if "skipped" in stored else (),
         reason=bytes(stored["reason"].tolist()).decode(),
+        by_wave=bool(stored["by_wave"]) if "by_wave" in stored else False,
     )
 
 
