@@ -8,7 +8,8 @@
 
 Pairs: all that the victim was trained on, poison included. Reference: the clean CLIP that it was fine-tuned from, which
 saw the same pairs without the poison. Measured on the grid's test data; ``--set tune`` on others, for victims of a seed
-that no table has. Seconds are the method's alone, its embeddings included: each cell has a cache of its own.
+that no table has. ``twice``: UBT again on the repaired CLIP and the pairs that it did not suspect; what it suspects is
+that of the second run. Seconds are the method's alone, its embeddings included: each cell has a cache of its own.
 Detectors of pairs beside it: benchmarks/pair_detectors.py.
 One JSON a cell, in the grid's precision; a cell that is done with the same settings on the same victim is not computed
 again. One thread a process.
@@ -30,7 +31,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 from clip_victims import open_data, read_victim  # pyright: ignore[reportMissingImports]
-from grid import TEMPLATES
 from grid_clips import ATTACKS as GRID_ATTACKS  # pyright: ignore[reportMissingImports]
 from grid_clips import BENCH, GRID, find_clip  # pyright: ignore[reportMissingImports]
 from kept_cells import inputs_of, is_done, new_run
@@ -56,15 +56,15 @@ from unpoison.types import ImageTextModel
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ubt"
-SUMMARY = ROOT / "benchmarks/results/ubt.json"
 TUNE_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "blended-stripes", "blended-triangles", "blended-text",
                 "wanet", "badclip", "clean")  # fmt: skip
 RUNS = BENCH
 """The results folder of grids/cpu.toml."""
-ATTACKS = tuple(sorted({*GRID_ATTACKS, *TUNE_ATTACKS}))
-ABL, ALONE, PAPER = "abl-clip", "no-reference", "paper"
+ATTACKS = tuple(sorted({*GRID_ATTACKS, *TUNE_ATTACKS, "two-targets"}))
+ABL, ALONE, PAPER, TWICE = "abl-clip", "no-reference", "paper", "twice"
 VARIANTS: dict[str, dict[str, Any]] = {
     "ours": {},
+    TWICE: {},
     ABL: {},
     **{f"{ABL}-{factor}": {"factor": factor} for factor in (8, 16)},
     **{f"{ABL}-16-flagged-{share}": {"factor": 16, "flagged_share": share} for share in (0.1, 0.2)},
@@ -152,7 +152,7 @@ def config_of(victim: Victim, variant: str) -> UBTConfig | ABLClipConfig:
 
 
 def inputs(victim: Victim, variant: str, which: str) -> dict[str, Any]:
-    """All that a cell's figures rest on."""
+    """All that a cell's figures rest on; ``twice`` is one name for two runs with the same settings."""
     reference = None if variant.startswith((ABL, ALONE)) else victim.reference.fingerprint
     return inputs_of(
         config_of(victim, variant), set=which, victim=victim.clip.fingerprint, reference=reference,
@@ -176,6 +176,11 @@ def compute(
     else:
         reference = None if variant.startswith(ALONE) else victim.reference
         outcome = purify_with_ubt(clip, pairs, reference=reference, config=config, run=run)
+        if variant == TWICE:  # again, on what ``keep`` leaves
+            rest = np.setdiff1d(np.arange(len(pairs)), outcome.suspicious.split.suspect)
+            again = new_run(seed, progress=Printed(), cache=own / "cache", folder=RunFolder.open(own / "again", inputs))
+            pairs, truth = pairs.select(rest), truth[rest]
+            outcome = purify_with_ubt(outcome.clip, pairs, reference=reference, config=config, run=again)
     seconds, found = time.time() - begun, outcome.purification
     shutil.rmtree(own / "cache", ignore_errors=True)
     measured = new_run(seed, progress=Printed(), cache=args.work / "cache")
@@ -246,7 +251,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Means over seeds as Markdown; the figures that are claimed as JSON."""
+    """Means over seeds as Markdown. What is claimed comes from the grid."""
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for file in sorted(args.results.glob(f"{args.set}-*.json")):
         result = json.loads(file.read_bytes())
@@ -254,22 +259,9 @@ def table(args: argparse.Namespace) -> None:
     names = ("C-Acc before", "C-Acc", "ASR before", "ASR", "floor", "RA", "AUROC", "precision", "recall", "seconds")
     print("| attack | method | seeds | " + " | ".join(names) + " |\n|" + "---|" * (3 + len(names)))
     for (attack, method), found in sorted(cells.items()):
-        columns = np.array([_columns(result) for result in found], dtype=float)
-        means = [f"{value:.3g}" if not np.isnan(value) else "" for value in np.nanmean(columns, axis=0)]
+        columns = np.array([_columns(result) for result in found], dtype=float).T
+        means = [f"{known.mean():.3g}" if len(known := row[~np.isnan(row)]) else "" for row in columns]
         print(f"| {attack} | {method} | {len(found)} | " + " | ".join(means) + " |")
-    ours = [result for (attack, method), found in cells.items() if method == "ours" and attack != "clean"
-            for result in found]  # fmt: skip
-    if args.set == "test" and ours:
-        falls = [entry["before"]["c_acc"]["value"] - entry["after"]["c_acc"]["value"] for entry in ours]
-        templates, natural = (
-            [entry["auroc"] for entry in ours if (entry["attack"] in TEMPLATES) == wanted] for wanted in (True, False)
-        )
-        summary = {
-            "cells": len(ours), "template_cells": len(templates), "auroc_min": min(templates, default=None),
-            "auroc_natural_min": min(natural, default=None),
-            "asr_after_max": max(entry["after"]["asr_excess"] for entry in ours), "c_acc_drop_max": max(falls),
-        }  # fmt: skip
-        SUMMARY.write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _columns(result: dict[str, Any]) -> list[float]:
