@@ -1,14 +1,15 @@
 """A scan of a million rows through Ray on this machine: memory of every process, and time a row beside one process.
 
-    python benchmarks/ray_scan.py --work FOLDER [--rows 1000000] [--single-rows 20000] [--workers 2] [--result FILE]
+    python benchmarks/ray_scan.py --work FOLDER [--rows 1000000] [--single-rows 100000] [--workers 2] [--result FILE]
 
 The rows are shards of 10,000 shapes pictures at 32 px, the same in each, 5 % of them blended with a pattern and
-labelled anew. Both scans run in processes of their own with one thread, from opening the files to writing the report;
-what training the early models takes is left out of both, since it does not grow with the rows, and so are the imports
-of that process (those of the workers are not). A row's time through Ray is that of all ``--workers`` cores together;
-on a machine that others use, ``per_row_processor_ratio``, of all processes' processor time, says more. Memory is
-sampled twice a second: all resident pages of the driver and of each worker, shared ones included. FOLDER then holds
-about 4.5 GB for a million rows; the shards are made once.
+labelled anew. All scans run in processes of their own with one thread, from opening the files to writing the report;
+what training the early models takes is left out, since it does not grow with the rows, and so are the imports of that
+process (those of Ray's workers are not). A row's time through Ray is that of all ``--workers`` cores together, and it
+stands beside as many single-process scans at once, one on each core: a core that works alone is faster here than when
+the other is busy, whoever keeps it so. One scan alone is measured, too. Memory is sampled twice a second: all resident
+pages of the driver and of each worker, shared ones included. FOLDER then holds about 5 GB for a million rows. Shards
+and measurements that are there are not made again.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -163,6 +166,30 @@ def measured(words: list[str], work: Path) -> dict:
     }
 
 
+def kept(file: Path, measure: Callable[[], dict]) -> dict:
+    """What was measured, from ``file`` where an interrupted run left it."""
+    if not file.exists():
+        found = measure()
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_bytes())
+
+
+def together(measure: Callable[[], dict], count: int) -> dict:
+    """The mean of ``count`` scans at once, one on each core, and what each took a row."""
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(lambda _: with_rows(measure()), range(count)))
+    return {
+        name: sum(each[name] for each in found) / count for name in ("seconds_per_row", "processor_seconds_per_row")
+    } | {"each": found}
+
+
+def with_rows(found: dict, cores: int = 1) -> dict:
+    """Seconds of a core and of processors for one row, the training of the early models and imports left out."""
+    busy = found["processor_seconds"] - found["training_processor_seconds"] - found["imports_processor_seconds"]
+    clock = cores * (found["seconds"] - found["training_seconds"])
+    return found | {"seconds_per_row": clock / found["rows"], "processor_seconds_per_row": busy / found["rows"]}
+
+
 def kind_of(process: psutil.Process) -> str:
     """Ray's own processes (raylet, store of keys, monitors) apart from those that run our code."""
     return "workers" if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::") else "ray"
@@ -172,7 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--single-rows", type=int, default=20_000)
+    parser.add_argument("--single-rows", type=int, default=100_000)
     parser.add_argument("--scorer-samples", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -188,22 +215,23 @@ def main() -> None:
     source = write_shards(work, args.rows)
     words = ["--work", str(work), "--workers", str(args.workers), "--scorer-samples", str(args.scorer_samples)]
     few = write_shards(work, min(args.single_rows, args.rows))
-    single = measured([*words, "--part", str(few), "single"], work)
-    spread = measured([*words, "--part", str(source), "ray"], work)
-    single["seconds_per_row"] = (single["seconds"] - single["training_seconds"]) / single["rows"]
-    spread["core_seconds_per_row"] = args.workers * (spread["seconds"] - spread["training_seconds"]) / spread["rows"]
-    for found in (single, spread):
-        left_out = found["training_processor_seconds"] + found["imports_processor_seconds"]
-        busy = found["processor_seconds"] - left_out
-        found["processor_seconds_per_row"] = busy / found["rows"]
+    scans = {
+        "alone": lambda: measured([*words, "--part", str(few), "single"], work),
+        "together": lambda: together(lambda: measured([*words, "--part", str(few), "single"], work), args.workers),
+        "ray": lambda: measured([*words, "--part", str(source), "ray"], work),
+    }
+    found = {name: kept(work / f"{name}-{args.rows}-{args.workers}.json", measure) for name, measure in scans.items()}
+    alone, both, spread = with_rows(found["alone"]), found["together"], with_rows(found["ray"], args.workers)
     result = {
         "rows": spread["rows"],
         "peak_gib": max(spread["peak_gib"]["driver"], spread["peak_gib"]["workers"]),
-        "per_row_ratio": spread["core_seconds_per_row"] / single["seconds_per_row"],
-        "per_row_processor_ratio": spread["processor_seconds_per_row"] / single["processor_seconds_per_row"],
+        "per_row_ratio": spread["seconds_per_row"] / both["seconds_per_row"],
+        "per_row_processor_ratio": spread["processor_seconds_per_row"] / both["processor_seconds_per_row"],
+        "per_row_ratio_to_one_alone": spread["seconds_per_row"] / alone["seconds_per_row"],
         "workers": args.workers,
         "scorer_samples": args.scorer_samples,
-        "single": single,
+        "alone": alone,
+        "together": both,
         "ray": spread,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
