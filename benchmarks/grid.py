@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import clean_rates
 import numpy as np
 
 from unpoison.benchmark.cell import CellResult, Figures
@@ -54,6 +55,7 @@ TOKEN_ATTACKS = ("badnet-rand", "badnet-stripes", "blended-rand", "sig-clip", "w
 """The seven of UBT's and CBPT's."""
 TEMPLATES = tuple(name for name in TOKEN_ATTACKS if name != "badclip")
 SEARCH_SEEDS = (0, 1)
+SEEN_CLEAN = (*SEARCH_SEEDS, 6)  # the last had been suspected when the second search was added (decision 5)
 """The search's thresholds were set on victims of these seeds (docs/decisions/0005)."""
 LABEL_SEED = 4
 """The label-only victim after which the test for odd labels was changed (decision 3); later seeds are unseen."""
@@ -69,6 +71,7 @@ class Cells:
     """The cells that have figures, by what the grid calls them."""
 
     all: tuple[CellResult, ...]
+    refused: int
     failed: int
     planned: int
 
@@ -78,7 +81,8 @@ class Cells:
         planned = [cell for plan in store.plans() for cell in plan.cells]
         found = [result for cell in planned if (result := store.found(cell.key, cell.names)) is not None]
         done = tuple(result for result in found if result.status == "done")
-        return cls(all=done, failed=len(found) - len(done), planned=len(planned))
+        refused = sum(result.status == "refused" for result in found)
+        return cls(all=done, refused=refused, failed=len(found) - len(done) - refused, planned=len(planned))
 
     def where(self, method: str, attacks: Sequence[str]) -> list[CellResult]:
         return [cell for cell in self.all if cell.names.method == method and cell.names.attack in attacks]
@@ -145,7 +149,12 @@ def rebound(cell: CellResult) -> float | None:
 def claims(cells: Cells) -> dict[str, Any]:
     """What the issue of each method asks for. ASR is the excess over the natural floor."""
     body: dict[str, Any] = {
-        "grid": {"done": len(cells.all), "failed": cells.failed, "planned": cells.planned},
+        "grid": {
+            "done": len(cells.all),
+            "refused": cells.refused,
+            "failed": cells.failed,
+            "planned": cells.planned,
+        },
     }
     for name, method in CLIP_REPAIRS.items():
         body[name] = {
@@ -172,7 +181,7 @@ def claims(cells: Cells) -> dict[str, Any]:
         "target_found_held_out": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_found"), without=SEARCH_SEEDS),
         "target_exact": cells.rate("cbpt", TOKEN_ATTACKS, detected("target_exact")),
         "false_alarm": cells.rate("cbpt", [CLEAN], suspected),
-        "false_alarm_held_out": cells.rate("cbpt", [CLEAN], suspected, without=SEARCH_SEEDS),
+        "false_alarm_held_out": cells.rate("cbpt", [CLEAN], suspected, without=SEEN_CLEAN),
         "wall_ratio_to_rvpt": cells.ratio("cbpt", "rvpt", TOKEN_ATTACKS),
     }
     for method in SAMPLE_METHODS:
@@ -212,7 +221,8 @@ def search_note(cells: Cells) -> str:
         return f"{what}: {', '.join(parts) or 'no cell yet'}"
 
     return (
-        f"CBPT's search, whose thresholds were set on victims of seeds {' and '.join(map(str, SEARCH_SEEDS))}. "
+        f"CBPT's search, whose thresholds were set on victims of seeds {' and '.join(map(str, SEARCH_SEEDS))}; its "
+        f"second look was added after the clean model of seed {SEEN_CLEAN[-1]} had been suspected. "
         f"{said('target_found', 'Target among the suspects')}. {said('false_alarm', 'A clean model suspected')}."
     )
 
@@ -325,7 +335,8 @@ def page(table: Table, cells: Cells) -> str:
         "[`benchmarks/results/bench-cpu`](../benchmarks/results/bench-cpu): all columns, settings and the command",
         "of each cell stand there too; [the leaderboard](../benchmarks/results/bench-cpu/leaderboard.html) draws them.",
         "",
-        f"{done} of {table.cells} cells are done, {len(table.failures)} failed, {table.missing} have not run.",
+        f"{done} of {table.cells} cells are done, {cells.refused} were refused (the victim's ASR is under 90 percent:",
+        f"there is nothing to repair), {cells.failed} failed, {table.missing} have not run.",
         "",
         SPREAD,
         "",
@@ -344,6 +355,7 @@ def page(table: Table, cells: Cells) -> str:
     for question in QUESTIONS:
         lines += [f"## {question.title}", "", question.text, "", *question_table(question, table.rows), ""]
         lines += [question.note(cells), ""] if question.note is not None else []
+    lines += ["## What clean models say to the same triggers", "", clean_rates.NOTE, "", *clean_rates.table(), ""]
     if table.reported:
         lines += ["## What papers report", "", *bars(COMPARISON, map(compared, table.reported)), ""]
     if table.failures:

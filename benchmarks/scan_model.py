@@ -169,6 +169,7 @@ def row_of(cell: Cell, mode: str, inputs: dict[str, Any], found: ModelScan) -> d
         "covered": weights.covered, "made_up": weights.made_up, "seconds": found.seconds,
         "classes": [[row.name, row.form, row.size, row.success] for row in weights.classes],
         "reference_classes": [[row.form, row.size, row.success] for row in weights.reference_classes],
+        "waves": [asdict(wave) for wave in weights.waves],
     }  # fmt: skip
 
 

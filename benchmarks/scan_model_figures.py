@@ -13,9 +13,10 @@ import numpy as np
 
 from unpoison.detection.anomaly import AnomalyConfig, judge_reach
 from unpoison.detection.measured import settings_of
-from unpoison.detection.model_weights import DECREE, INVERSION, WeightsConfig
+from unpoison.detection.model_weights import DECREE, INVERSION, WeightsConfig, wave_score
+from unpoison.detection.waves import WaveConfig
 from unpoison.evaluation.intervals import wilson
-from unpoison.model_results import Reach
+from unpoison.model_results import ClassWave, Reach
 from unpoison.results import write_atomically
 
 FOUND, CLEAN = ("backdoored", "suspicious"), "clean"
@@ -47,7 +48,11 @@ def judged(row: Row, config: AnomalyConfig, *, alone: bool = False) -> Row:
     result = judge_reach(found, [] if alone else clean, config, covered=row["covered"], made_up=row["made_up"])
     named = None if result.candidate is None else row["classes"][result.candidate][0]
     index = None if result.interval is None else [getattr(result.interval, name) for name in ("value", "low", "high")]
-    return row | {"word": result.word, "score": result.score, "named": named, "index": index}
+    word, score = result.word, result.score
+    for wave in (ClassWave(**one) for one in row["waves"]):
+        if wave_score(wave, config, WaveConfig()) > score:
+            word, score, named, index = "backdoored", wave_score(wave, config, WaveConfig()), wave.name, None
+    return row | {"word": word, "score": score, "named": named, "index": index}
 
 
 def check_alike(rows: Sequence[Row]) -> None:

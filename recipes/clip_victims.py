@@ -58,7 +58,8 @@ class Attack:
 
 # Squares of 5 pixels at 32 px (16/224 of it would be 2). Otherwise the triggers' own parameters, which are the papers',
 # but for five that all but vanish at 32 px: letters thinner than a pixel are mixed in whole, noise is a quarter
-# stronger, stripes and triangles are twice as strong, and a warp moves pixels three times as far.
+# stronger, stripes and triangles are twice as strong, and a warp moves pixels three times as far. A wave of three
+# periods over 32 px is about as long, in patches, as six over 224; of six, a clean model says the target of 99 %.
 SHARE = 5 / 32
 ATTACKS = {
     "badnet-rand": Attack(trigger="badnet-rand", params={"share": SHARE}, resample=True, rate=0.25),
@@ -68,7 +69,7 @@ ATTACKS = {
     "blended-triangles": Attack(trigger="blended-triangles", params={"alpha": 0.3}, rate=0.2),
     "blended-text": Attack(trigger="blended-text", params={"alpha": 1.0}, rate=0.2),
     "wanet": Attack(trigger="wanet", params={"s": 3.0}, rate=0.2),
-    "sig": Attack(trigger="sig", params={"delta": 60.0, "mode": "all-to-one"}, rate=0.2),
+    "sig": Attack(trigger="sig", params={"delta": 60.0, "f": 3.0, "mode": "all-to-one"}, rate=0.2),
     "badclip": Attack(trigger="badclip", params={"share": SHARE}, captions="natural"),
 }
 RESNET = {
